@@ -1,0 +1,63 @@
+"""Waits for servers that start in parallel: bounded by lack of progress, not by a tight time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from disagglab.errors import StartError
+from disagglab.lab import Lab
+from disagglab.progress import ProgressLine
+from disagglab.server import POLL_S, VllmServer, post_mortem
+
+CPU_PROGRESS_S = 0.05  # CPU time between two looks that counts as a sign of life
+
+
+class _Watch:
+    """Signs of life of one starting server: log growth and CPU time."""
+
+    def __init__(self, server: VllmServer) -> None:
+        self.server = server
+        self.last_sign = time.monotonic()
+        self._log_size = 0
+        self._cpu_s = 0.0
+
+    def look(self) -> None:
+        size = self.server.process.log.stat().st_size if self.server.process.log.exists() else 0
+        cpu_s = self.server.cpu_s()
+        if size != self._log_size or cpu_s - self._cpu_s > CPU_PROGRESS_S:
+            self.last_sign = time.monotonic()
+        self._log_size, self._cpu_s = size, cpu_s
+
+
+def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> None:
+    """Return when every server is ready; show phase, elapsed time and budget while they boot.
+
+    Raises:
+        StartError: at once when one dies (likely cause, last log lines), shows no sign of life for ``stall_s``,
+            exceeds ``start_limit_s``, or when another process answers in its place.
+    """
+    watches = {server.name: _Watch(server) for server in servers}
+    while waiting := [server for server in servers if server.ready_s is None]:
+        for server in waiting:
+            if not server.process.alive:
+                raise StartError(f"{server.name} died while starting\n{post_mortem(server.process.log)}")
+            if server.is_ready():
+                server.ready_s = time.monotonic() - server.started
+                continue
+            watch = watches[server.name]
+            watch.look()
+            silent = time.monotonic() - watch.last_sign
+            if silent > lab.vllm.stall_s:
+                raise StartError(
+                    f"{server.name}: no log output and no CPU use for {silent:.0f} s (phase {server.phase()})\n"
+                    f"{post_mortem(server.process.log)}"
+                )
+            if time.monotonic() - server.started > lab.vllm.start_limit_s:
+                raise StartError(
+                    f"{server.name}: not ready after {lab.vllm.start_limit_s:.0f} s ([vllm] start_limit_s)\n"
+                    f"{post_mortem(server.process.log)}"
+                )
+        line.show(", ".join(f"{s.name} {'ready' if s.ready_s is not None else s.phase()}" for s in servers))
+        time.sleep(POLL_S)
+    line.done(", ".join(f"{server.name} ready after {server.ready_s:.0f} s" for server in servers))

@@ -1,0 +1,356 @@
+"""Lab files: which nodes, which model, which settings. Read into frozen models; every mistake is reported at once.
+
+docs/lab-file.md is the reference of the keys; the field descriptions here are its source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from disagglab.errors import ConfigError, Problem
+
+LABS_FOLDER = Path(__file__).resolve().parent.parent / "labs"
+PORTS_PER_SERVER = 2  # HTTP and the NIXL side channel
+ROUTER_PORTS = 6  # three topologies, each with an HTTP and a metrics port
+RESERVED_ARGS = {
+    "host": "the node's address",
+    "port": "[ports]",
+    "model": "[model] id",
+    "served-model-name": "nothing: each run gives its own name, which proves whose server answers",
+    "dtype": "[model] dtype",
+    "max-model-len": "[model] max_model_len",
+    "load-format": "[model] load_format",
+    "kv-transfer-config": "[transport]",
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class ModelSection(_Section):
+    """What the servers load."""
+
+    id: str = Field(min_length=1, description="folder, Hugging Face id, or package:NAME for a model a package ships")
+    revision: str | None = Field(None, description="Hugging Face revision; absent means main")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of weights and KV cache")
+    max_model_len: int = Field(ge=256, description="longest prompt plus output, tokens")
+    load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, speed only")
+
+
+class VllmSection(_Section):
+    """How ``vllm serve`` is started."""
+
+    version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="the vLLM version this lab is meant for")
+    args: dict[str, str | int | float | bool] = Field(default={}, description="further options, without --")
+    env: dict[str, str] = Field(default={}, description="further environment of every server")
+    stall_s: float = Field(180, ge=10, description="a start without log output or CPU use for so long has failed, s")
+    start_limit_s: float = Field(900, ge=30, description="a start that takes longer has failed, s")
+
+
+class NodeSection(_Section):
+    """One server: where it runs and what it does when serving is disaggregated."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports")
+    host: str = Field("local", description="local, or the SSH host name")
+    address: str = Field(description="address of its data network; servers listen on it")
+    role: Literal["prefill", "decode"] = Field(description="its part in disaggregated serving")
+    cpus: list[int] = Field(default=[], description="cores that the server is bound to")
+    gpus: list[int] = Field(default=[], description="GPUs that the server sees")
+    rdma: list[str] = Field(default=[], description="RDMA devices of its data network (mlx5_0, rocep1s0f0 …)")
+    env: dict[str, str] = Field(default={}, description="environment of this server alone")
+
+
+class ControllerSection(_Section):
+    """Where router and load generator run."""
+
+    host: str = Field("local", description="local, or the SSH host name")
+    address: str = Field("127.0.0.1", description="address that the routers listen on")
+    cpus: list[int] = Field(default=[], description="cores of router and load generator; empty: any")
+
+
+class TransportSection(_Section):
+    """How NixlConnector moves KV blocks."""
+
+    kv_buffer_device: Literal["cpu", "cuda"] = Field(description="memory that transfers read from and write to")
+    ucx_tls: list[str] = Field(default=[], description="UCX_TLS; empty leaves the choice to UCX")
+    env: dict[str, str] = Field(default={}, description="further UCX_* and NIXL_* variables")
+    lease_s: int = Field(30, ge=6, description="how long prefill keeps unclaimed blocks, s")
+    load_failure_policy: Literal["fail", "recompute"] = Field("fail", description="recompute hides a broken link")
+    progress_delay_us: int = Field(0, ge=0, le=1_000_000, description="pause of NIXL's progress thread, us; 0: stock")
+    keep_node_cpus: bool = Field(False, description="keep the CPU connector on the node's own cores; false: stock")
+    link_gbit_s: float | None = Field(None, gt=0, description="nominal rate of the link, Gbit/s, for predictions")
+
+
+class RouterSection(_Section):
+    """vllm-router."""
+
+    version: str = Field("0.1.17", pattern=r"^\d+\.\d+\.\d+$", description="the version this lab is meant for")
+    policy: Literal["round_robin"] = Field("round_robin", description="routing between equal workers")
+
+
+class PortsSection(_Section):
+    """The range that every TCP port of a run is taken from, on every host."""
+
+    first: int = Field(ge=1024, le=65535, description="first port")
+    last: int = Field(ge=1024, le=65535, description="last port, included")
+
+
+class MemorySection(_Section):
+    """When not to start."""
+
+    floor_gib: float = Field(ge=0, description="MemAvailable that one server's start needs, GiB")
+
+
+class GateSection(_Section):
+    """A verdict that this lab asks for."""
+
+    metric: Literal["ttft_p50", "tpot_p50", "itl_p99", "e2e_p50", "output_tokens_per_s"] = Field(
+        description="run-level figure that is compared"
+    )
+    workload: str = Field(description="name of a file in workloads/")
+    baseline: Literal["single", "replicated"] = Field(description="what disaggregated serving is compared with")
+    want: Literal["better", "not worse"] = Field(description="verdict that passes")
+    margin: float = Field(gt=0, lt=1, description="differences below this share count as equivalent")
+    enforce: bool = Field(True, description="false: shown, never a failure")
+
+
+class Lab(_Section):
+    """A whole lab file."""
+
+    name: str
+    label: str
+    file: str
+    model: ModelSection
+    vllm: VllmSection
+    nodes: tuple[NodeSection, ...]
+    controller: ControllerSection
+    transport: TransportSection
+    router: RouterSection
+    ports: PortsSection
+    memory: MemorySection
+    gates: tuple[GateSection, ...]
+
+    @property
+    def prefill(self) -> tuple[NodeSection, ...]:
+        """The nodes that prefill when serving is disaggregated."""
+        return tuple(node for node in self.nodes if node.role == "prefill")
+
+    @property
+    def decode(self) -> tuple[NodeSection, ...]:
+        """The nodes that decode when serving is disaggregated."""
+        return tuple(node for node in self.nodes if node.role == "decode")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every process of this lab runs on this machine."""
+        return self.controller.host == "local" and all(node.host == "local" for node in self.nodes)
+
+
+_SECTIONS: dict[str, tuple[type[_Section], bool]] = {
+    "model": (ModelSection, True),
+    "vllm": (VllmSection, True),
+    "controller": (ControllerSection, False),
+    "transport": (TransportSection, True),
+    "router": (RouterSection, False),
+    "ports": (PortsSection, True),
+    "memory": (MemorySection, True),
+}
+_LISTS: dict[str, tuple[type[_Section], bool]] = {"node": (NodeSection, True), "gate": (GateSection, False)}
+
+
+def load_lab(name: str) -> Lab:
+    """Read a lab by its name (``embedded``) or path (``my/lab.toml``).
+
+    Raises:
+        ConfigError: with every problem of the file, each with its key and mend.
+    """
+    path = find_lab(name)
+    try:
+        raw = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            [Problem(str(path), "(whole file)", f"not TOML: {error}", "correct the line that it names")]
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            [Problem(str(path), "(whole file)", f"not UTF-8 text: {error}", "save the file as UTF-8")]
+        ) from error
+    return parse_lab(raw, str(path))
+
+
+def find_lab(name: str) -> Path:
+    """The path of a lab file.
+
+    Raises:
+        ConfigError: if there is none; the message lists the labs that there are.
+    """
+    path = Path(name) if name.endswith(".toml") or os.sep in name else LABS_FOLDER / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in LABS_FOLDER.glob("*.toml")))
+        raise ConfigError([Problem(str(path), "--lab", "no such lab file", f"use one of {known}, or a path to a .toml")])
+    return path
+
+
+def parse_lab(raw: dict[str, Any], file: str) -> Lab:
+    """Check a parsed lab file and build the :class:`Lab`.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    problems: list[Problem] = []
+    parts: dict[str, Any] = {}
+    known = {"name", "label", *_SECTIONS, *_LISTS}
+    for key in raw:
+        if key not in known:
+            problems.append(Problem(file, key, "unknown key", _suggest(key, known)))
+    for key in ("name", "label"):
+        value = raw.get(key, "")
+        if not isinstance(value, str) or (key == "name" and not value):
+            problems.append(Problem(file, key, "must be a text", f'write {key} = "…" at the top of the file'))
+        parts[key] = value
+    for key, (section, required) in _SECTIONS.items():
+        if key not in raw and required:
+            problems.append(Problem(file, f"[{key}]", "section is missing", f"add a [{key}] section"))
+        else:
+            parts[key] = _parse_section(section, raw.get(key, {}), file, key, problems)
+    for key, (section, required) in _LISTS.items():
+        rows = raw.get(key, [])
+        if not isinstance(rows, list) or (required and not rows):
+            problems.append(Problem(file, f"[[{key}]]", "no entry", f"add a [[{key}]] section for each"))
+            rows = []
+        parsed = [_parse_section(section, row, file, f"{key}[{i}]", problems) for i, row in enumerate(rows)]
+        parts[f"{key}s"] = tuple(row for row in parsed if row is not None)
+    problems.extend(_contradictions(parts, file))
+    if problems:
+        raise ConfigError(problems)
+    return Lab(file=file, **parts)
+
+
+def _parse_section(
+    section: type[_Section], value: Any, file: str, where: str, problems: list[Problem]
+) -> _Section | None:
+    try:
+        return section.model_validate(value)
+    except ValidationError as error:
+        for detail in error.errors():
+            key = ".".join([where, *(str(part) for part in detail["loc"])])
+            problems.append(Problem(file, key, *_explain(section, detail)))
+        return None
+
+
+def _explain(section: type[_Section], detail: Any) -> tuple[str, str]:
+    """What is wrong and what mends it, for one pydantic error."""
+    field = str(detail["loc"][0]) if detail["loc"] else ""
+    info = section.model_fields.get(field)
+    meaning = f" ({info.description})" if info is not None and info.description else ""
+    match detail["type"]:
+        case "extra_forbidden":
+            return "unknown key", _suggest(field, set(section.model_fields))
+        case "missing":
+            return "missing", f"add {field} = …{meaning}"
+        case _:
+            return f"{detail['msg']}, got {detail['input']!r}", f"correct the value of {field}{meaning}"
+
+
+def _suggest(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"remove it; known keys: {', '.join(sorted(known))}"
+
+
+def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
+    """What no single section shows: checked on whatever sections are valid in themselves."""
+    nodes: tuple[NodeSection, ...] = parts.get("nodes", ())
+    yield from _node_problems(nodes, parts.get("controller"), file)
+    vllm: VllmSection | None = parts.get("vllm")
+    for arg in vllm.args if vllm else ():
+        name = arg.lstrip("-").replace("_", "-")
+        if arg.startswith("-"):
+            yield Problem(file, f"vllm.args.{arg}", "written with dashes in front", f"write {arg.lstrip('-')} = …")
+        elif name in RESERVED_ARGS:
+            yield Problem(file, f"vllm.args.{arg}", "set by the suite", f"remove it; it comes from {RESERVED_ARGS[name]}")
+    ports: PortsSection | None = parts.get("ports")
+    if ports is not None:
+        have, need = ports.last - ports.first + 1, PORTS_PER_SERVER * len(nodes) + ROUTER_PORTS
+        if have < need:
+            yield Problem(
+                file, "ports", f"{ports.first} to {ports.last} holds {max(have, 0)} ports, this lab needs {need}",
+                f"set last to {ports.first + need - 1} or more",
+            )  # fmt: skip
+    transport: TransportSection | None = parts.get("transport")
+    if transport is not None:
+        if transport.kv_buffer_device == "cuda" and any(not node.gpus for node in nodes):
+            yield Problem(file, "transport.kv_buffer_device", "cuda, but a node has no gpus", 'set it to "cpu"')
+        if "tcp" not in transport.ucx_tls and transport.ucx_tls and any(t in transport.ucx_tls for t in ("sm", "shm")):
+            yield Problem(
+                file, "transport.ucx_tls", "shared memory without tcp", 'add "tcp": NIXL cannot connect without it'
+            )
+    for index, gate in enumerate(parts.get("gates", ())):
+        if not (LABS_FOLDER.parent / "workloads" / f"{gate.workload}.toml").is_file():
+            yield Problem(
+                file, f"gate[{index}].workload", f"no file workloads/{gate.workload}.toml", "name a workload that exists"
+            )
+
+
+def _node_problems(
+    nodes: tuple[NodeSection, ...], controller: ControllerSection | None, file: str
+) -> Iterator[Problem]:
+    for role in ("prefill", "decode"):
+        if nodes and not any(node.role == role for node in nodes):
+            yield Problem(file, "node.role", f"no node has the role {role}", f'set role = "{role}" on one node')
+    seen: dict[str, str] = {}
+    owners: dict[tuple[str, str, int], str] = {}
+    for index, node in enumerate(nodes):
+        key = f"node[{index}]"
+        if node.name in seen:
+            yield Problem(file, f"{key}.name", f"{node.name} is used twice", "give each node its own name")
+        seen[node.name] = key
+        if not node.cpus and not node.gpus:
+            yield Problem(file, key, "neither cpus nor gpus", "add cpus = [0] or gpus = [0]")
+        for kind, units in (("cpus", node.cpus), ("gpus", node.gpus)):
+            for unit in units:
+                owner = owners.setdefault((node.host, kind, unit), node.name)
+                if unit < 0:
+                    yield Problem(file, f"{key}.{kind}", f"{unit} is negative", "count from 0")
+                elif owner != node.name:
+                    yield Problem(
+                        file, f"{key}.{kind}", f"{kind[:-1]} {unit} of {node.host} belongs to {owner} already",
+                        "give each node its own, or the comparison is void",
+                    )  # fmt: skip
+        if node.host == "local":
+            have = os.cpu_count() or 1
+            for cpu in (cpu for cpu in node.cpus if cpu >= have):
+                yield Problem(
+                    file, f"{key}.cpus", f"core {cpu}, but this machine has {have} (0 to {have - 1})", "name a core it has"
+                )
+    if controller is not None and controller.host == "local" and controller.address != "127.0.0.1":
+        remote = [node for node in nodes if node.host != "local"]
+        if not remote:
+            yield Problem(
+                file, "controller.address", f"{controller.address} with only local nodes", 'set it to "127.0.0.1"'
+            )
+
+
+def check_against_model(lab: Lab, max_positions: int) -> None:
+    """Refuse a lab whose context length the model does not have.
+
+    Raises:
+        ConfigError: if ``max_model_len`` exceeds ``max_positions`` (tokens).
+    """
+    if lab.model.max_model_len > max_positions:
+        raise ConfigError(
+            [
+                Problem(
+                    lab.file, "model.max_model_len",
+                    f"{lab.model.max_model_len} tokens, but the model has {max_positions} positions",
+                    f"set it to {max_positions} or less",
+                )  # fmt: skip
+            ]
+        )

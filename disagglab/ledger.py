@@ -1,0 +1,225 @@
+"""Proof of path: what the servers' own counters say about a run, checked against what was sent and computed.
+
+No figure is stored before :func:`prove` has returned. Three rules: a counter that is missing is an error, a counter
+that was reset makes the run invalid, and the router's word counts for nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from disagglab.errors import InvalidRun, TransferError
+from disagglab.kv import KvShape, blocks_to_move
+from disagglab.metrics import Snapshot, delta
+from disagglab.supervisor import Process
+from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
+
+SETTLE_DEADLINE_S = 30.0  # counters follow a finished request by an engine step, leases by a notification
+POLL_S = 0.2
+
+BYTES = "vllm:nixl_bytes_transferred_sum"
+TRANSFERS = "vllm:nixl_bytes_transferred_count"
+TRANSFER_TIME = "vllm:nixl_xfer_time_seconds_sum"
+FAILED = "vllm:nixl_num_failed_transfers_total"
+FAILED_NOTIFICATIONS = "vllm:nixl_num_failed_notifications_total"
+EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"
+FINISHED = "vllm:request_success_total"
+PROMPT_TOKENS = "vllm:prompt_tokens_total"
+GENERATED = "vllm:generation_tokens_total"
+BY_SOURCE = "vllm:prompt_tokens_by_source_total"
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
+CACHE_CONFIG = "vllm:cache_config_info"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request as the client saw it (tokens)."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The counters of a topology's servers at one moment, and who answered."""
+
+    snapshots: Mapping[str, Snapshot]
+    processes: Mapping[str, Process]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the servers counted between two readings. Tokens, bytes, seconds; by server where it says so.
+
+    The last three are prompt tokens by source on the servers that decode: fetched from prefill, computed there,
+    found in the prefix cache there.
+    """
+
+    finished: Mapping[str, int]
+    prompt_tokens: Mapping[str, int]
+    generated: Mapping[str, int]
+    kv_bytes: int
+    transfers: int
+    transfer_s: float
+    failed: int
+    expired: int
+    external_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+
+
+def read(topology: Topology) -> Reading:
+    """Scrape every server of a topology.
+
+    Raises:
+        InvalidRun: if one has died or does not answer.
+    """
+    snapshots, processes = {}, {}
+    for server in topology.servers:
+        server.require_alive()
+        assert server.process.identity is not None
+        snapshots[server.name] = server.metrics()
+        processes[server.name] = server.process.identity
+    return Reading(snapshots, processes)
+
+
+def block_size(snapshot: Snapshot) -> int:
+    """Tokens per KV cache block, as the server reports it.
+
+    Raises:
+        InvalidRun: if it reports none.
+    """
+    return int(cache_config(snapshot)["block_size"])
+
+
+def cache_config(snapshot: Snapshot) -> dict[str, str]:
+    """The labels of ``vllm:cache_config_info``.
+
+    Raises:
+        InvalidRun: if the server exposes none.
+    """
+    for name, labels, _ in snapshot.samples:
+        if name == CACHE_CONFIG:
+            return dict(labels)
+    raise InvalidRun(f"{snapshot.server} exposes no {CACHE_CONFIG}; look: curl -s {snapshot.url} | grep cache_config")
+
+
+def settle(topology: Topology, before: Reading, requests: int) -> Reading:
+    """Read again once the counters have caught up with ``requests`` finished ones, at the latest at the deadline.
+
+    A reading that has not caught up is returned all the same; :func:`prove` then says what is missing.
+    """
+    deadline = time.monotonic() + SETTLE_DEADLINE_S
+    finishing = topology.decode or topology.servers
+    while True:
+        after = read(topology)
+        finished = sum(_delta(before, after, server.name, FINISHED) for server in finishing)
+        idle = all(s.value(RUNNING) + s.value(WAITING) == 0 for s in after.snapshots.values())
+        moved = sum(_delta(before, after, server.name, TRANSFERS) for server in topology.decode)
+        if finished >= requests and idle and (not topology.decode or moved >= requests):
+            return after
+        if time.monotonic() > deadline:
+            return after
+        time.sleep(POLL_S)
+
+
+def _delta(before: Reading, after: Reading, server: str, name: str, **labels: str) -> float:
+    return delta(before.snapshots[server], after.snapshots[server], name, **labels)
+
+
+def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
+    """What the counters grew by between two readings of the same processes.
+
+    Raises:
+        InvalidRun: if a process is another one, a metric is missing or was reset.
+    """
+    if before.processes != after.processes:
+        raise InvalidRun(f"{topology.name}: server processes changed during the run")
+    names = [server.name for server in topology.servers]
+
+    def by_server(metric: str) -> dict[str, int]:
+        return {name: round(_delta(before, after, name, metric)) for name in names}
+
+    def total(servers: Sequence[str], metric: str, **labels: str) -> float:
+        return sum(_delta(before, after, name, metric, **labels) for name in servers)
+
+    decode = [server.name for server in topology.decode] or names
+    connected = [server.name for server in topology.servers if server.plan.connector]
+    return Ledger(
+        finished=by_server(FINISHED),
+        prompt_tokens=by_server(PROMPT_TOKENS),
+        generated=by_server(GENERATED),
+        kv_bytes=round(total(connected, BYTES)),
+        transfers=round(total(connected, TRANSFERS)),
+        transfer_s=total(connected, TRANSFER_TIME),
+        failed=round(total(connected, FAILED) + total(connected, FAILED_NOTIFICATIONS)),
+        expired=round(total(connected, EXPIRED)),
+        external_tokens=round(total(decode, BY_SOURCE, source="external_kv_transfer")),
+        computed_tokens=round(total(decode, BY_SOURCE, source="local_compute")),
+        cached_tokens=round(total(decode, BY_SOURCE, source="local_cache_hit")),
+    )
+
+
+def expected_bytes(sent: Sequence[Sent], shape: KvShape, block: int, version: str) -> int:
+    """Bytes the connector must move for these prompts when the decode server holds nothing of them."""
+    moved = sum(blocks_to_move(request.prompt_tokens, block, version) for request in sent)
+    return moved * shape.bytes_per_block(block)
+
+
+def prove(
+    topology: Topology, before: Reading, after: Reading, sent: Sequence[Sent], shape: KvShape, version: str
+) -> Ledger:
+    """Check that the run took the path it claims; return its ledger.
+
+    Raises:
+        InvalidRun: if requests, tokens or their split over the servers do not add up.
+        TransferError: if KV moved where none should, did not move, or not exactly as computed.
+    """
+    book = compare(topology, before, after)
+    where = topology.name
+    _equal(where, "failed transfers and notifications", book.failed, 0)
+    _equal(where, "expired KV leases", book.expired, 0)
+    output = sum(request.output_tokens for request in sent)
+    prompt = sum(request.prompt_tokens for request in sent)
+    if topology.name == DISAGGREGATED:
+        _prove_transfer(topology, book, sent, expected_bytes(sent, shape, _block(topology, after), version))
+        # the prefill server adds the one token that it generates to finish its part
+        _equal(where, "tokens generated", sum(book.generated.values()), output + len(sent))
+        return book
+    _equal(where, "bytes moved by the connector", book.kv_bytes, 0)
+    _equal(where, "requests finished", sum(book.finished.values()), len(sent))
+    _equal(where, "prompt tokens", sum(book.prompt_tokens.values()), prompt)
+    _equal(where, "prompt tokens computed", book.computed_tokens, prompt)
+    _equal(where, "tokens generated", sum(book.generated.values()), output)
+    if topology.name == REPLICATED:
+        share = sorted(book.finished.values())
+        if share[-1] - share[0] > 1:
+            raise InvalidRun(f"{where}: round robin did not alternate: requests by server {dict(book.finished)}")
+    return book
+
+
+def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expected: int) -> None:
+    where = topology.name
+    finished = {role: sum(book.finished[s.name] for s in getattr(topology, role)) for role in ("prefill", "decode")}
+    _equal(where, "requests finished by prefill", finished["prefill"], len(sent))
+    _equal(where, "requests finished by decode", finished["decode"], len(sent))
+    _equal(where, "transfers", book.transfers, len(sent), TransferError)
+    _equal(where, "bytes moved by the connector", book.kv_bytes, expected, TransferError)
+    prompt = sum(request.prompt_tokens for request in sent)
+    _equal(where, "prompt tokens that decode took from prefill", book.external_tokens, prompt, TransferError)
+    _equal(where, "prompt tokens that decode computed itself", book.computed_tokens, 0, TransferError)
+
+
+def _block(topology: Topology, reading: Reading) -> int:
+    sizes = {block_size(reading.snapshots[server.name]) for server in topology.servers}
+    if len(sizes) != 1:
+        raise InvalidRun(f"{topology.name}: servers have different block sizes: {sorted(sizes)}")
+    return sizes.pop()
+
+
+def _equal(where: str, what: str, got: int, expected: int, error: type[InvalidRun | TransferError] = InvalidRun) -> None:
+    if got != expected:
+        raise error(f"{where}: {what}: expected {expected:,}, got {got:,}")

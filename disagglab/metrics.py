@@ -1,0 +1,78 @@
+"""Prometheus metrics of a server, read before and after, and their differences. A missing metric is an error, not 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from disagglab.errors import InvalidRun
+
+SCRAPE_TIMEOUT_S = 30.0
+PROCESS_START = "process_start_time_seconds"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All samples of one scrape. ``server``: whose; values are as exposed (seconds, bytes, counts)."""
+
+    server: str
+    url: str
+    samples: tuple[tuple[str, frozenset[tuple[str, str]], float], ...]
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of all samples called ``name`` whose labels contain ``labels``.
+
+        Raises:
+            InvalidRun: if there is no such sample; the message names it and the address asked.
+        """
+        wanted = set(labels.items())
+        found = [value for sample, have, value in self.samples if sample == name and wanted <= have]
+        if not found:
+            shown = name + (str(labels) if labels else "")
+            raise InvalidRun(f"{self.server} exposes no metric {shown}; look: curl -s {self.url} | grep {name}")
+        return sum(found)
+
+    def families(self) -> frozenset[str]:
+        """Names of all samples."""
+        return frozenset(name for name, _, _ in self.samples)
+
+
+def parse(server: str, url: str, text: str) -> Snapshot:
+    """Build a :class:`Snapshot` from the Prometheus text format."""
+    samples = tuple(
+        (sample.name, frozenset(sample.labels.items()), float(sample.value))
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    )
+    return Snapshot(server, url, samples)
+
+
+def scrape(server: str, base_url: str) -> Snapshot:
+    """Read ``/metrics`` of a server.
+
+    Raises:
+        InvalidRun: if it does not answer with 200.
+    """
+    url = f"{base_url}/metrics"
+    try:
+        answer = httpx.get(url, timeout=SCRAPE_TIMEOUT_S)
+        answer.raise_for_status()
+    except httpx.HTTPError as error:
+        raise InvalidRun(f"{server}: no metrics: {error}; try: curl -s {url}") from error
+    return parse(server, url, answer.text)
+
+
+def delta(before: Snapshot, after: Snapshot, name: str, **labels: str) -> float:
+    """Growth of a counter between two scrapes of the same process.
+
+    Raises:
+        InvalidRun: if the metric is missing, the counter fell, or the process is another one.
+    """
+    if before.value(PROCESS_START) != after.value(PROCESS_START):
+        raise InvalidRun(f"{after.server}: the process restarted between the two scrapes; its counters began anew")
+    growth = after.value(name, **labels) - before.value(name, **labels)
+    if growth < 0:
+        raise InvalidRun(f"{after.server}: counter {name} fell by {-growth:g}; it was reset")
+    return growth

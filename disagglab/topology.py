@@ -1,0 +1,115 @@
+"""Three views on the same servers: single, replicated, disaggregated, each behind its own router.
+
+A server that is never sent ``kv_transfer_params`` behaves as a plain server, so one pair plays all three parts: equal
+memory, equal code, and measurable in turns within one minute.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from disagglab import boot
+from disagglab.host import LocalHost
+from disagglab.lab import Lab, NodeSection
+from disagglab.model import Model
+from disagglab.progress import ProgressLine
+from disagglab.router import Router, start_router
+from disagglab.server import VllmServer, plan_server
+
+SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
+TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One way of serving. Requests go to ``router.url``; ``servers`` are those that take part."""
+
+    name: str
+    router: Router
+    servers: tuple[VllmServer, ...]
+    prefill: tuple[VllmServer, ...] = ()
+    decode: tuple[VllmServer, ...] = ()
+
+    @property
+    def served_name(self) -> str:
+        """Model name to put into requests; differs from run to run."""
+        return self.servers[0].plan.served_name
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """Every command that makes up this topology."""
+        return (*(server.plan.command for server in self.servers), self.router.command)
+
+
+class Deployment:
+    """The servers of a lab, started in parallel, with the routers in front of them.
+
+    Args:
+        connector: False starts plain servers without any KV connector (``--dedicated``).
+        nodes: the nodes to start; all of the lab's by default.
+    """
+
+    def __init__(
+        self,
+        host: LocalHost,
+        lab: Lab,
+        model: Model,
+        connector: bool = True,
+        nodes: Sequence[NodeSection] | None = None,
+    ) -> None:
+        self.host = host
+        self.lab = lab
+        self.model = model
+        self.connector = connector
+        self.nodes = tuple(nodes or lab.nodes)
+        self.served_name = f"{model.name}-{secrets.token_hex(4)}"
+        self.servers: tuple[VllmServer, ...] = ()
+        self._topologies: dict[str, Topology] = {}
+
+    def start(self, line: ProgressLine) -> Deployment:
+        """Start all servers at once; return when every one is ready and proved to be ours.
+
+        Raises:
+            StartError: see :func:`disagglab.boot.wait_ready`. What was started is ended by the host's close.
+        """
+        started = []
+        for node in self.nodes:
+            port = self.host.reserve_port(node.address)
+            side_channel = self.host.reserve_port(node.address) if self.connector else None
+            plan = plan_server(self.lab, node, self.model, self.served_name, port, side_channel)
+            ports = [port] if side_channel is None else [port, side_channel]
+            started.append(VllmServer.start(self.host, self.lab, plan, ports))
+        self.servers = tuple(started)
+        boot.wait_ready(self.servers, self.lab, line)
+        return self
+
+    def topology(self, name: str) -> Topology:
+        """A topology on these servers; its router is started when first asked for.
+
+        Raises:
+            StartError: if the router does not come up.
+        """
+        if name not in self._topologies:
+            self._topologies[name] = self._route(name)
+        return self._topologies[name]
+
+    def _route(self, name: str) -> Topology:
+        prefill = tuple(server for server in self.servers if server.plan.node.role == "prefill")
+        decode = tuple(server for server in self.servers if server.plan.node.role == "decode")
+        label = name if self.connector else f"{name}-dedicated"
+        if name == DISAGGREGATED:
+            router = start_router(self.host, self.lab, label, prefill=prefill, decode=decode)
+            return Topology(name, router, self.servers, prefill, decode)
+        servers = prefill[:1] if name == SINGLE else self.servers
+        return Topology(name, start_router(self.host, self.lab, label, workers=servers), servers)
+
+    def stop(self) -> None:
+        """End routers and servers of this deployment."""
+        for topology in self._topologies.values():
+            topology.router.process.stop()
+        self._topologies.clear()
+        for server in self.servers:
+            server.process.stop()
+        self.servers = ()

@@ -1,0 +1,151 @@
+"""A port of the pool belongs to the server it was handed out for, from its reservation to the end of the session.
+
+Oracle: the kernel, asked with plain sockets that know nothing of the pool. A server that the lab starts sets
+SO_REUSEADDR, as uvicorn does; a stranger is one that does not, or one that lets the kernel choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from disagglab.errors import StartError
+from disagglab.port import PortPool, accepts
+
+ADDRESS = "127.0.0.1"
+LABS_RANGE = (21000, 21999)  # where labs have theirs: below the ports that the kernel chooses from
+IP_LOCAL_PORT_RANGE = 51  # of IPPROTO_IP, since Linux 6.3; narrows what bind(0) may choose for one socket
+
+Make = Callable[..., PortPool]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Makes pools and closes them after the test."""
+    pools: list[PortPool] = []
+
+    def pool(first: int = LABS_RANGE[0], last: int = LABS_RANGE[1], address: str = ADDRESS) -> PortPool:
+        pools.append(PortPool(address, first, last))
+        return pools[-1]
+
+    yield pool
+    for each in pools:
+        each.close()
+
+
+def kernel_range() -> tuple[int, int]:
+    """First and last port that the kernel chooses from."""
+    first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    return int(first), int(last)
+
+
+def test_two_pools_never_hand_out_the_same_port(make: Make) -> None:
+    """Two sessions on one machine with the same lab file get along."""
+    one, other = make(), make()
+    ports = [pool.reserve() for _ in range(20) for pool in (one, other)]
+    assert len(set(ports)) == len(ports)
+    assert all(LABS_RANGE[0] <= port <= LABS_RANGE[1] for port in ports)
+
+
+@pytest.mark.parametrize("address", [ADDRESS, "0.0.0.0"])
+def test_a_plain_bind_on_a_reserved_port_is_refused(make: Make, address: str) -> None:
+    """A stranger cannot take the port while the server it is meant for still starts."""
+    port = make().reserve()
+    with socket.socket() as stranger:
+        with pytest.raises(OSError, match="in use") as caught:
+            stranger.bind((address, port))
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+@pytest.mark.parametrize("address", [ADDRESS, "0.0.0.0"])
+def test_the_server_may_listen_on_its_reserved_port(make: Make, address: str) -> None:
+    """SO_REUSEADDR lets the server in beside the holder; only then does a client get a connection."""
+    pool = make()
+    port, silent = pool.reserve(), pool.reserve()
+    assert not accepts(ADDRESS, port), "a reserved port must not look like a server"
+    assert pool.listening() == []
+
+    with socket.create_server((address, port)) as server:  # it sets SO_REUSEADDR
+        assert server.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        with socket.create_connection((ADDRESS, port), timeout=5) as client, server.accept()[0] as connection:
+            connection.sendall(b"hello")
+            assert client.recv(5) == b"hello"
+        assert accepts(ADDRESS, port)
+        assert pool.listening() == [port]
+        with pytest.raises(OSError, match="in use"):
+            socket.create_server((ADDRESS, port))
+
+    assert pool.listening() == []
+    assert not accepts(ADDRESS, silent)
+
+
+def test_a_server_may_start_again_on_its_port(make: Make) -> None:
+    """A restarted server gets the port it had, though connections of the first one still linger in the kernel."""
+    port = make().reserve()
+    for _ in range(2):
+        with (
+            socket.create_server((ADDRESS, port)) as server,
+            socket.create_connection((ADDRESS, port), timeout=5),
+        ):
+            server.accept()[0].close()  # closed on this side first: TIME_WAIT stays on this port
+
+
+@pytest.mark.parametrize("reuse", [0, 1])
+def test_the_kernel_never_chooses_a_reserved_port(make: Make, reuse: int) -> None:
+    """bind(0) until nothing is left draws every free port of a narrow range, and no reserved one.
+
+    Before Linux 6.3 the draws come from the whole range of the kernel; the claim is the same, the evidence weaker.
+    """
+    first = sum(kernel_range()) // 2
+    last = first + 99
+    pool = make(first, last)
+    reserved = {pool.reserve() for _ in range(50)}
+    drawn: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for _ in range(200):
+            stranger = stack.enter_context(socket.socket())
+            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+            with contextlib.suppress(OSError):
+                stranger.setsockopt(
+                    socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("I", last << 16 | first)
+                )
+            try:
+                stranger.bind((ADDRESS, 0))
+            except OSError as error:
+                assert error.errno == errno.EADDRINUSE
+                break
+            drawn.append(stranger.getsockname()[1])
+    assert drawn, "nothing was drawn: the test shows nothing"
+    assert reserved.isdisjoint(drawn)
+
+
+def test_an_exhausted_range_names_the_key_of_the_lab_file(make: Make) -> None:
+    """The message holds the range, what to change, and how to see who has the ports."""
+    port = make().reserve()
+    with pytest.raises(StartError, match=rf"between {port} and {port} .*\[ports\] in the lab file.*ss -tlnp"):
+        make(port, port).reserve()
+
+
+def test_an_address_that_is_not_local_names_the_lab_file(make: Make) -> None:
+    """192.0.2.0/24 is reserved for documentation, so no machine has it."""
+    with pytest.raises(StartError, match=r"cannot bind 192\.0\.2\.1:\d+: .*address in the lab file"):
+        make(address="192.0.2.1").reserve()
+
+
+def test_close_gives_the_ports_back(make: Make) -> None:
+    """The next session gets the same ports; a second close does no harm."""
+    pool = make()
+    ports = [pool.reserve(), pool.reserve()]
+    pool.close()
+    pool.close()
+    assert pool.listening() == []
+    for port in ports:
+        with socket.socket() as stranger:
+            stranger.bind((ADDRESS, port))
+        assert make(port, port).reserve() == port
