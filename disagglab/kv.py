@@ -14,6 +14,7 @@ from typing import Any
 
 from disagglab.errors import ConfigError, Problem
 
+CONFIGS_FOLDER = Path(__file__).parent / "configs"  # of models that a lab names and this machine may not have
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 KEY_AND_VALUE = 2
 
@@ -85,6 +86,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError([Problem(str(path), "(whole file)", "missing", "name a model folder")]) from error
     except ValueError as error:
         raise ConfigError([Problem(str(path), "(whole file)", f"not JSON: {error}", "fetch the model anew")]) from error
+    return config
+
+
+def shipped() -> tuple[str, ...]:
+    """Hugging Face ids of the models whose config ships with the suite."""
+    return tuple(path.stem.replace("--", "/") for path in sorted(CONFIGS_FOLDER.glob("*.json")))
+
+
+def shipped_config(model_id: str) -> dict[str, Any]:
+    """The shipped config of a model id from :func:`shipped`."""
+    config: dict[str, Any] = json.loads((CONFIGS_FOLDER / f"{model_id.replace('/', '--')}.json").read_text())
     return config
 
 

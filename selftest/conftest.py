@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from pathlib import Path
 from disagglab.process import OwnedProcess
 
 folder = Path(sys.argv[1])
-with OwnedProcess("standin", sys.argv[2:], os.environ, folder / "log", folder / "scratch", "run", grace_s=0.3):
+log, scratch = folder / "log", folder / "scratch"
+with OwnedProcess("standin", sys.argv[2:], os.environ, log, scratch, "run", grace_s=0.3):
     (folder / "owning").touch()
     time.sleep(300)
 """
@@ -33,8 +35,8 @@ with OwnedProcess("standin", sys.argv[2:], os.environ, folder / "log", folder / 
 class Standins:
     """The stand-in processes of one test; whatever still runs when the test is over is killed.
 
-    A stand-in tells its pid by writing it into a file of its working folder. Whether it is gone is asked of psutil
-    and not of the code under test.
+    A stand-in tells its pid by writing it into a file of its working folder. Whether it is gone is asked of
+    psutil and not of the code under test.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,6 +113,14 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "state"
     monkeypatch.setenv("DISAGGLAB_STATE", str(folder))
     return folder
+
+
+@pytest.fixture
+def shared_file() -> Iterator[Path]:
+    """A name under /dev/shm that is free now and freed after the test."""
+    path = Path(f"/dev/shm/disagglab-selftest-{uuid.uuid4().hex}")
+    yield path
+    path.unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A lease lets a later session end what a killed supervisor left, and nothing else.
 
-Oracle: psutil and the file system. The danger of such a clean-up is that it ends too much, so most tests put a living
-bystander where a careless one would strike: same command line, same process number, same lease with another boot.
+Oracle: psutil and the file system. The danger of such a clean-up is that it ends too much, so most tests put
+a living bystander where a careless one would strike: same command line, same process number, another boot.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,14 +40,6 @@ pathlib.Path("child").write_text(f"{os.getpid()}\\n")
 time.sleep(300)
 """
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-@pytest.fixture
-def shared_file() -> Iterator[Path]:
-    """A name under /dev/shm that is free now and freed after the test."""
-    path = Path(f"/dev/shm/disagglab-selftest-{uuid.uuid4().hex}")
-    yield path
-    path.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -96,8 +87,8 @@ def test_reap_ends_what_a_killed_supervisor_left(
 ) -> None:
     """The command dies with its supervisor; a grandchild is orphaned, and the next session ends just that.
 
-    It also removes the orphan's shared memory, the scratch folder and the lease. A bystander with the same command
-    line is left alone.
+    It also removes the orphan's shared memory, the scratch folder and the lease. A bystander that runs the
+    same program is left alone.
     """
     command = [sys.executable, "-I", "-S", "-c", MAPPING_GRANDCHILD, str(shared_file)]
     (tmp_path / "elsewhere").mkdir()
@@ -170,7 +161,7 @@ def test_reap_removes_a_lease_of_another_boot_and_kills_nothing(
 def test_reap_does_not_end_a_session_that_was_given_an_old_number(
     state: Path, standins: Standins, tmp_path: Path, ended: Process
 ) -> None:
-    """The kernel hands process numbers out again; the start time tells the later holder from the one in the lease."""
+    """The kernel hands process numbers out again; the start time tells the holders apart."""
     bystander = standins.start(["sh", "-c", "sleep 300 & echo $! > member; wait"])
     member = standins.told("member")
     earlier = Process(bystander.pid, identify(bystander.pid).start_ticks - 1)
@@ -217,7 +208,7 @@ def test_a_lease_that_lacks_a_key_is_named_and_ends_nothing(
 def test_the_wait_returns_when_an_orphaned_supervisor_has_finished(
     state: Path, standins: Standins, tmp_path: Path
 ) -> None:
-    """A session that starts right after a killed one waits for the rest of it instead of measuring beside it."""
+    """A session that starts right after a killed one waits for its rest instead of measuring beside it."""
     owner = standins.owner(STUBBORN)  # it ignores SIGTERM, so its ending takes at least the grace
     child, grandchild = standins.told("child"), standins.told("grandchild")
     owner.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A port of the pool belongs to the server it was handed out for, from its reservation to the end of the session.
+"""A port of the pool belongs to the server it was handed out for, from reservation to the end of the session.
 
 Oracle: the kernel, asked with plain sockets that know nothing of the pool. A server that the lab starts sets
 SO_REUSEADDR, as uvicorn does; a stranger is one that does not, or one that lets the kernel choose.
@@ -19,7 +19,10 @@ from disagglab.errors import StartError
 from disagglab.port import PortPool, accepts
 
 ADDRESS = "127.0.0.1"
-LABS_RANGE = (21000, 21999)  # where labs have theirs: below the ports that the kernel chooses from
+RANGE = (
+    23000,
+    23999,
+)  # below the ports that the kernel chooses from, and not where the shipped labs have theirs
 IP_LOCAL_PORT_RANGE = 51  # of IPPROTO_IP, since Linux 6.3; narrows what bind(0) may choose for one socket
 
 Make = Callable[..., PortPool]
@@ -30,7 +33,7 @@ def make() -> Iterator[Make]:
     """Makes pools and closes them after the test."""
     pools: list[PortPool] = []
 
-    def pool(first: int = LABS_RANGE[0], last: int = LABS_RANGE[1], address: str = ADDRESS) -> PortPool:
+    def pool(first: int = RANGE[0], last: int = RANGE[1], address: str = ADDRESS) -> PortPool:
         pools.append(PortPool(address, first, last))
         return pools[-1]
 
@@ -45,12 +48,26 @@ def kernel_range() -> tuple[int, int]:
     return int(first), int(last)
 
 
+def drawing(first: int, last: int, reuse: int) -> socket.socket:
+    """A socket on a port of the kernel's choice, from ``first`` to ``last`` if it can be told."""
+    stranger = socket.socket()
+    try:
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        with contextlib.suppress(OSError):
+            stranger.setsockopt(socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("I", last << 16 | first))
+        stranger.bind((ADDRESS, 0))
+    except OSError:
+        stranger.close()
+        raise
+    return stranger
+
+
 def test_two_pools_never_hand_out_the_same_port(make: Make) -> None:
     """Two sessions on one machine with the same lab file get along."""
     one, other = make(), make()
     ports = [pool.reserve() for _ in range(20) for pool in (one, other)]
     assert len(set(ports)) == len(ports)
-    assert all(LABS_RANGE[0] <= port <= LABS_RANGE[1] for port in ports)
+    assert all(RANGE[0] <= port <= RANGE[1] for port in ports)
 
 
 @pytest.mark.parametrize("address", [ADDRESS, "0.0.0.0"])
@@ -86,7 +103,7 @@ def test_the_server_may_listen_on_its_reserved_port(make: Make, address: str) ->
 
 
 def test_a_server_may_start_again_on_its_port(make: Make) -> None:
-    """A restarted server gets the port it had, though connections of the first one still linger in the kernel."""
+    """A restarted server gets the port it had, though connections of the first one linger in the kernel."""
     port = make().reserve()
     for _ in range(2):
         with (
@@ -100,27 +117,16 @@ def test_a_server_may_start_again_on_its_port(make: Make) -> None:
 def test_the_kernel_never_chooses_a_reserved_port(make: Make, reuse: int) -> None:
     """bind(0) until nothing is left draws every free port of a narrow range, and no reserved one.
 
-    Before Linux 6.3 the draws come from the whole range of the kernel; the claim is the same, the evidence weaker.
+    Before Linux 6.3 the draws come from the kernel's whole range; the claim is the same, the evidence weaker.
     """
     first = sum(kernel_range()) // 2
     last = first + 99
     pool = make(first, last)
     reserved = {pool.reserve() for _ in range(50)}
     drawn: list[int] = []
-    with contextlib.ExitStack() as stack:
-        for _ in range(200):
-            stranger = stack.enter_context(socket.socket())
-            stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
-            with contextlib.suppress(OSError):
-                stranger.setsockopt(
-                    socket.IPPROTO_IP, IP_LOCAL_PORT_RANGE, struct.pack("I", last << 16 | first)
-                )
-            try:
-                stranger.bind((ADDRESS, 0))
-            except OSError as error:
-                assert error.errno == errno.EADDRINUSE
-                break
-            drawn.append(stranger.getsockname()[1])
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):  # the range is used up
+        for _ in range(2 * 100):
+            drawn.append(stack.enter_context(drawing(first, last, reuse)).getsockname()[1])
     assert drawn, "nothing was drawn: the test shows nothing"
     assert reserved.isdisjoint(drawn)
 

@@ -1,9 +1,9 @@
-"""What an owned process starts ends with it, however its owner, its supervisor or the command itself goes away.
+"""What an owned process starts ends with it, however its owner, its supervisor or the command goes away.
 
-Oracle: psutil, which knows a process by pid and creation time, and the file system; never the code under test. Each
-command is a small shell or Python stand-in that writes its pids into files of the test's folder. A stop has returned
-only when everything is gone, so after it nothing is polled; after a kill the supervisor works on its own and the
-condition is polled under a deadline.
+Oracle: psutil, which knows a process by pid and creation time, and the file system; never the code under
+test. Each command is a small shell or Python stand-in that writes its pids into files of the test's folder. A
+stop has returned only when everything is gone, so after it nothing is polled; after a kill the supervisor works
+on its own and the condition is polled under a deadline.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ COMMAND = {command!r}
 @pytest.fixture
 def owned():
     here = Path(__file__).parent
-    with OwnedProcess("standin", COMMAND, os.environ, here / "log", here / "scratch", "run", grace_s=0.3) as process:
+    log, scratch = here / "log", here / "scratch"
+    with OwnedProcess("standin", COMMAND, os.environ, log, scratch, "run", grace_s=0.3) as process:
         yield process
 
 def test_that_is_killed(owned):
@@ -89,8 +90,8 @@ def python(source: str, *arguments: str) -> list[str]:
 
 
 @pytest.fixture
-def own(state: Path, tmp_path: Path) -> Iterator[Own]:
-    """Makes owned processes that work in ``tmp_path``; stops what a failed test leaves running."""
+def own(state: Path, tmp_path: Path, standins: Standins) -> Iterator[Own]:
+    """Makes owned processes that work in ``tmp_path``; stops them before stray stand-ins are killed."""
     made: list[OwnedProcess] = []
 
     def make(argv: list[str], **options: object) -> OwnedProcess:
@@ -105,14 +106,6 @@ def own(state: Path, tmp_path: Path) -> Iterator[Own]:
     yield make
     for process in made:
         process.stop()
-
-
-@pytest.fixture
-def shared_file() -> Iterator[Path]:
-    """A name under /dev/shm that is free now and freed after the test."""
-    path = Path(f"/dev/shm/disagglab-selftest-{uuid.uuid4().hex}")
-    yield path
-    path.unlink(missing_ok=True)
 
 
 def traces(tmp_path: Path) -> list[Path]:
@@ -363,7 +356,7 @@ def test_a_signal_to_the_supervisor_ends_the_tree(
 
 
 def test_a_missed_heartbeat_ends_the_tree(standins: Standins, tmp_path: Path) -> None:
-    """A remote supervisor cannot see its owner die behind a dead network; silence longer than agreed ends it."""
+    """A remote supervisor cannot see its owner die behind a dead network; silence ends its tree."""
     heartbeat_s = 0.8
     spec = {
         "argv": TREE,
@@ -428,7 +421,7 @@ def test_the_tree_is_bound_to_its_cores(own: Own, standins: Standins) -> None:
 def test_a_secret_of_the_environment_is_in_no_command_line(
     own: Own, standins: Standins, tmp_path: Path
 ) -> None:
-    """The specification travels by pipe: any user may read an argument vector, and a lease may be copied around."""
+    """The specification travels by pipe: any user may read an argument vector. The lease is clean too."""
     secret = f"hf_{uuid.uuid4().hex}"
     own(TREE, env={"PATH": os.environ["PATH"], "HF_TOKEN": secret}).start()
     child = standins.told("child")

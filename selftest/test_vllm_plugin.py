@@ -1,7 +1,7 @@
 """The vLLM plugin changes what the lab asks for and nothing else.
 
-Neither vLLM nor NIXL is imported: modules with the attributes that the plugin touches stand for them, and what
-reaches them is the oracle. That the real ones still have these attributes is for the experiments to show.
+Neither vLLM nor NIXL is imported: modules with the attributes that the plugin touches stand for them, and
+what reaches them is the oracle. That the real ones still have these attributes is for experiments to show.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def cpu_platform(monkeypatch: pytest.MonkeyPatch) -> type:
 def test_cores_of_node_keeps_rows_and_order(
     topology: list[list[int]], cpus: set[int], seen: list[list[int]]
 ) -> None:
-    """The connector takes the last core of each row, so the order stays and an empty row, which has none, goes."""
+    """The connector takes the last core of each row, so the order stays and an empty row goes."""
     assert cores_of_node(topology, frozenset(cpus)) == seen
 
 
@@ -78,7 +78,7 @@ def test_cores_of_node_keeps_rows_and_order(
 def test_without_settings_nothing_is_imported(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
 ) -> None:
-    """The plugin is loaded by every vLLM of this environment, also by those that have nothing to do with a lab."""
+    """The plugin is loaded by every vLLM of this environment, also by those that serve no lab."""
     for variable, value in settings.items():
         monkeypatch.setenv(variable, value)
 
@@ -156,7 +156,7 @@ def test_a_delay_without_nixl_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_connector_sees_only_the_cores_of_its_node(
     monkeypatch: pytest.MonkeyPatch, cpu_platform: type
 ) -> None:
-    """vLLM asks its platform through an instance; the answer is cut to the node's cores, also after a second load."""
+    """The answer of vLLM's platform is cut to the node's cores, also after a second load of the plugin."""
     monkeypatch.setenv(CPUS_VARIABLE, "0,1,4")
     register()
     assert cpu_platform().discover_numa_topology() == [[0, 1], [4]]

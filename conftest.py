@@ -1,0 +1,3 @@
+"""Loads the suite's plugin; all else lives in disagglab/."""
+
+pytest_plugins = ["disagglab.plugin", "disagglab.fixtures"]

@@ -1,0 +1,145 @@
+"""Topologies measured in turns, round by round, and judged by the lab's gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from disagglab import ledger
+from disagglab.errors import InvalidRun, TransferError
+from disagglab.kv import KvShape
+from disagglab.lab import GateSection, Lab
+from disagglab.load import LoadEngine, Run, figures
+from disagglab.store import Store, VerdictRow
+from disagglab.topology import DISAGGREGATED, Topology
+from disagglab.verdict import Direction, judge, passes
+from disagglab.workload import Workload
+
+WARM_UP_ROUND = -1
+METRICS: dict[str, tuple[str, Direction]] = {
+    "ttft_p50": ("s", "lower"),
+    "tpot_p50": ("s", "lower"),
+    "itl_p99": ("s", "lower"),
+    "e2e_p50": ("s", "lower"),
+    "output_tokens_per_s": ("tokens/s", "higher"),
+}
+
+
+@dataclass
+class Comparison:
+    """All runs of one session's comparison, valid and invalid."""
+
+    runs: list[Run] = field(default_factory=list)
+
+    def valid(self, workload: str, topology: str) -> list[Run]:
+        """The runs that count, by round."""
+        found = [r for r in self.runs if r.workload.name == workload and r.topology == topology and r.invalid is None]
+        return sorted(found, key=lambda run: run.round)
+
+    def invalid(self) -> list[Run]:
+        """The runs that do not count; each carries its reason."""
+        return [run for run in self.runs if run.invalid is not None]
+
+    def values(self, workload: str, topology: str, metric: str) -> list[float]:
+        """A run-level figure by round; runs with too few samples for it are left out."""
+        found = (figures(run)[metric] for run in self.valid(workload, topology))
+        return [value for value in found if value is not None]
+
+    def pairs(self, workload: str, baseline: str, candidate: str, metric: str) -> list[tuple[float, float]]:
+        """(baseline, candidate) of every round in which both runs are valid."""
+        rounds = {run.round: figures(run)[metric] for run in self.valid(workload, baseline)}
+        pairs = []
+        for run in self.valid(workload, candidate):
+            left, right = rounds.get(run.round), figures(run)[metric]
+            if left is not None and right is not None:
+                pairs.append((left, right))
+        return pairs
+
+
+def measure(
+    engine: LoadEngine,
+    topology: Topology,
+    workload: Workload,
+    seed: int,
+    number: int,
+    shape: KvShape,
+    version: str,
+) -> Run:
+    """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never dropped."""
+    run: Run | None = None
+    try:
+        before = ledger.read(topology)
+        run = engine.run(topology, workload, seed, number)
+        after = ledger.settle(topology, before, len(run.sent))
+        return dataclasses.replace(run, ledger=ledger.prove(topology, before, after, run.sent, shape, version))
+    except (InvalidRun, TransferError) as error:
+        if run is None:
+            run = Run(topology.name, workload, seed, number, "", 0.0, 0.0, (), (), (), (), ())
+        return dataclasses.replace(run, invalid=str(error))
+
+
+def run_rounds(
+    engine: LoadEngine,
+    topologies: Sequence[Topology],
+    workloads: Sequence[Workload],
+    rounds: int,
+    store: Store,
+    shape: KvShape,
+    version: str,
+    progress: Callable[[str], None],
+) -> Comparison:
+    """Warm every topology up, then measure all of them in every round.
+
+    Within a round all topologies get the same prompts; the order is mirrored every other round, so that slow drift of
+    the machine cancels; between rounds the prompts change.
+    """
+    comparison = Comparison()
+    widest = max(workloads, key=lambda workload: workload.concurrency)
+    for topology in topologies:
+        progress(f"warm-up, {topology.name}")
+        store.add_run(measure(engine, topology, widest, random.getrandbits(31), WARM_UP_ROUND, shape, version))
+    for number in range(rounds):
+        order = list(topologies) if number % 2 == 0 else list(reversed(topologies))
+        for workload in workloads:
+            seed = random.getrandbits(31)
+            for topology in order:
+                progress(f"round {number + 1} of {rounds}, {workload.name}, {topology.name}")
+                run = measure(engine, topology, workload, seed, number, shape, version)
+                store.add_run(run)
+                comparison.runs.append(run)
+    return comparison
+
+
+def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
+    """One row a gate of the lab, in its order."""
+    return [_row(comparison, gate) for gate in lab.gates]
+
+
+def _row(comparison: Comparison, gate: GateSection) -> VerdictRow:
+    unit, better = METRICS[gate.metric]
+    candidate = comparison.values(gate.workload, DISAGGREGATED, gate.metric)
+    baseline = comparison.values(gate.workload, gate.baseline, gate.metric)
+    pairs = comparison.pairs(gate.workload, gate.baseline, DISAGGREGATED, gate.metric)
+    if not pairs:
+        raise InvalidRun(f"{gate.workload}: no valid pair of runs for {gate.metric}; see the invalid runs in the report")
+    verdict = judge(pairs, better, gate.margin)
+    met = passes(verdict, gate.want, better)
+    return VerdictRow(
+        workload=gate.workload,
+        metric=gate.metric,
+        unit=unit,
+        candidate=DISAGGREGATED,
+        baseline=gate.baseline,
+        candidate_value=sum(candidate) / len(candidate),
+        baseline_value=sum(baseline) / len(baseline),
+        outcome=verdict.outcome,
+        effect=verdict.effect,
+        low=verdict.low,
+        high=verdict.high,
+        rounds=verdict.rounds,
+        smallest_detectable=verdict.smallest_detectable,
+        gate=f"{'met' if met else 'not met'}: wants {gate.want}" + ("" if gate.enforce else " (not enforced)"),
+        reason=verdict.reason,
+    )

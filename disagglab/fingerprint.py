@@ -1,0 +1,84 @@
+"""What a result depends on: hardware, software, code. Results of different fingerprints are not compared."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+PACKAGES = ("vllm", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")
+COPY_BYTES = 256 * 2**20  # several times the last-level cache of what this runs on
+MATRIX = 512
+PROBE_REPEATS = 3
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the results depend on; ``absent`` where a package is not installed."""
+    found = {"python": platform.python_version(), "kernel": platform.release()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def cpu_model() -> str:
+    """The CPU's name as the kernel shows it (x86-64: model name; Arm: the implementer's part number)."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("model name", "CPU part")):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def commit() -> str:
+    """The commit of this checkout, with ``+changes`` when the tree is not clean; ``unknown`` outside git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20).stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    return head + ("+changes" if git("status", "--porcelain") else "")
+
+
+def fingerprint() -> dict[str, Any]:
+    """Hardware and software of this machine, with a short key over both."""
+    facts: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cpu": cpu_model(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "versions": versions(),
+    }
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return {**facts, "key": key}
+
+
+def speed_probe() -> dict[str, float]:
+    """How fast this machine is right now: best of a few memory copies (GB/s, bytes copied) and matrix products (GFLOP/s).
+
+    Shared machines slow down several times over for minutes; a run is read beside its probe.
+    """
+    source = np.ones(COPY_BYTES // 8)
+    target = np.empty_like(source)
+    left = np.ones((MATRIX, MATRIX), dtype=np.float32)
+    copies, products = [], []
+    for _ in range(PROBE_REPEATS):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        copies.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        left @ left
+        products.append(time.perf_counter() - start)
+    return {"copy_gb_per_s": COPY_BYTES / min(copies) / 1e9, "matrix_gflop_per_s": 2 * MATRIX**3 / min(products) / 1e9}

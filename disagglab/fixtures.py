@@ -1,0 +1,161 @@
+"""Fixtures hand out ready, proved things; what they started is gone when they are done, and that is asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from disagglab import kv, model
+from disagglab.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.errors import InvalidRun, LabError
+from disagglab.host import LocalHost, connect
+from disagglab.kv import KvShape
+from disagglab.lab import Lab, check_against_model
+from disagglab.load import LoadEngine
+from disagglab.model import Model
+from disagglab.plugin import SESSION, module_of
+from disagglab.recorder import Recorder, timing_into
+from disagglab.session import Session, exclusive
+from disagglab.store import Store
+from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Deployment, Topology
+from disagglab.workload import load_workload
+
+START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
+
+
+@pytest.fixture(scope="session")
+def live(request: pytest.FixtureRequest) -> Session:
+    """The lab session."""
+    session: Session = request.config.stash[SESSION]
+    return session
+
+
+@pytest.fixture(scope="session")
+def lab(live: Session) -> Lab:
+    """The lab file of this session, checked."""
+    return live.lab
+
+
+@pytest.fixture(scope="session")
+def store(live: Session) -> Store:
+    """The folder of this run."""
+    return live.store
+
+
+@pytest.fixture(scope="session")
+def shape(lab: Lab) -> KvShape:
+    """The model's KV shape: from its folder where it is on this machine, else from the config shipped for its id."""
+    if lab.model.id in kv.shipped():
+        return kv.shape(kv.shipped_config(lab.model.id), lab.model.dtype, lab.model.id)
+    return kv.shape(model.find(lab).config, lab.model.dtype, lab.model.id)
+
+
+@pytest.fixture(scope="session")
+def host(live: Session) -> Iterator[LocalHost]:
+    """This machine, cleared of what earlier sessions left; afterwards nothing of this session is left on it."""
+    if not live.lab.is_local:
+        pytest.skip(f"SSH-TRANSPORT: lab {live.lab.name} has remote hosts; this version starts servers only locally")
+    with exclusive():
+        local = connect("local", live.run_id, live.lab, live.store.logs)
+        reaped = local.reap()
+        if reaped:
+            live.store.write_meta(reaped=[vars(row) for row in reaped])
+        try:
+            yield local
+        finally:
+            local.close()
+        left, open_ports = local.left_behind(), local.listening()
+        assert not left, f"processes of this run still live: {left}; look: ps -fp {left[0].pid}"
+        assert not open_ports, f"ports of this run still answer: {open_ports}; look: ss -tlnp"
+
+
+@pytest.fixture(scope="session")
+def weights(live: Session) -> Model:
+    """The model on disk; converted first if a package ships it in another format."""
+    with live.uncaptured():
+        found = model.find(live.lab, live.progress("model"))
+    check_against_model(live.lab, found.max_positions)
+    live.store.write_meta(model=found.name)
+    return found
+
+
+@pytest.fixture(scope="session")
+def deployment(live: Session, host: LocalHost, weights: Model, engine: LoadEngine) -> Iterator[Deployment]:
+    """The lab's servers, ready and proved to be ours."""
+    deployed = Deployment(host, live.lab, weights)
+    with live.uncaptured():
+        deployed.start(live.progress("servers", START_BUDGET_S))
+    for server in deployed.servers:
+        live.store.commands[f"server {server.name}"] = server.plan.command
+        starts = live.store.meta.get("ready_s", {})
+        live.store.write_meta(ready_s={**starts, server.name: server.ready_s})
+    yield deployed
+    deployed.stop()
+
+
+@pytest.fixture(scope="session")
+def engine(host: LocalHost, lab: Lab, weights: Model) -> LoadEngine:
+    """``vllm bench serve``, imported beside the booting servers, fed jobs."""
+    load_engine = LoadEngine(host, weights.folder, lab.controller.cpus)
+    load_engine.start()
+    return load_engine
+
+
+def _topology(live: Session, deployment: Deployment, name: str) -> Topology:
+    topology = deployment.topology(name)
+    live.store.commands[f"router {name}"] = topology.router.command
+    return topology
+
+
+@pytest.fixture(scope="session")
+def single(live: Session, deployment: Deployment) -> Topology:
+    """The first prefill node alone, behind the router: a reference with a part of the hardware."""
+    return _topology(live, deployment, SINGLE)
+
+
+@pytest.fixture(scope="session")
+def replicated(live: Session, deployment: Deployment) -> Topology:
+    """Every node as an equal server, round robin."""
+    return _topology(live, deployment, REPLICATED)
+
+
+@pytest.fixture(scope="session")
+def disaggregated(live: Session, deployment: Deployment) -> Topology:
+    """Prefill and decode on their own nodes, KV over NixlConnector."""
+    return _topology(live, deployment, DISAGGREGATED)
+
+
+@pytest.fixture(scope="session")
+def comparison(
+    live: Session, deployment: Deployment, engine: LoadEngine, store: Store, shape: KvShape
+) -> Comparison:
+    """All topologies on the workloads of the lab's gates, in interleaved rounds, with verdicts in the store."""
+    if not live.lab.gates:
+        raise LabError(f"{live.lab.file}: no [[gate]], so nothing to compare; add one")
+    topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
+    workloads = [load_workload(name) for name in dict.fromkeys(gate.workload for gate in live.lab.gates)]
+    line = live.progress("comparison")
+    with live.uncaptured():
+        live.comparison = run_rounds(
+            engine, topologies, workloads, live.rounds, store, shape, live.lab.vllm.version, line.show
+        )
+        line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
+    if len(live.comparison.invalid()) == len(live.comparison.runs):
+        raise InvalidRun(f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}")
+    for row in verdict_rows(live.comparison, live.lab):
+        store.add(row)
+    return live.comparison
+
+
+@pytest.fixture
+def record(store: Store, request: pytest.FixtureRequest) -> Recorder:
+    """Records this test's numbers and plots."""
+    return Recorder(store, module_of(request.node) or "", request.node.name)
+
+
+@pytest.fixture
+def timing(benchmark: Any) -> Callable[..., None]:
+    """Stores measured seconds, one value a replicate, as pytest-benchmark rounds."""
+    return timing_into(benchmark)

@@ -1,0 +1,47 @@
+"""Figures as small SVG text."""
+
+from __future__ import annotations
+
+import io
+import re
+
+from disagglab.store import Plot
+
+SIZE_INCHES = (6.4, 3.2)
+STYLES = {"points": {"linestyle": "", "marker": "o"}, "line": {"linestyle": "-", "marker": "o"}}
+MARKER_SIZE = 4
+
+
+def render(plot: Plot) -> str:
+    """The figure as an ``<svg>`` element.
+
+    Raises:
+        ValueError: if the style is unknown or a series has unequal lengths.
+    """
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    with mpl.rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "disagglab"}):
+        figure, axes = pyplot.subplots(figsize=SIZE_INCHES, layout="constrained")
+        for number, (label, (xs, ys)) in enumerate(plot.series.items()):
+            if len(xs) != len(ys):
+                raise ValueError(f"{plot.title}: series {label} has {len(xs)} x and {len(ys)} y values")
+            if plot.style == "bars":
+                width = 0.8 / len(plot.series)
+                axes.bar([x + number * width for x in xs], ys, width, label=label)
+            elif plot.style in STYLES:
+                axes.plot(xs, ys, label=label, markersize=MARKER_SIZE, **STYLES[plot.style])  # type: ignore[arg-type]
+            else:
+                raise ValueError(f"{plot.title}: no plot style {plot.style}")
+        axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if len(plot.series) > 1:
+            axes.legend(fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    svg = buffer.getvalue()
+    return re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

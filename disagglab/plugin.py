@@ -1,0 +1,240 @@
+"""The pytest plugin: options, markers, the run's folder, the report. Fixtures are in disagglab/fixtures.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagglab import fingerprint, report
+from disagglab.errors import ConfigError, LabError
+from disagglab.lab import Lab, load_lab
+from disagglab.recorder import VIRTUAL_CLOCK
+from disagglab.report import Claim
+from disagglab.session import Session, new_run_id
+from disagglab.store import REPORTS_FOLDER, Store
+
+SESSION = pytest.StashKey[Session]()
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_ROUNDS = 3
+SHORT_ROUNDS = 2
+MODULES = {
+    "environment": "facts of every node, as tests",
+    "baseline": "one node alone: the bar to beat",
+    "kvcache": "KV cache: arithmetic against the running engine",
+    "replicated": "two equal servers behind round robin",
+    "disagg": "prefill and decode apart, KV over NIXL",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the suite."""
+    group = parser.getgroup("disagg-lab")
+    group.addoption("--lab", default="embedded", help="name of a file in labs/, or a path to a lab file")
+    group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds)")
+    group.addoption("--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})")
+    group.addoption("--dedicated", action="store_true", help="also measure on servers without any KV connector")
+
+
+def _tests_lab(config: pytest.Config) -> bool:
+    """Whether this session runs experiments (tests/), not only selftests or a listing."""
+    if config.option.collectonly or config.option.help or config.option.version:
+        return False
+    roots = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args]
+    return any(root == ROOT or (ROOT / "tests") in (root, *root.parents) for root in roots)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the lab file before anything starts; point report and benchmark storage at the run's folder."""
+    for name, what in MODULES.items():
+        config.addinivalue_line("markers", f"{name}: {what}")
+    config.addinivalue_line("markers", "hostless: needs no host, only the lab file and a model's config.json")
+    config.addinivalue_line("markers", "dedicated: runs only with --dedicated")
+    if not _tests_lab(config):
+        return
+    try:
+        lab = load_lab(config.getoption("--lab"))
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[SESSION] = _open_session(config, lab)
+
+
+def _open_session(config: pytest.Config, lab: Lab) -> Session:
+    run_id = new_run_id()
+    store = Store.create(REPORTS_FOLDER, run_id)
+    print_key = fingerprint.fingerprint()
+    options = config.option
+    options.htmlpath = options.htmlpath or str(store.folder / "report.html")
+    options.self_contained_html = True
+    options.css = [*options.css, str(report.CSS)]
+    options.benchmark_storage = f"file://{REPORTS_FOLDER}/benchmarks/{lab.name}-{print_key['key']}"
+    options.benchmark_autosave = options.benchmark_autosave or run_id
+    options.benchmark_save_data = True
+    options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")
+    options.benchmark_group_by = "group"
+    options.benchmark_columns = ["min", "median", "max", "stddev", "rounds"]
+    options.benchmark_sort = "name"
+    short = config.getoption("--short")
+    rounds = config.getoption("--rounds") or (SHORT_ROUNDS if short else DEFAULT_ROUNDS)
+    capture = config.pluginmanager.getplugin("capturemanager")
+    store.write_meta(
+        command=shlex.join(["pytest", *config.invocation_params.args]),
+        lab=lab.name,
+        lab_file=Path(lab.file).read_text(),
+        model=lab.model.id,
+        commit=fingerprint.commit(),
+        fingerprint=print_key,
+        speed={"before": fingerprint.speed_probe()},
+    )
+    return Session(
+        lab=lab,
+        store=store,
+        run_id=run_id,
+        short=short,
+        rounds=rounds,
+        dedicated=config.getoption("--dedicated"),
+        terminal=os.fdopen(os.dup(2), "w"),
+        uncaptured=capture.global_and_fixture_disabled if capture else contextlib.nullcontext,
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Where this session runs and writes."""
+    session = config.stash.get(SESSION, None)
+    if session is None:
+        return []
+    probe = session.store.meta["speed"]["before"]
+    return [
+        f"lab: {session.lab.name} ({session.lab.file})",
+        f"run: {session.store.folder}; machine speed: copy {probe['copy_gb_per_s']:.1f} GB/s,"
+        f" matrix {probe['matrix_gflop_per_s']:.0f} GFLOP/s",
+    ]
+
+
+def module_of(item: pytest.Item) -> str | None:
+    """The learning module a test belongs to: the folder below tests/."""
+    parts = item.path.relative_to(ROOT).parts if item.path.is_relative_to(ROOT) else ()
+    return parts[1] if len(parts) > 2 and parts[0] == "tests" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests with their module; run modules in order, in each what needs no server first, dedicated servers last."""
+    order = {name: position for position, name in enumerate(MODULES)}
+    for item in items:
+        module = module_of(item)
+        if module is not None:
+            item.add_marker(module)
+            if "timing" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.benchmark(timer=VIRTUAL_CLOCK, group=module))
+
+    def position(item: pytest.Item) -> tuple[bool, int, bool]:
+        dedicated = item.get_closest_marker("dedicated") is not None
+        needs_servers = "deployment" in getattr(item, "fixturenames", ())
+        return dedicated, order.get(module_of(item) or "", len(order)), needs_servers
+
+    items.sort(key=position)
+    if not config.getoption("--dedicated"):
+        skip = pytest.mark.skip(reason="DEDICATED: asked for with --dedicated")
+        for item in items:
+            if item.get_closest_marker("dedicated") is not None:
+                item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Note each test's claim and outcome; tell a failed one's reader where to look next."""
+    outcome: Any = yield
+    session = item.config.stash.get(SESSION, None)
+    module = module_of(item)
+    if session is None or module is None:
+        return outcome
+    if outcome.failed:
+        logs = session.store.logs
+        outcome.sections.append(
+            ("where to look", f"logs: {logs}\nnext: tail -n 40 {logs}/*.log\nagain: pytest {shlex.quote(item.nodeid)}"
+             f" --lab {session.lab.name}")
+        )  # fmt: skip
+    if outcome.when == "call" or outcome.outcome != "passed":
+        document = (getattr(getattr(item, "function", None), "__doc__", None) or item.name).strip().splitlines()[0]
+        label = f" [{item.callspec.id}]" if hasattr(item, "callspec") else ""
+        reason = outcome.longrepr[2].removeprefix("Skipped: ") if outcome.skipped else ""
+        state = outcome.outcome if outcome.when == "call" or outcome.skipped else "error"
+        claim = Claim(item.nodeid, document.rstrip(".") + label, state, outcome.duration, reason)
+        session.add_claim(module, item.path.parent / "README.md", claim)
+    return outcome
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any] | None:
+    """What results depend on, in place of pytest-benchmark's own list (which holds the momentary clock speed)."""
+    session = config.stash.get(SESSION, None)
+    return None if session is None else {"node": session.lab.name, **session.store.meta["fingerprint"]}
+
+
+def pytest_html_report_title(report: Any) -> None:
+    """The report's title."""
+    report.title = "disagg-lab report"
+
+
+def pytest_html_results_summary(prefix: list[str], session: pytest.Session) -> None:
+    """Put our part in front of pytest-html's table of tests."""
+    live = session.config.stash.get(SESSION, None)
+    if live is not None:
+        invalid = live.comparison.invalid() if live.comparison else []
+        prefix.append(report.render(live.lab, live.store, list(live.modules.values()), invalid))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Close the run's folder before the report is written; a session that proved nothing has failed."""
+    live = session.config.stash.get(SESSION, None)
+    if live is None:
+        return
+    live.store.write_meta(
+        speed={**live.store.meta["speed"], "after": fingerprint.speed_probe()},
+        exitstatus=int(exitstatus),
+        modules={m.name: [vars(claim) for claim in m.tests] for m in live.modules.values()},
+    )
+    claims = [claim for module in live.modules.values() for claim in module.tests]
+    if exitstatus == pytest.ExitCode.OK and not any(claim.outcome == "passed" for claim in claims):
+        live.store.write_meta(nothing_proved=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The verdicts, and where the report is."""
+    live = config.stash.get(SESSION, None)
+    if live is None:
+        return
+    if live.store.verdicts:
+        terminalreporter.section(f"verdicts ({live.lab.label or live.lab.name})")
+        for line in report.verdict_lines(live.store):
+            terminalreporter.write_line(line)
+    if live.store.meta.get("nothing_proved"):
+        terminalreporter.write_line("FAILED: every test was skipped; this session proved nothing", red=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """After the report is written: look for secrets in the run's folder, then let ``latest`` point at it."""
+    live = config.stash.get(SESSION, None)
+    if live is None:
+        return
+    page = live.store.folder / "report.html"
+    live.store.point_latest()
+    live.terminal.write(f"report: {page if page.is_file() else 'none written'}\n")
+    live.terminal.flush()
+    try:
+        live.store.require_no_secret()
+    except LabError as error:
+        live.terminal.write(f"ERROR: {error}\n")
+        live.terminal.flush()
+        sys.exit(1)

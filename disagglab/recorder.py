@@ -1,0 +1,87 @@
+"""How tests record numbers: into the run's store, and into pytest-benchmark through its public API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from disagglab.store import Plot, Record, Store
+
+
+class VirtualClock:
+    """A timer for pytest-benchmark that only moves when told to, so that it stores times measured elsewhere."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+
+    def __call__(self) -> float:
+        return self._now_s
+
+    def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass."""
+        self._now_s += seconds
+
+
+VIRTUAL_CLOCK = VirtualClock()
+
+
+class Recorder:
+    """Records what one test measured.
+
+    Args:
+        store: the run's store.
+        module: the learning module.
+        test: the test's name.
+    """
+
+    def __init__(self, store: Store, module: str, test: str) -> None:
+        self._store = store
+        self._module = module
+        self._test = test
+
+    def numbers(
+        self,
+        name: str,
+        values: Sequence[float],
+        unit: str,
+        *,
+        arm: str = "",
+        what: str = "runs",
+        command: str = "",
+        note: str = "",
+    ) -> None:
+        """Keep replicates of one figure. ``what``: what one value comes from (runs, requests, gaps).
+
+        Raises:
+            ValueError: if there are no values.
+        """
+        if not values:
+            raise ValueError(f"{self._test}: no values for {name}")
+        floats = tuple(float(value) for value in values)
+        self._store.add(Record(self._module, self._test, name, unit, floats, arm, what, command, note))
+
+    def plot(
+        self,
+        title: str,
+        x_label: str,
+        y_label: str,
+        series: dict[str, tuple[Sequence[float], Sequence[float]]],
+        style: str = "line",
+        caption: str = "",
+    ) -> None:
+        """Keep a figure for the report."""
+        points = {label: (tuple(map(float, xs)), tuple(map(float, ys))) for label, (xs, ys) in series.items()}
+        self._store.add(Plot(self._module, title, x_label, y_label, points, style, caption))
+
+
+def timing_into(benchmark: Any) -> Callable[..., None]:
+    """A function that stores measured seconds (one value a replicate) as rounds of pytest-benchmark."""
+
+    def store(values_s: Sequence[float], **extra: object) -> None:
+        iterator: Iterator[float] = iter(values_s)
+        benchmark.pedantic(
+            lambda: VIRTUAL_CLOCK.advance(next(iterator)), rounds=len(values_s), iterations=1, warmup_rounds=0
+        )
+        benchmark.extra_info.update(extra)
+
+    return store

@@ -1,0 +1,128 @@
+"""The part of the HTML report that is ours: verdicts, facts, lessons, numbers and plots, as one block of HTML."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markdown_it import MarkdownIt
+
+from disagglab import plot
+from disagglab.lab import Lab
+from disagglab.load import Run
+from disagglab.store import Record, Store
+
+TEMPLATES = Path(__file__).parent / "templates"
+CSS = TEMPLATES / "report.css"
+SIZE_LIMIT_BYTES = 3_000_000
+
+
+@dataclass
+class Claim:
+    """One test as the report shows it. ``outcome``: passed, failed, error or skipped; ``duration`` in s."""
+
+    node: str
+    claim: str
+    outcome: str
+    duration: float
+    reason: str = ""
+
+
+@dataclass
+class Module:
+    """One learning module of a run."""
+
+    name: str
+    lesson: str
+    tests: list[Claim] = field(default_factory=list)
+
+
+def number(value: float) -> str:
+    """A figure with four significant digits, large ones with separators and no exponent."""
+    if value != 0 and abs(value) < 0.001:
+        return f"{value:.3g}"
+    if abs(value) >= 10_000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    """A relative difference as signed percent; an interval without limit reads ``unbounded``."""
+    return "unbounded" if value > 1e4 else f"{100 * value:+.1f} %"
+
+
+def lesson_html(readme: Path) -> str:
+    """A module's README as HTML; raw HTML in it is escaped."""
+    return MarkdownIt("commonmark", {"html": False}).enable("table").render(readme.read_text())
+
+
+def render(lab: Lab, store: Store, modules: Sequence[Module], invalid: Sequence[Run]) -> str:
+    """The block of HTML that opens the report."""
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    environment.filters.update(number=number, percent=percent)
+    return environment.get_template("summary.html").render(
+        lab=lab,
+        meta=store.meta,
+        meta_facts=store.facts,
+        commands=store.commands,
+        verdicts=store.verdicts,
+        modules=[_module(module, store) for module in modules],
+        invalid=invalid,
+    )
+
+
+def _module(module: Module, store: Store) -> Mapping[str, Any]:
+    outcomes = [claim.outcome for claim in module.tests]
+    return {
+        "name": module.name,
+        "lesson": module.lesson,
+        "tests": module.tests,
+        "passed": outcomes.count("passed"),
+        "failed": outcomes.count("failed") + outcomes.count("error"),
+        "skipped": outcomes.count("skipped"),
+        "records": [_record(record) for record in store.records if record.module == module.name],
+        "plots": [
+            {"svg": plot.render(figure), "caption": figure.caption}
+            for figure in store.plots
+            if figure.module == module.name
+        ],
+    }
+
+
+def _record(record: Record) -> Mapping[str, Any]:
+    return {
+        "name": record.name,
+        "arm": record.arm,
+        "unit": record.unit,
+        "what": record.what,
+        "command": record.command,
+        "note": record.note,
+        "n": len(record.values),
+        "median": statistics.median(record.values),
+        "low": min(record.values),
+        "high": max(record.values),
+    }
+
+
+def verdict_lines(store: Store) -> list[str]:
+    """The verdicts as a plain text table for the terminal."""
+    rows = [("workload", "metric", "disaggregated", "baseline", "verdict", "effect [95 % CI]", "rounds", "gate")]
+    for v in store.verdicts:
+        rows.append(
+            (
+                v.workload,
+                v.metric,
+                f"{number(v.candidate_value)} {v.unit}",
+                f"{v.baseline} {number(v.baseline_value)} {v.unit}",
+                v.outcome,
+                f"{percent(v.effect)} [{percent(v.low)}, {percent(v.high)}]",
+                str(v.rounds),
+                v.gate,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,78 @@
+"""What one pytest session on a lab holds: the lab, the run's folder, the claims made, the host's lock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import filelock
+
+from disagglab import lease
+from disagglab.comparison import Comparison
+from disagglab.errors import StartError
+from disagglab.lab import Lab
+from disagglab.progress import ProgressLine
+from disagglab.report import Claim, Module, lesson_html
+from disagglab.store import Store
+
+
+@dataclass
+class Session:
+    """The live part of a pytest session. ``terminal``: the real standard error, whatever pytest captures."""
+
+    lab: Lab
+    store: Store
+    run_id: str
+    short: bool
+    rounds: int
+    dedicated: bool
+    terminal: TextIO
+    uncaptured: Callable[[], contextlib.AbstractContextManager[None]]
+    modules: dict[str, Module] = field(default_factory=dict)
+    comparison: Comparison | None = None
+
+    def progress(self, what: str, budget_s: float | None = None) -> ProgressLine:
+        """A progress line on the terminal."""
+        return ProgressLine(what, budget_s, self.terminal)
+
+    def add_claim(self, module: str, readme: Path, claim: Claim) -> None:
+        """Note how a test ended, under its learning module."""
+        if module not in self.modules:
+            self.modules[module] = Module(module, lesson_html(readme) if readme.is_file() else "")
+        self.modules[module].tests.append(claim)
+
+
+def new_run_id() -> str:
+    """An id that sorts by time and that no other run has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+@contextlib.contextmanager
+def exclusive() -> Iterator[None]:
+    """Hold this account's lab lock: two labs at once would measure each other.
+
+    Raises:
+        StartError: if another session holds it; the message names its pid.
+    """
+    path = lease.folder().parent / "lab.lock"
+    owner = path.with_suffix(".owner")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        holder = owner.read_text().strip() if owner.is_file() else "unknown"
+        raise StartError(
+            f"another session (pid {holder}) runs a lab on this machine; wait for it or end it: kill -INT {holder}"
+        ) from error
+    try:
+        owner.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()

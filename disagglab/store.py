@@ -1,0 +1,154 @@
+"""One folder a run: every record is on disk before the next one is made, so a crash loses nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from disagglab.errors import LabError
+from disagglab.load import Run
+
+REPORTS_FOLDER = Path(__file__).resolve().parent.parent / "reports"
+TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+SCANNED_SUFFIXES = {".html", ".json", ".jsonl", ".log", ".toml", ".txt", ".svg"}
+SCANNED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Record:
+    """Numbers that a test measured: ``values`` are the replicates, all in ``unit``."""
+
+    module: str
+    test: str
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    arm: str = ""
+    what: str = "runs"
+    command: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure for the report. ``series``: label → (x values, y values). ``style``: points, line or bars."""
+
+    module: str
+    title: str
+    x_label: str
+    y_label: str
+    series: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    style: str = "line"
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """One verdict as the report shows it. ``gate``: pass, fail, or what keeps it from being either."""
+
+    workload: str
+    metric: str
+    unit: str
+    candidate: str
+    baseline: str
+    candidate_value: float
+    baseline_value: float
+    outcome: str
+    effect: float
+    low: float
+    high: float
+    rounds: int
+    smallest_detectable: float | None
+    gate: str
+    reason: str
+
+
+@dataclass
+class Store:
+    """The folder of one run.
+
+    ``records.jsonl``, ``plots.jsonl``, ``verdicts.jsonl``: appended as they are made. ``runs/``: raw per-request
+    results. ``logs/``: of every process. ``run.json``: lab, commands, versions, fingerprint.
+    """
+
+    folder: Path
+    records: list[Record] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    verdicts: list[VerdictRow] = field(default_factory=list)
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
+    commands: dict[str, str] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def create(cls, reports: Path, run_id: str) -> Store:
+        """Make the run's folder."""
+        folder = reports / run_id
+        (folder / "logs").mkdir(parents=True)
+        (folder / "runs").mkdir()
+        return cls(folder)
+
+    @property
+    def logs(self) -> Path:
+        """Folder for the logs of started processes."""
+        return self.folder / "logs"
+
+    def add(self, item: Record | Plot | VerdictRow) -> None:
+        """Keep a record, plot or verdict, on disk at once."""
+        match item:
+            case Record():
+                self.records.append(item)
+                name = "records"
+            case Plot():
+                self.plots.append(item)
+                name = "plots"
+            case VerdictRow():
+                self.verdicts.append(item)
+                name = "verdicts"
+        with open(self.folder / f"{name}.jsonl", "a") as stream:
+            stream.write(json.dumps(asdict(item)) + "\n")
+
+    def add_run(self, run: Run) -> None:
+        """Keep every request of a run, valid or not."""
+        name = f"{run.workload.name}.{run.round:02d}.{run.topology}.{time.time_ns()}.json"
+        raw = dataclasses.asdict(run)
+        raw["workload"] = run.workload.model_dump()
+        (self.folder / "runs" / name).write_text(json.dumps(raw))
+
+    def write_meta(self, **values: Any) -> None:
+        """Add to ``run.json``."""
+        self.meta.update(values)
+        text = json.dumps({**self.meta, "facts": self.facts, "commands": self.commands}, indent=1, default=str)
+        (self.folder / "run.json").write_text(text)
+
+    def point_latest(self) -> None:
+        """Let ``reports/latest`` point at this run."""
+        link = self.folder.parent / "latest"
+        temporary = self.folder.parent / f".latest.{os.getpid()}"
+        temporary.symlink_to(self.folder.name)
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)
+        os.replace(temporary, link)
+
+    def require_no_secret(self) -> None:
+        """Look for tokens in everything the run wrote.
+
+        Raises:
+            LabError: naming the files (never the token).
+        """
+        token = os.environ.get("HF_TOKEN", "")
+        leaked = []
+        for path in sorted(self.folder.rglob("*")):
+            if path.suffix not in SCANNED_SUFFIXES or not path.is_file() or path.stat().st_size > SCANNED_BYTES:
+                continue
+            text = path.read_text(errors="replace")
+            if TOKEN_PATTERN.search(text) or (len(token) >= 8 and token in text):
+                leaked.append(str(path))
+        if leaked:
+            raise LabError(f"a token stands in {', '.join(leaked)}; delete the files and revoke the token")

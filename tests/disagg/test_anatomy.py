@@ -1,0 +1,79 @@
+"""Where the time of one disaggregated request goes.
+
+The client's clock measures the whole; the two servers' histograms measure their parts. Parts measured inside the
+servers cannot exceed the whole measured outside, so those bounds are strict; what remains is router and HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from disagglab import client, ledger
+from disagglab.kv import KvShape
+from disagglab.lab import Lab
+from disagglab.ledger import Sent
+from disagglab.load import percentile
+from disagglab.metrics import delta
+from disagglab.recorder import Recorder
+from disagglab.topology import Topology
+
+REPEATS = 5
+PROMPT_TOKENS = 700
+OUTPUT_TOKENS = 16
+E2E = "vllm:e2e_request_latency_seconds_sum"
+DECODE = "vllm:request_decode_time_seconds_sum"
+PARTS = ("prefill", "wait for KV", "decode", "router and HTTP")
+
+
+def anatomy(topology: Topology, number: int, lab: Lab, shape: KvShape) -> tuple[dict[str, float], float]:
+    """One request's parts in seconds, and the time of its KV transfer alone."""
+    prompt = [3000 + number, *(4000 + position % 991 for position in range(PROMPT_TOKENS - 1))]
+    before = ledger.read(topology)
+    answer = client.complete(topology.router.url, client.body(topology.served_name, prompt, OUTPUT_TOKENS))
+    after = ledger.settle(topology, before, 1)
+    book = ledger.prove(topology, before, after, [Sent(PROMPT_TOKENS, OUTPUT_TOKENS)], shape, lab.vllm.version)
+
+    def grew(server: str, metric: str) -> float:
+        return delta(before.snapshots[server], after.snapshots[server], metric)
+
+    prefill = sum(grew(server.name, E2E) for server in topology.prefill)
+    at_decode = sum(grew(server.name, E2E) for server in topology.decode)
+    decode = sum(grew(server.name, DECODE) for server in topology.decode)
+    parts = {
+        "prefill": prefill,
+        "wait for KV": at_decode - decode,
+        "decode": decode,
+        "router and HTTP": answer.e2e_s - prefill - at_decode,
+    }
+    return parts, book.transfer_s
+
+
+def test_parts_of_a_request_add_up(
+    disaggregated: Topology, lab: Lab, shape: KvShape, record: Recorder, timing: Callable[..., None]
+) -> None:
+    """Prefill, wait for KV, decode, router and HTTP: none is negative, they sum to the client's end-to-end time.
+
+    "Wait for KV" holds the transfer itself and the engine steps around it: the scheduler looks for finished
+    transfers once a step.
+    """
+    anatomy(disaggregated, 0, lab, shape)  # the first request pays for the NIXL handshake between the two engines
+    rows = [anatomy(disaggregated, 1 + number, lab, shape) for number in range(REPEATS)]
+    for parts, transfer_s in rows:
+        assert all(seconds >= 0 for seconds in parts.values()), f"a part exceeds the whole: {parts}"
+        assert transfer_s <= parts["wait for KV"], f"transfer {transfer_s} s outlasts the wait for it: {parts}"
+    medians = {}
+    for part in PARTS:
+        values = [parts[part] for parts, _ in rows]
+        medians[part] = percentile(values, 50) or 0.0
+        record.numbers(f"anatomy: {part}", values, "s", arm="disaggregated", what="requests")
+    record.numbers("anatomy: KV transfer (inside the wait)", [seconds for _, seconds in rows], "s",
+                   arm="disaggregated", what="requests")  # fmt: skip
+    record.plot(
+        "Anatomy of a disaggregated request",
+        "  |  ".join(f"{position}: {part}" for position, part in enumerate(PARTS)),
+        "s",
+        {"median": (list(range(len(PARTS))), list(medians.values()))},
+        style="bars",
+        caption=f"{PROMPT_TOKENS} prompt tokens, {OUTPUT_TOKENS} output tokens, median of {REPEATS} requests.",
+    )
+    timing([sum(parts.values()) for parts, _ in rows], prompt_tokens=PROMPT_TOKENS)

@@ -1,0 +1,48 @@
+"""NIXL can move memory between two processes of this lab, with the settings that the servers will use.
+
+The oracle is the content: every byte of a random pattern has to arrive. The speed is recorded as the budget that KV
+transfers are later read against; it has no expectation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from disagglab.lab import Lab
+from disagglab.recorder import Recorder
+
+SIZES = (2**20, 2**24, 2**26)  # bytes: from below one KV block of the embedded lab to twenty-three
+REPEATS = 5
+LIMIT_S = 180.0
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_buffer_arrives_intact(lab: Lab, record: Recorder, timing: Callable[..., None], size: int) -> None:
+    """NIXL registers memory in two processes and reads one from the other, byte for byte.
+
+    RDMA in one picture: one side says where its memory is, the other side's network card (here: UCX over the lab's
+    transports) fetches it; no message with the data in it is ever sent by the owner.
+    """
+    argv = [sys.executable, "-m", "disagglab.nixlprobe", str(size), str(REPEATS)]
+    env = {**os.environ, **lab.transport.env}
+    if lab.transport.ucx_tls:
+        env["UCX_TLS"] = ",".join(lab.transport.ucx_tls)
+    answer = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=LIMIT_S)
+    assert answer.returncode == 0, f"the probe failed; UCX_TLS={env.get('UCX_TLS', '(unset)')}\n{answer.stderr[-2000:]}"
+    result = json.loads(answer.stdout.splitlines()[-1])
+    assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"
+    record.numbers(
+        f"NIXL read of {size / 2**20:.0f} MiB between two processes",
+        [size / seconds / 1e9 for seconds in result["seconds"]],
+        "GB/s",
+        what="reads",
+        command=shlex.join(["UCX_TLS=" + env.get("UCX_TLS", ""), *argv]),
+    )
+    timing(result["seconds"], bytes=size)

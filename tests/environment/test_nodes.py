@@ -1,0 +1,119 @@
+"""Facts of every node, as tests: what the later figures stand on.
+
+The oracle is the node itself (kernel, package metadata); the expectation is the lab file. A fact that has no
+expectation is recorded, so that the report can say what a figure was measured on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+
+import pytest
+
+from disagglab import facts
+from disagglab.host import LocalHost
+from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS, Lab
+from disagglab.model import cache_folder
+from disagglab.port import PortPool
+from disagglab.recorder import Recorder
+from disagglab.store import Store
+
+GIB = 2**30
+FREE_DISK_GIB = 2  # a run's logs and per-request results stay below 0.1 GiB; the converted model takes 0.3 GiB
+
+
+def test_cores_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> None:
+    """Every core that the lab file gives to a node is one that this account may use.
+
+    A server bound to a core that does not exist would run unbound, and two servers on one core would measure
+    each other. Look at the instruction sets in the report: bf16 without avx512_bf16 or amx_bf16 is emulated.
+    """
+    allowed = os.sched_getaffinity(0)
+    for node in lab.nodes:
+        store.facts[f"node {node.name}"] = facts.cpu(host.facts, node)
+        assert set(node.cpus) <= allowed, f"{node.name}: cores {node.cpus}, allowed are {sorted(allowed)}"
+
+
+def test_memory_is_above_the_floor(host: LocalHost, lab: Lab, store: Store) -> None:
+    """MemAvailable covers the lab's floor for every server that will run on this host."""
+    memory = facts.memory(host.facts)
+    store.facts.setdefault("host", {})["memory"] = (
+        f"{memory['total'] / GIB:.1f} GiB, {memory['available'] / GIB:.1f} GiB available before the servers"
+    )
+    need = lab.memory.floor_gib * GIB
+    assert memory["available"] >= need, f"{memory['available'] / GIB:.1f} GiB available, {need / GIB:.1f} GiB wanted"
+
+
+def test_versions_are_those_of_the_lab(host: LocalHost, lab: Lab, store: Store) -> None:
+    """vLLM and the router are the versions that the lab file names; NIXL is installed."""
+    found = facts.versions(host.facts, sys.executable)
+    store.facts.setdefault("host", {}).update({**found, "UCX (in NIXL)": facts.ucx_version(host.facts, sys.executable)})
+    assert found["vllm"].partition("+")[0] == lab.vllm.version
+    assert found["vllm-router"] == lab.router.version
+    assert "nixl-cu13" in found or "nixl" in found, f"no NIXL among {sorted(found)}"
+
+
+def test_gpus_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> None:
+    """Every GPU that the lab file gives to a node answers nvidia-smi."""
+    if not any(node.gpus for node in lab.nodes):
+        pytest.skip("NO-GPU: no node of this lab has a GPU")
+    found = facts.gpus(host.facts)
+    for node in lab.nodes:
+        assert all(gpu < len(found) for gpu in node.gpus), f"{node.name}: GPUs {node.gpus}, the host has {len(found)}"
+        for gpu in node.gpus:
+            store.facts.setdefault(f"node {node.name}", {}).update(
+                {f"GPU {gpu} {key}": value for key, value in found[gpu].items()}
+            )
+
+
+def test_data_address_is_on_an_interface(host: LocalHost, lab: Lab, store: Store) -> None:
+    """The address of each node belongs to an interface of its host; its MTU and speed are recorded."""
+    for node in lab.nodes:
+        store.facts.setdefault(f"node {node.name}", {}).update(facts.network(host.facts, node.address))
+
+
+def test_rdma_devices_are_active(host: LocalHost, lab: Lab, store: Store) -> None:
+    """Every RDMA device that the lab file names has an active port."""
+    if not any(node.rdma for node in lab.nodes):
+        pytest.skip("NO-RDMA: no node of this lab has an RDMA device")
+    for node in lab.nodes:
+        for device in node.rdma:
+            state = facts.rdma_state(host.facts, device)
+            store.facts.setdefault(f"node {node.name}", {}).update({f"{device} {k}": v for k, v in state.items()})
+            assert "ACTIVE" in state.get("state", "absent"), f"{node.name}: {device} is {state or 'absent'}; try ibstat"
+
+
+def test_enough_ports_are_free(lab: Lab) -> None:
+    """The lab's port range holds enough ports that nobody uses.
+
+    A port is reserved here the way a server's is: bound, never listening, so that no other program can take it.
+    """
+    pool = PortPool(lab.nodes[0].address, lab.ports.first, lab.ports.last)
+    try:
+        reserved = [pool.reserve() for _ in range(PORTS_PER_SERVER * len(lab.nodes) + ROUTER_PORTS)]
+    finally:
+        pool.close()
+    assert len(set(reserved)) == len(reserved)
+
+
+def test_disk_has_room(store: Store) -> None:
+    """Reports and model cache each have room for a run."""
+    for folder in (store.folder, cache_folder()):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        assert free >= FREE_DISK_GIB * GIB, f"{folder}: {free / GIB:.1f} GiB free, {FREE_DISK_GIB} wanted; df -h {folder}"
+
+
+def test_clock_of_each_host_agrees_with_ours(host: LocalHost, lab: Lab, record: Recorder) -> None:
+    """A host's clock lies between two readings of ours, taken before and after asking it.
+
+    Logs of two hosts are read side by side; with clocks apart, causes come after effects.
+    """
+    before = time.time()
+    theirs = float(host.facts.check_output("date +%s.%N"))
+    after = time.time()
+    record.numbers("clock uncertainty", [after - before], "s", what="readings", arm=host.name, command="date +%s.%N")
+    assert before <= theirs <= after, f"{host.name}: clock is {theirs - before:+.3f} s off"

