@@ -34,7 +34,8 @@ def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> N
     """Return when every server is ready; show phase, elapsed time and budget while they boot.
 
     Raises:
-        StartError: at once when one dies (likely cause, last log lines), shows no sign of life for ``stall_s``,
+        StartError: at once when one dies (likely cause, last log lines), shows no sign of life for
+        ``stall_s``,
             exceeds ``start_limit_s``, or when another process answers in its place.
     """
     watches = {server.name: _Watch(server) for server in servers}
@@ -50,7 +51,7 @@ def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> N
             silent = time.monotonic() - watch.last_sign
             if silent > lab.vllm.stall_s:
                 raise StartError(
-                    f"{server.name}: no log output and no CPU use for {silent:.0f} s (phase {server.phase()})\n"
+                    f"{server.name}: no log output, no CPU use for {silent:.0f} s (phase {server.phase()})\n"
                     f"{post_mortem(server.process.log)}"
                 )
             if time.monotonic() - server.started > lab.vllm.start_limit_s:

@@ -1,11 +1,13 @@
-"""A small streaming client for what the load engine cannot do: single requests, token ids, the handshake by hand.
+"""A small streaming client for what the load engine cannot do: single requests, token ids, the handshake by
+hand.
 
-Times follow docs/metrics.md: TTFT from just before the request is sent to the first chunk with a choice, chunk gaps
-between such chunks, end to end to the last of them.
+Times follow docs/metrics.md: TTFT from just before the request is sent to the first chunk with a choice,
+chunk gaps between such chunks, end to end to the last of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -96,7 +98,9 @@ def complete(url: str, request: Mapping[str, Any]) -> Completion:
                     ids.extend(choice.get("token_ids") or [])
                     gaps.extend(_top2_gaps(choice.get("logprobs")))
     except httpx.HTTPError as error:
-        raise InvalidRun(f"{url}: the request broke off after {time.perf_counter() - start:.1f} s: {error!r}") from error
+        raise InvalidRun(
+            f"{url}: the request broke off after {time.perf_counter() - start:.1f} s: {error!r}"
+        ) from error
     if usage is None or not times:
         raise InvalidRun(f"{url}: the stream ended without {'usage' if times else 'any token'}")
     return Completion(
@@ -107,7 +111,7 @@ def complete(url: str, request: Mapping[str, Any]) -> Completion:
         output_tokens=usage["completion_tokens"],
         ttft_s=times[0] - start,
         e2e_s=times[-1] - start,
-        gaps_s=tuple(late - early for early, late in zip(times, times[1:], strict=False)),
+        gaps_s=tuple(late - early for early, late in itertools.pairwise(times)),
     )
 
 

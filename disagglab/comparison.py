@@ -35,7 +35,11 @@ class Comparison:
 
     def valid(self, workload: str, topology: str) -> list[Run]:
         """The runs that count, by round."""
-        found = [r for r in self.runs if r.workload.name == workload and r.topology == topology and r.invalid is None]
+        found = [
+            r
+            for r in self.runs
+            if r.workload.name == workload and r.topology == topology and r.invalid is None
+        ]
         return sorted(found, key=lambda run: run.round)
 
     def invalid(self) -> list[Run]:
@@ -67,13 +71,17 @@ def measure(
     shape: KvShape,
     version: str,
 ) -> Run:
-    """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never dropped."""
+    """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never
+    dropped.
+    """
     run: Run | None = None
     try:
         before = ledger.read(topology)
         run = engine.run(topology, workload, seed, number)
         after = ledger.settle(topology, before, len(run.sent))
-        return dataclasses.replace(run, ledger=ledger.prove(topology, before, after, run.sent, shape, version))
+        return dataclasses.replace(
+            run, ledger=ledger.prove(topology, before, after, run.sent, shape, version)
+        )
     except (InvalidRun, TransferError) as error:
         if run is None:
             run = Run(topology.name, workload, seed, number, "", 0.0, 0.0, (), (), (), (), ())
@@ -92,14 +100,17 @@ def run_rounds(
 ) -> Comparison:
     """Warm every topology up, then measure all of them in every round.
 
-    Within a round all topologies get the same prompts; the order is mirrored every other round, so that slow drift of
-    the machine cancels; between rounds the prompts change.
+    Within a round all topologies get the same prompts; the order is mirrored every other round, so that slow
+    drift of the machine cancels; between rounds the prompts change.
     """
     comparison = Comparison()
     widest = max(workloads, key=lambda workload: workload.concurrency)
+    warm_up = widest.model_copy(update={"requests": widest.concurrency})
     for topology in topologies:
         progress(f"warm-up, {topology.name}")
-        store.add_run(measure(engine, topology, widest, random.getrandbits(31), WARM_UP_ROUND, shape, version))
+        store.add_run(
+            measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape, version)
+        )
     for number in range(rounds):
         order = list(topologies) if number % 2 == 0 else list(reversed(topologies))
         for workload in workloads:
@@ -123,7 +134,9 @@ def _row(comparison: Comparison, gate: GateSection) -> VerdictRow:
     baseline = comparison.values(gate.workload, gate.baseline, gate.metric)
     pairs = comparison.pairs(gate.workload, gate.baseline, DISAGGREGATED, gate.metric)
     if not pairs:
-        raise InvalidRun(f"{gate.workload}: no valid pair of runs for {gate.metric}; see the invalid runs in the report")
+        raise InvalidRun(
+            f"{gate.workload}: no valid pair of runs for {gate.metric}; see the invalid runs in the report"
+        )
     verdict = judge(pairs, better, gate.margin)
     met = passes(verdict, gate.want, better)
     return VerdictRow(
@@ -140,6 +153,7 @@ def _row(comparison: Comparison, gate: GateSection) -> VerdictRow:
         high=verdict.high,
         rounds=verdict.rounds,
         smallest_detectable=verdict.smallest_detectable,
-        gate=f"{'met' if met else 'not met'}: wants {gate.want}" + ("" if gate.enforce else " (not enforced)"),
+        gate=f"{'met' if met else 'not met'}: wants {gate.want}"
+        + ("" if gate.enforce else " (not enforced)"),
         reason=verdict.reason,
     )

@@ -30,7 +30,9 @@ class ConfigError(LabError):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = f"{count} problem{'s' if count != 1 else ''} found; nothing was started"
-        super().__init__("\n".join([head, *(f"  {number}. {p}" for number, p in enumerate(self.problems, 1))]))
+        super().__init__(
+            "\n".join([head, *(f"  {number}. {p}" for number, p in enumerate(self.problems, 1))])
+        )
 
 
 class StartError(LabError):

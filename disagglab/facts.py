@@ -41,7 +41,8 @@ def cpu(host: Any, node: NodeSection) -> dict[str, str]:
         "architecture": host.system_info.arch,
         "cores of the machine": str(text.count("processor\t")),
         "cores of the node": ", ".join(map(str, node.cpus)) or "not bound",
-        "instruction sets": ", ".join(name for name in ISA_OF_INTEREST if name in flags) or "none of interest",
+        "instruction sets": ", ".join(name for name in ISA_OF_INTEREST if name in flags)
+        or "none of interest",
     }
 
 
@@ -96,11 +97,13 @@ def gpus(host: Any) -> list[dict[str, str]]:
     if query.rc != 0:
         return []
     keys = ("name", "memory", "driver")
-    return [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in query.stdout.splitlines()]
+    return [
+        dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in query.stdout.splitlines()
+    ]
 
 
 def rdma_state(host: Any, device: str) -> dict[str, str]:
-    """State and rate of an RDMA device's first port, as sysfs shows them; empty if there is no such device."""
+    """State and rate of an RDMA device's first port, as sysfs shows them; empty if there is none."""
     base = f"/sys/class/infiniband/{shlex.quote(device)}/ports/1"
     if not host.file(f"{base}/state").exists:
         return {}

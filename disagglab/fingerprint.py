@@ -44,7 +44,9 @@ def commit() -> str:
     root = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
 
     head = git("rev-parse", "--short=12", "HEAD")
     if not head:
@@ -66,7 +68,8 @@ def fingerprint() -> dict[str, Any]:
 
 
 def speed_probe() -> dict[str, float]:
-    """How fast this machine is right now: best of a few memory copies (GB/s, bytes copied) and matrix products (GFLOP/s).
+    """How fast this machine is right now: best of a few memory copies (GB/s, bytes copied) and matrix
+    products (GFLOP/s).
 
     Shared machines slow down several times over for minutes; a run is read beside its probe.
     """
@@ -81,4 +84,7 @@ def speed_probe() -> dict[str, float]:
         start = time.perf_counter()
         left @ left
         products.append(time.perf_counter() - start)
-    return {"copy_gb_per_s": COPY_BYTES / min(copies) / 1e9, "matrix_gflop_per_s": 2 * MATRIX**3 / min(products) / 1e9}
+    return {
+        "copy_gb_per_s": COPY_BYTES / min(copies) / 1e9,
+        "matrix_gflop_per_s": 2 * MATRIX**3 / min(products) / 1e9,
+    }

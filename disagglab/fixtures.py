@@ -1,4 +1,4 @@
-"""Fixtures hand out ready, proved things; what they started is gone when they are done, and that is asserted."""
+"""Fixtures hand out ready, proved things; what they started is gone afterwards, and that is asserted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def store(live: Session) -> Store:
 
 @pytest.fixture(scope="session")
 def shape(lab: Lab) -> KvShape:
-    """The model's KV shape: from its folder where it is on this machine, else from the config shipped for its id."""
+    """The model's KV shape: from its folder where it is on this machine, else from the config shipped for its
+    id.
+    """
     if lab.model.id in kv.shipped():
         return kv.shape(kv.shipped_config(lab.model.id), lab.model.dtype, lab.model.id)
     return kv.shape(model.find(lab).config, lab.model.dtype, lab.model.id)
@@ -54,9 +56,11 @@ def shape(lab: Lab) -> KvShape:
 
 @pytest.fixture(scope="session")
 def host(live: Session) -> Iterator[LocalHost]:
-    """This machine, cleared of what earlier sessions left; afterwards nothing of this session is left on it."""
+    """This machine, cleared of what earlier sessions left; nothing of this session is left on it either."""
     if not live.lab.is_local:
-        pytest.skip(f"SSH-TRANSPORT: lab {live.lab.name} has remote hosts; this version starts servers only locally")
+        pytest.skip(
+            f"SSH-TRANSPORT: lab {live.lab.name} has remote hosts; this version starts servers only locally"
+        )
     with exclusive():
         local = connect("local", live.run_id, live.lab, live.store.logs)
         reaped = local.reap()
@@ -131,7 +135,7 @@ def disaggregated(live: Session, deployment: Deployment) -> Topology:
 def comparison(
     live: Session, deployment: Deployment, engine: LoadEngine, store: Store, shape: KvShape
 ) -> Comparison:
-    """All topologies on the workloads of the lab's gates, in interleaved rounds, with verdicts in the store."""
+    """All topologies on the workloads of the lab's gates, in interleaved rounds; verdicts go to the store."""
     if not live.lab.gates:
         raise LabError(f"{live.lab.file}: no [[gate]], so nothing to compare; add one")
     topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
@@ -143,7 +147,9 @@ def comparison(
         )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
     if len(live.comparison.invalid()) == len(live.comparison.runs):
-        raise InvalidRun(f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}")
+        raise InvalidRun(
+            f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}"
+        )
     for row in verdict_rows(live.comparison, live.lab):
         store.add(row)
     return live.comparison

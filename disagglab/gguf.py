@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "disagglab.json"
 
@@ -25,7 +26,7 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
 
     place, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=getattr(torch, dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=getattr(torch, dtype))
     # save_pretrained refuses a model that still calls itself quantized; its tensors are plain by now
     model.hf_quantizer = None
     model.is_quantized = False
@@ -37,7 +38,9 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
     state = model.state_dict()
     different = [key for key, tensor in written.items() if not torch.equal(tensor, state[key])]
     if different or not written:
-        sys.exit(f"{folder}: {len(different)} of {len(written)} tensors differ from the GGUF file: {different[:3]}")
+        sys.exit(
+            f"{folder}: {len(different)} of {len(written)} tensors differ from the GGUF file: {different[:3]}"
+        )
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)

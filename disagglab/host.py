@@ -107,9 +107,19 @@ class LocalHost:
 
 
 INHERITED = (
-    "PATH", "HOME", "USER", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN",
-    "XDG_CACHE_HOME", "SSL_CERT_FILE", "CUDA_HOME",
-)  # fmt: skip
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_TOKEN",
+    "XDG_CACHE_HOME",
+    "SSL_CERT_FILE",
+    "CUDA_HOME",
+)
 
 
 def inherited_environment() -> dict[str, str]:
@@ -127,9 +137,11 @@ def connect(name: str, run_id: str, lab: Lab, logs: Path) -> LocalHost:
         raise ConfigError(
             [
                 Problem(
-                    lab.file, "node.host", f"{name}: hosts over SSH are not supported yet",
+                    lab.file,
+                    "node.host",
+                    f"{name}: hosts over SSH are not supported yet",
                     "run the parts that need no host: pytest -m 'disagg and hostless' --lab …",
-                )  # fmt: skip
+                )
             ]
         )
     return LocalHost(run_id, lab, logs)

@@ -1,7 +1,7 @@
 """KV cache arithmetic from a model's ``config.json`` alone: no weights, no torch, no vLLM.
 
-Bytes per token = 2 (key and value) x layers x KV heads x head dimension x bytes per element (full attention: MHA,
-GQA and MQA differ only in the number of KV heads). What this module cannot compute it refuses by name.
+Bytes per token = 2 (key and value) x layers x KV heads x head dimension x bytes per element (full attention:
+MHA, GQA and MQA differ only in the number of KV heads). What this module cannot compute it refuses by name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ CONFIGS_FOLDER = Path(__file__).parent / "configs"  # of models that a lab names
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 KEY_AND_VALUE = 2
 
-# How many KV cache blocks NixlConnector moves for a prompt, by vLLM version (major.minor). Pull mode reads whole
-# blocks, the last partial one included, and skips those that the decode server holds already.
+# How many KV cache blocks NixlConnector moves for a prompt, by vLLM version (major.minor). Pull mode reads
+# whole blocks, the last partial one included, and skips those that the decode server holds already.
 WHOLE_BLOCKS = "whole blocks, the last partial one included"
 BLOCK_RULE = {"0.31": WHOLE_BLOCKS, "0.26": WHOLE_BLOCKS}
 
@@ -60,12 +60,23 @@ def blocks_to_move(tokens: int, block_size: int, vllm_version: str) -> int:
         raise ConfigError(
             [
                 Problem(
-                    "disagglab/kv.py", "BLOCK_RULE", f"no block rule known for vLLM {vllm_version}",
+                    "disagglab/kv.py",
+                    "BLOCK_RULE",
+                    f"no block rule known for vLLM {vllm_version}",
                     "measure it with pytest -m kvcache on that version and add a line",
-                )  # fmt: skip
+                )
             ]
         )
     return blocks(tokens, block_size)
+
+
+def tokens_from_prefill(tokens: int) -> int:
+    """Prompt tokens that the decode server counts as taken from prefill.
+
+    vLLM recomputes the last prompt token to get its logits. With one token nothing else is left, so it counts
+    as computed locally, although its block has moved.
+    """
+    return tokens if tokens > 1 else 0
 
 
 def transfer_time_s(kv_bytes: int, link_bytes_per_s: float) -> float:
@@ -85,7 +96,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ConfigError([Problem(str(path), "(whole file)", "missing", "name a model folder")]) from error
     except ValueError as error:
-        raise ConfigError([Problem(str(path), "(whole file)", f"not JSON: {error}", "fetch the model anew")]) from error
+        raise ConfigError(
+            [Problem(str(path), "(whole file)", f"not JSON: {error}", "fetch the model anew")]
+        ) from error
     return config
 
 
@@ -109,7 +122,8 @@ def shape(config: Mapping[str, Any], dtype: str, origin: str = "config.json") ->
         origin: where the config came from, for messages.
 
     Raises:
-        ConfigError: if a value is missing, or the architecture stores something else than one key and one value per
+        ConfigError: if a value is missing, or the architecture stores something else than one key and one
+        value per
             layer, KV head and token (MLA, sliding windows, recurrent state, encoder-decoder).
     """
     refused = {
@@ -125,11 +139,22 @@ def shape(config: Mapping[str, Any], dtype: str, origin: str = "config.json") ->
             raise ConfigError([Problem(origin, key, f"{what} is not computed", "use a full-attention model")])
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         raise ConfigError(
-            [Problem(origin, "sliding_window", "sliding-window attention is not computed", "use a full-attention model")]
+            [
+                Problem(
+                    origin,
+                    "sliding_window",
+                    "sliding-window attention is not computed",
+                    "use a full-attention model",
+                )
+            ]
         )
-    missing = [k for k in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings") if k not in config]
+    missing = [
+        k for k in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings") if k not in config
+    ]
     if missing:
-        raise ConfigError([Problem(origin, key, "missing", "use the config of a decoder model") for key in missing])
+        raise ConfigError(
+            [Problem(origin, key, "missing", "use the config of a decoder model") for key in missing]
+        )
     heads = int(config["num_attention_heads"])
     head_dim = config.get("head_dim") or int(config["hidden_size"]) // heads
     return KvShape(

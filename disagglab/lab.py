@@ -1,4 +1,5 @@
-"""Lab files: which nodes, which model, which settings. Read into frozen models; every mistake is reported at once.
+"""Lab files: which nodes, which model, which settings. Read into frozen models; every mistake is reported at
+once.
 
 docs/lab-file.md is the reference of the keys; the field descriptions here are its source.
 """
@@ -38,9 +39,13 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """What the servers load."""
 
-    id: str = Field(min_length=1, description="folder, Hugging Face id, or package:NAME for a model a package ships")
+    id: str = Field(
+        min_length=1, description="folder, Hugging Face id, or package:NAME for a model a package ships"
+    )
     revision: str | None = Field(None, description="Hugging Face revision; absent means main")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="dtype of weights and KV cache")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="dtype of weights and KV cache"
+    )
     max_model_len: int = Field(ge=256, description="longest prompt plus output, tokens")
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, speed only")
 
@@ -51,7 +56,9 @@ class VllmSection(_Section):
     version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="the vLLM version this lab is meant for")
     args: dict[str, str | int | float | bool] = Field(default={}, description="further options, without --")
     env: dict[str, str] = Field(default={}, description="further environment of every server")
-    stall_s: float = Field(180, ge=10, description="a start without log output or CPU use for so long has failed, s")
+    stall_s: float = Field(
+        180, ge=10, description="a start without log output or CPU use for so long has failed, s"
+    )
     start_limit_s: float = Field(900, ge=30, description="a start that takes longer has failed, s")
 
 
@@ -79,20 +86,32 @@ class ControllerSection(_Section):
 class TransportSection(_Section):
     """How NixlConnector moves KV blocks."""
 
-    kv_buffer_device: Literal["cpu", "cuda"] = Field(description="memory that transfers read from and write to")
+    kv_buffer_device: Literal["cpu", "cuda"] = Field(
+        description="memory that transfers read from and write to"
+    )
     ucx_tls: list[str] = Field(default=[], description="UCX_TLS; empty leaves the choice to UCX")
     env: dict[str, str] = Field(default={}, description="further UCX_* and NIXL_* variables")
     lease_s: int = Field(30, ge=6, description="how long prefill keeps unclaimed blocks, s")
-    load_failure_policy: Literal["fail", "recompute"] = Field("fail", description="recompute hides a broken link")
-    progress_delay_us: int = Field(0, ge=0, le=1_000_000, description="pause of NIXL's progress thread, us; 0: stock")
-    keep_node_cpus: bool = Field(False, description="keep the CPU connector on the node's own cores; false: stock")
-    link_gbit_s: float | None = Field(None, gt=0, description="nominal rate of the link, Gbit/s, for predictions")
+    load_failure_policy: Literal["fail", "recompute"] = Field(
+        "fail", description="recompute hides a broken link"
+    )
+    progress_delay_us: int = Field(
+        0, ge=0, le=1_000_000, description="pause of NIXL's progress thread, us; 0: stock"
+    )
+    keep_node_cpus: bool = Field(
+        False, description="keep the CPU connector on the node's own cores; false: stock"
+    )
+    link_gbit_s: float | None = Field(
+        None, gt=0, description="nominal rate of the link, Gbit/s, for predictions"
+    )
 
 
 class RouterSection(_Section):
     """vllm-router."""
 
-    version: str = Field("0.1.17", pattern=r"^\d+\.\d+\.\d+$", description="the version this lab is meant for")
+    version: str = Field(
+        "0.1.17", pattern=r"^\d+\.\d+\.\d+$", description="the version this lab is meant for"
+    )
     policy: Literal["round_robin"] = Field("round_robin", description="routing between equal workers")
 
 
@@ -116,7 +135,9 @@ class GateSection(_Section):
         description="run-level figure that is compared"
     )
     workload: str = Field(description="name of a file in workloads/")
-    baseline: Literal["single", "replicated"] = Field(description="what disaggregated serving is compared with")
+    baseline: Literal["single", "replicated"] = Field(
+        description="what disaggregated serving is compared with"
+    )
     want: Literal["better", "not worse"] = Field(description="verdict that passes")
     margin: float = Field(gt=0, lt=1, description="differences below this share count as equivalent")
     enforce: bool = Field(True, description="false: shown, never a failure")
@@ -195,7 +216,9 @@ def find_lab(name: str) -> Path:
     path = Path(name) if name.endswith(".toml") or os.sep in name else LABS_FOLDER / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in LABS_FOLDER.glob("*.toml")))
-        raise ConfigError([Problem(str(path), "--lab", "no such lab file", f"use one of {known}, or a path to a .toml")])
+        raise ConfigError(
+            [Problem(str(path), "--lab", "no such lab file", f"use one of {known}, or a path to a .toml")]
+        )
     return path
 
 
@@ -273,29 +296,50 @@ def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
     for arg in vllm.args if vllm else ():
         name = arg.lstrip("-").replace("_", "-")
         if arg.startswith("-"):
-            yield Problem(file, f"vllm.args.{arg}", "written with dashes in front", f"write {arg.lstrip('-')} = …")
+            yield Problem(
+                file, f"vllm.args.{arg}", "written with dashes in front", f"write {arg.lstrip('-')} = …"
+            )
         elif name in RESERVED_ARGS:
-            yield Problem(file, f"vllm.args.{arg}", "set by the suite", f"remove it; it comes from {RESERVED_ARGS[name]}")
+            yield Problem(
+                file,
+                f"vllm.args.{arg}",
+                "set by the suite",
+                f"remove it; it comes from {RESERVED_ARGS[name]}",
+            )
     ports: PortsSection | None = parts.get("ports")
     if ports is not None:
         have, need = ports.last - ports.first + 1, PORTS_PER_SERVER * len(nodes) + ROUTER_PORTS
         if have < need:
             yield Problem(
-                file, "ports", f"{ports.first} to {ports.last} holds {max(have, 0)} ports, this lab needs {need}",
+                file,
+                "ports",
+                f"{ports.first} to {ports.last} holds {max(have, 0)} ports, this lab needs {need}",
                 f"set last to {ports.first + need - 1} or more",
-            )  # fmt: skip
+            )
     transport: TransportSection | None = parts.get("transport")
     if transport is not None:
         if transport.kv_buffer_device == "cuda" and any(not node.gpus for node in nodes):
-            yield Problem(file, "transport.kv_buffer_device", "cuda, but a node has no gpus", 'set it to "cpu"')
-        if "tcp" not in transport.ucx_tls and transport.ucx_tls and any(t in transport.ucx_tls for t in ("sm", "shm")):
             yield Problem(
-                file, "transport.ucx_tls", "shared memory without tcp", 'add "tcp": NIXL cannot connect without it'
+                file, "transport.kv_buffer_device", "cuda, but a node has no gpus", 'set it to "cpu"'
+            )
+        if (
+            "tcp" not in transport.ucx_tls
+            and transport.ucx_tls
+            and any(t in transport.ucx_tls for t in ("sm", "shm"))
+        ):
+            yield Problem(
+                file,
+                "transport.ucx_tls",
+                "shared memory without tcp",
+                'add "tcp": NIXL cannot connect without it',
             )
     for index, gate in enumerate(parts.get("gates", ())):
         if not (LABS_FOLDER.parent / "workloads" / f"{gate.workload}.toml").is_file():
             yield Problem(
-                file, f"gate[{index}].workload", f"no file workloads/{gate.workload}.toml", "name a workload that exists"
+                file,
+                f"gate[{index}].workload",
+                f"no file workloads/{gate.workload}.toml",
+                "name a workload that exists",
             )
 
 
@@ -304,7 +348,9 @@ def _node_problems(
 ) -> Iterator[Problem]:
     for role in ("prefill", "decode"):
         if nodes and not any(node.role == role for node in nodes):
-            yield Problem(file, "node.role", f"no node has the role {role}", f'set role = "{role}" on one node')
+            yield Problem(
+                file, "node.role", f"no node has the role {role}", f'set role = "{role}" on one node'
+            )
     seen: dict[str, str] = {}
     owners: dict[tuple[str, str, int], str] = {}
     for index, node in enumerate(nodes):
@@ -321,20 +367,28 @@ def _node_problems(
                     yield Problem(file, f"{key}.{kind}", f"{unit} is negative", "count from 0")
                 elif owner != node.name:
                     yield Problem(
-                        file, f"{key}.{kind}", f"{kind[:-1]} {unit} of {node.host} belongs to {owner} already",
+                        file,
+                        f"{key}.{kind}",
+                        f"{kind[:-1]} {unit} of {node.host} belongs to {owner} already",
                         "give each node its own, or the comparison is void",
-                    )  # fmt: skip
+                    )
         if node.host == "local":
             have = os.cpu_count() or 1
             for cpu in (cpu for cpu in node.cpus if cpu >= have):
                 yield Problem(
-                    file, f"{key}.cpus", f"core {cpu}, but this machine has {have} (0 to {have - 1})", "name a core it has"
+                    file,
+                    f"{key}.cpus",
+                    f"core {cpu}, but this machine has {have} (0 to {have - 1})",
+                    "name a core it has",
                 )
     if controller is not None and controller.host == "local" and controller.address != "127.0.0.1":
         remote = [node for node in nodes if node.host != "local"]
         if not remote:
             yield Problem(
-                file, "controller.address", f"{controller.address} with only local nodes", 'set it to "127.0.0.1"'
+                file,
+                "controller.address",
+                f"{controller.address} with only local nodes",
+                'set it to "127.0.0.1"',
             )
 
 
@@ -348,9 +402,10 @@ def check_against_model(lab: Lab, max_positions: int) -> None:
         raise ConfigError(
             [
                 Problem(
-                    lab.file, "model.max_model_len",
+                    lab.file,
+                    "model.max_model_len",
                     f"{lab.model.max_model_len} tokens, but the model has {max_positions} positions",
                     f"set it to {max_positions} or less",
-                )  # fmt: skip
+                )
             ]
         )

@@ -1,8 +1,8 @@
 """Leases: what this account has started on this host, and how a later session ends what an earlier one left.
 
-Every supervisor writes one lease file and removes it when its tree is gone. A lease that outlives its supervisor
-means that the supervisor itself was killed (or the machine restarted); its processes are then found by session id
-and start time, never by name.
+Every supervisor writes one lease file and removes it when its tree is gone. A lease that outlives its
+supervisor means that the supervisor itself was killed (or the machine restarted); its processes are then
+found by session id and start time, never by name.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def reap() -> list[Reaped]:
         StartError: if a left-over does not end; the message names the processes.
     """
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return [done for path in sorted(folder().glob("*.json")) if (done := _reap_one(path, boot_id)) is not None]
+    return [
+        done for path in sorted(folder().glob("*.json")) if (done := _reap_one(path, boot_id)) is not None
+    ]
 
 
 def _reap_one(path: Path, boot_id: str) -> Reaped | None:

@@ -1,7 +1,7 @@
 """Proof of path: what the servers' own counters say about a run, checked against what was sent and computed.
 
-No figure is stored before :func:`prove` has returned. Three rules: a counter that is missing is an error, a counter
-that was reset makes the run invalid, and the router's word counts for nothing.
+No figure is stored before :func:`prove` has returned. Three rules: a counter that is missing is an error, a
+counter that was reset makes the run invalid, and the router's word counts for nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.kv import KvShape, blocks_to_move
+from disagglab.kv import KvShape, blocks_to_move, tokens_from_prefill
 from disagglab.metrics import Snapshot, delta
 from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
@@ -54,8 +54,8 @@ class Reading:
 class Ledger:
     """What the servers counted between two readings. Tokens, bytes, seconds; by server where it says so.
 
-    The last three are prompt tokens by source on the servers that decode: fetched from prefill, computed there,
-    found in the prefix cache there.
+    The last three are prompt tokens by source on the servers that decode: fetched from prefill, computed
+    there, found in the prefix cache there.
     """
 
     finished: Mapping[str, int]
@@ -104,11 +104,14 @@ def cache_config(snapshot: Snapshot) -> dict[str, str]:
     for name, labels, _ in snapshot.samples:
         if name == CACHE_CONFIG:
             return dict(labels)
-    raise InvalidRun(f"{snapshot.server} exposes no {CACHE_CONFIG}; look: curl -s {snapshot.url} | grep cache_config")
+    raise InvalidRun(
+        f"{snapshot.server} exposes no {CACHE_CONFIG}; look: curl -s {snapshot.url} | grep cache_config"
+    )
 
 
 def settle(topology: Topology, before: Reading, requests: int) -> Reading:
-    """Read again once the counters have caught up with ``requests`` finished ones, at the latest at the deadline.
+    """Read again once the counters have caught up with ``requests`` finished ones, at the latest at the
+    deadline.
 
     A reading that has not caught up is returned all the same; :func:`prove` then says what is missing.
     """
@@ -197,20 +200,27 @@ def prove(
     if topology.name == REPLICATED:
         share = sorted(book.finished.values())
         if share[-1] - share[0] > 1:
-            raise InvalidRun(f"{where}: round robin did not alternate: requests by server {dict(book.finished)}")
+            raise InvalidRun(
+                f"{where}: round robin did not alternate: requests by server {dict(book.finished)}"
+            )
     return book
 
 
 def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expected: int) -> None:
     where = topology.name
-    finished = {role: sum(book.finished[s.name] for s in getattr(topology, role)) for role in ("prefill", "decode")}
+    finished = {
+        role: sum(book.finished[s.name] for s in getattr(topology, role)) for role in ("prefill", "decode")
+    }
     _equal(where, "requests finished by prefill", finished["prefill"], len(sent))
     _equal(where, "requests finished by decode", finished["decode"], len(sent))
     _equal(where, "transfers", book.transfers, len(sent), TransferError)
     _equal(where, "bytes moved by the connector", book.kv_bytes, expected, TransferError)
-    prompt = sum(request.prompt_tokens for request in sent)
-    _equal(where, "prompt tokens that decode took from prefill", book.external_tokens, prompt, TransferError)
-    _equal(where, "prompt tokens that decode computed itself", book.computed_tokens, 0, TransferError)
+    external = sum(tokens_from_prefill(request.prompt_tokens) for request in sent)
+    computed = sum(request.prompt_tokens for request in sent) - external
+    _equal(
+        where, "prompt tokens that decode took from prefill", book.external_tokens, external, TransferError
+    )
+    _equal(where, "prompt tokens that decode computed itself", book.computed_tokens, computed, TransferError)
 
 
 def _block(topology: Topology, reading: Reading) -> int:
@@ -220,6 +230,8 @@ def _block(topology: Topology, reading: Reading) -> int:
     return sizes.pop()
 
 
-def _equal(where: str, what: str, got: int, expected: int, error: type[InvalidRun | TransferError] = InvalidRun) -> None:
+def _equal(
+    where: str, what: str, got: int, expected: int, error: type[InvalidRun | TransferError] = InvalidRun
+) -> None:
     if got != expected:
         raise error(f"{where}: {what}: expected {expected:,}, got {got:,}")

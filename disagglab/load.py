@@ -141,21 +141,56 @@ class LoadEngine:
 def bench_options(topology: Topology, workload: Workload, seed: int, tokenizer: Path, salt: str) -> list[str]:
     """Options of ``vllm bench serve`` for one closed-loop run.
 
-    Every topology gets the same prompts within a round. ``salt`` keeps one run's prefix cache from serving another's.
+    Every topology gets the same prompts within a round. ``salt`` keeps one run's prefix cache from serving
+    another's.
     """
     return [
-        "--backend", "openai", "--base-url", topology.router.url, "--endpoint", "/v1/completions",
-        "--model", topology.served_name, "--tokenizer", str(tokenizer), "--dataset-name", "random",
-        "--random-input-len", str(workload.prompt_tokens), "--random-output-len", str(workload.output_tokens),
-        "--num-prompts", str(workload.requests), "--max-concurrency", str(workload.concurrency),
-        "--seed", str(seed), "--ignore-eos", "--temperature", "0", "--ready-check-timeout-sec", "0",
-        "--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99",
-        "--save-detailed", "--extra-body", json.dumps({"cache_salt": salt}),
-    ]  # fmt: skip
+        "--backend",
+        "openai",
+        "--base-url",
+        topology.router.url,
+        "--endpoint",
+        "/v1/completions",
+        "--model",
+        topology.served_name,
+        "--tokenizer",
+        str(tokenizer),
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(workload.prompt_tokens),
+        "--random-output-len",
+        str(workload.output_tokens),
+        "--num-prompts",
+        str(workload.requests),
+        "--max-concurrency",
+        str(workload.concurrency),
+        "--seed",
+        str(seed),
+        "--ignore-eos",
+        "--temperature",
+        "0",
+        "--ready-check-timeout-sec",
+        "0",
+        "--disable-tqdm",
+        "--percentile-metrics",
+        "ttft,tpot,itl,e2el",
+        "--metric-percentiles",
+        "50,90,99",
+        "--save-detailed",
+        "--extra-body",
+        json.dumps({"cache_salt": salt}),
+    ]
 
 
 def run_from(
-    result: dict[str, Any], topology: str, workload: Workload, seed: int, number: int, command: str, cpu_share: float
+    result: dict[str, Any],
+    topology: str,
+    workload: Workload,
+    seed: int,
+    number: int,
+    command: str,
+    cpu_share: float,
 ) -> Run:
     """Build a :class:`Run` from the JSON of ``vllm bench serve``.
 
@@ -165,12 +200,15 @@ def run_from(
     errors = [error for error in result["errors"] if error]
     if errors or result["failed"] or result["completed"] != workload.requests:
         raise InvalidRun(
-            f"{topology}: {result['completed']} of {workload.requests} requests completed, {result['failed']} failed;"
+            f"{topology}: {result['completed']} of {workload.requests} requests completed,"
+            f" {result['failed']} failed;"
             f" first error: {errors[0][:300] if errors else 'none reported'}; command: {command}"
         )
     wrong = [n for n in result["output_lens"] if n != workload.output_tokens]
     if wrong:
-        raise InvalidRun(f"{topology}: answers of {sorted(set(wrong))} tokens, {workload.output_tokens} were asked for")
+        raise InvalidRun(
+            f"{topology}: answers of {sorted(set(wrong))} tokens, {workload.output_tokens} were asked for"
+        )
     return Run(
         topology=topology,
         workload=workload,

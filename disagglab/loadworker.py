@@ -1,7 +1,8 @@
 """Runs ``vllm bench serve`` jobs in one process, because starting it costs 7 s of imports each time.
 
-Run as a program: ``python -m disagglab.loadworker SOCKET``. It listens on a unix socket; a connection sends one JSON
-line with the options of ``vllm bench serve`` and gets one JSON line back: its result, as vLLM computed it.
+Run as a program: ``python -m disagglab.loadworker SOCKET``. It listens on a unix socket; a connection sends
+one JSON line with the options of ``vllm bench serve`` and gets one JSON line back: its result, as vLLM
+computed it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def serve(path: str) -> None:
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = FlexibleArgumentParser()
+    parser: Any = FlexibleArgumentParser()
     add_cli_args(parser)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     temporary = f"{path}.new"

@@ -1,4 +1,6 @@
-"""Prometheus metrics of a server, read before and after, and their differences. A missing metric is an error, not 0."""
+"""Prometheus metrics of a server, read before and after, and their differences. A missing metric is an error,
+not 0.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Snapshot:
         found = [value for sample, have, value in self.samples if sample == name and wanted <= have]
         if not found:
             shown = name + (str(labels) if labels else "")
-            raise InvalidRun(f"{self.server} exposes no metric {shown}; look: curl -s {self.url} | grep {name}")
+            raise InvalidRun(
+                f"{self.server} exposes no metric {shown}; look: curl -s {self.url} | grep {name}"
+            )
         return sum(found)
 
     def families(self) -> frozenset[str]:
@@ -71,7 +75,9 @@ def delta(before: Snapshot, after: Snapshot, name: str, **labels: str) -> float:
         InvalidRun: if the metric is missing, the counter fell, or the process is another one.
     """
     if before.value(PROCESS_START) != after.value(PROCESS_START):
-        raise InvalidRun(f"{after.server}: the process restarted between the two scrapes; its counters began anew")
+        raise InvalidRun(
+            f"{after.server}: the process restarted between the two scrapes; its counters began anew"
+        )
     growth = after.value(name, **labels) - before.value(name, **labels)
     if growth < 0:
         raise InvalidRun(f"{after.server}: counter {name} fell by {-growth:g}; it was reset")

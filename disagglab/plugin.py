@@ -1,4 +1,4 @@
-"""The pytest plugin: options, markers, the run's folder, the report. Fixtures are in disagglab/fixtures.py."""
+"""The pytest plugin: options, markers, the run's folder, the report. Fixtures: disagglab/fixtures.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("disagg-lab")
     group.addoption("--lab", default="embedded", help="name of a file in labs/, or a path to a lab file")
     group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds)")
-    group.addoption("--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})")
-    group.addoption("--dedicated", action="store_true", help="also measure on servers without any KV connector")
+    group.addoption(
+        "--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})"
+    )
+    group.addoption(
+        "--dedicated", action="store_true", help="also measure on servers without any KV connector"
+    )
 
 
 def _tests_lab(config: pytest.Config) -> bool:
@@ -125,7 +129,9 @@ def module_of(item: pytest.Item) -> str | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests with their module; run modules in order, in each what needs no server first, dedicated servers last."""
+    """Mark tests with their module; run modules in order, in each what needs no server first, dedicated
+    servers last.
+    """
     order = {name: position for position, name in enumerate(MODULES)}
     for item in items:
         module = module_of(item)
@@ -148,9 +154,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Note each test's claim and outcome; tell a failed one's reader where to look next."""
-    outcome: Any = yield
+    outcome = yield
     session = item.config.stash.get(SESSION, None)
     module = module_of(item)
     if session is None or module is None:
@@ -158,22 +164,28 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if outcome.failed:
         logs = session.store.logs
         outcome.sections.append(
-            ("where to look", f"logs: {logs}\nnext: tail -n 40 {logs}/*.log\nagain: pytest {shlex.quote(item.nodeid)}"
-             f" --lab {session.lab.name}")
-        )  # fmt: skip
+            (
+                "where to look",
+                f"logs: {logs}\nnext: tail -n 40 {logs}/*.log\nagain: pytest {shlex.quote(item.nodeid)}"
+                f" --lab {session.lab.name}",
+            )
+        )
     if outcome.when == "call" or outcome.outcome != "passed":
-        document = (getattr(getattr(item, "function", None), "__doc__", None) or item.name).strip().splitlines()[0]
+        document = getattr(getattr(item, "function", None), "__doc__", None) or item.name
+        claimed = " ".join(document.strip().partition("\n\n")[0].split())
         label = f" [{item.callspec.id}]" if hasattr(item, "callspec") else ""
         reason = outcome.longrepr[2].removeprefix("Skipped: ") if outcome.skipped else ""
         state = outcome.outcome if outcome.when == "call" or outcome.skipped else "error"
-        claim = Claim(item.nodeid, document.rstrip(".") + label, state, outcome.duration, reason)
+        claim = Claim(item.nodeid, claimed.rstrip(".") + label, state, outcome.duration, reason)
         session.add_claim(module, item.path.parent / "README.md", claim)
     return outcome
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any] | None:
-    """What results depend on, in place of pytest-benchmark's own list (which holds the momentary clock speed)."""
+    """What results depend on, in place of pytest-benchmark's own list (which holds the momentary clock
+    speed).
+    """
     session = config.stash.get(SESSION, None)
     return None if session is None else {"node": session.lab.name, **session.store.meta["fingerprint"]}
 

@@ -1,9 +1,10 @@
 """TCP ports that nobody else can take between their allocation and the moment a server listens on them.
 
-A vLLM server binds its port some 20 s after it was started. Until then, and until the end of the session, the port
-is held by a socket that is bound and never listens. It was bound without SO_REUSEADDR, so nobody else used the port;
-SO_REUSEADDR is set on it afterwards, so a server that sets it too (uvicorn, Rust's standard library and ZeroMQ do)
-may bind and listen, while a plain bind by another program, and the kernel's own choice of a port, are refused.
+A vLLM server binds its port some 20 s after it was started. Until then, and until the end of the session, the
+port is held by a socket that is bound and never listens. It was bound without SO_REUSEADDR, so nobody else
+used the port; SO_REUSEADDR is set on it afterwards, so a server that sets it too (uvicorn, Rust's standard
+library and ZeroMQ do) may bind and listen, while a plain bind by another program, and the kernel's own choice
+of a port, are refused.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class PortPool:
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):
                     continue
                 raise StartError(
-                    f"cannot bind {self.address}:{port}: {error.strerror}; the node's address in the lab file must"
-                    f" be one of this host's own (ip -brief address)"
+                    f"cannot bind {self.address}:{port}: {error.strerror}; the node's address in the lab file"
+                    f" must be one of this host's own (ip -brief address)"
                 ) from error
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._held[port] = holder

@@ -1,4 +1,6 @@
-"""An owned process: started through the supervisor, known by pid and start time, ended with all its descendants."""
+"""An owned process: started through the supervisor, known by pid and start time, ended with all its
+descendants.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,9 @@ class OwnedProcess:
             process.wait(self.spec.grace_s + KILL_MARGIN_S)
         except subprocess.TimeoutExpired as error:
             left = supervisor.descendants(process.pid)
-            raise StartError(f"{self.name}: still alive after SIGKILL: {left}; look at it with ps -fp PID") from error
+            raise StartError(
+                f"{self.name}: still alive after SIGKILL: {left}; look at it with ps -fp PID"
+            ) from error
         self._buffer += process.stdout.read()
         process.stdout.close()
         for line in self._buffer.splitlines():

@@ -9,7 +9,7 @@ from disagglab.store import Plot, Record, Store
 
 
 class VirtualClock:
-    """A timer for pytest-benchmark that only moves when told to, so that it stores times measured elsewhere."""
+    """A timer for pytest-benchmark that moves when told to, so that it stores times measured elsewhere."""
 
     def __init__(self) -> None:
         self._now_s = 0.0

@@ -8,18 +8,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def greedy(folder: Path, dtype: str, prompt: list[int], output_tokens: int) -> dict[str, list[float] | list[int]]:
+def greedy(
+    folder: Path, dtype: str, prompt: list[int], output_tokens: int
+) -> dict[str, list[float] | list[int]]:
     """Greedy continuation of ``prompt``.
 
     Returns:
-        ``token_ids`` and ``top2_gap`` (log-probability of the best minus the second best token, nats), by position.
+        ``token_ids`` and ``top2_gap`` (log-probability of the best minus the second best token, nats), by
+        position.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.eval()
     tokens, gaps = list(prompt), []
     with torch.inference_mode():
         cache = None

@@ -1,4 +1,6 @@
-"""The part of the HTML report that is ours: verdicts, facts, lessons, numbers and plots, as one block of HTML."""
+"""The part of the HTML report that is ours: verdicts, facts, lessons, numbers and plots, as one block of
+HTML.
+"""
 
 from __future__ import annotations
 
@@ -57,12 +59,15 @@ def percent(value: float) -> str:
 
 def lesson_html(readme: Path) -> str:
     """A module's README as HTML; raw HTML in it is escaped."""
-    return MarkdownIt("commonmark", {"html": False}).enable("table").render(readme.read_text())
+    html: str = MarkdownIt("commonmark", {"html": False}).enable("table").render(readme.read_text())
+    return html
 
 
 def render(lab: Lab, store: Store, modules: Sequence[Module], invalid: Sequence[Run]) -> str:
     """The block of HTML that opens the report."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
+    )
     environment.filters.update(number=number, percent=percent)
     return environment.get_template("summary.html").render(
         lab=lab,
@@ -110,7 +115,9 @@ def _record(record: Record) -> Mapping[str, Any]:
 
 def verdict_lines(store: Store) -> list[str]:
     """The verdicts as a plain text table for the terminal."""
-    rows = [("workload", "metric", "disaggregated", "baseline", "verdict", "effect [95 % CI]", "rounds", "gate")]
+    rows = [
+        ("workload", "metric", "disaggregated", "baseline", "verdict", "effect [95 % CI]", "rounds", "gate")
+    ]
     for v in store.verdicts:
         rows.append(
             (
@@ -125,4 +132,6 @@ def verdict_lines(store: Store) -> list[str]:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

@@ -37,18 +37,35 @@ class Router:
 
 
 def router_argv(
-    lab: Lab, port: int, metrics_port: int, workers: Sequence[str], prefill: Sequence[str], decode: Sequence[str]
+    lab: Lab,
+    port: int,
+    metrics_port: int,
+    workers: Sequence[str],
+    prefill: Sequence[str],
+    decode: Sequence[str],
 ) -> list[str]:
     """The router's command: ``workers`` for equal servers, or ``prefill`` and ``decode`` URLs.
 
     Retries are off, because a retried request would hide a failure from the measurement.
     """
     argv = [
-        str(Path(sys.executable).with_name("vllm-router")), "--host", lab.controller.address, "--port", str(port),
-        "--prometheus-host", lab.controller.address, "--prometheus-port", str(metrics_port),
-        "--worker-startup-check-interval", "1", "--worker-startup-timeout-secs", "60",
-        "--policy", lab.router.policy, "--disable-retries",
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("vllm-router")),
+        "--host",
+        lab.controller.address,
+        "--port",
+        str(port),
+        "--prometheus-host",
+        lab.controller.address,
+        "--prometheus-port",
+        str(metrics_port),
+        "--worker-startup-check-interval",
+        "1",
+        "--worker-startup-timeout-secs",
+        "60",
+        "--policy",
+        lab.router.policy,
+        "--disable-retries",
+    ]
     if workers:
         return [*argv, "--worker-urls", *workers]
     argv += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
@@ -84,7 +101,9 @@ def start_router(
         if not process.alive or time.monotonic() > deadline:
             state = "is not ready" if process.alive else "ended"
             tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
-            raise StartError(f"router {name} {state}; command: {router.command}\nlast lines of {process.log}:\n{tail}")
+            raise StartError(
+                f"router {name} {state}; command: {router.command}\nlast lines of {process.log}:\n{tail}"
+            )
         time.sleep(POLL_S)
     return router
 
@@ -94,4 +113,6 @@ def _serves(router: Router, served_name: str) -> bool:
         answer = httpx.get(f"{router.url}/v1/models", timeout=HTTP_TIMEOUT_S)
     except httpx.HTTPError:
         return False
-    return answer.status_code == 200 and any(row["id"] == served_name for row in answer.json().get("data", []))
+    return answer.status_code == 200 and any(
+        row["id"] == served_name for row in answer.json().get("data", [])
+    )

@@ -1,4 +1,6 @@
-"""One real ``vllm serve``: its command, its environment, its start watched phase by phase, its identity proved."""
+"""One real ``vllm serve``: its command, its environment, its start watched phase by phase, its identity
+proved.
+"""
 
 from __future__ import annotations
 
@@ -32,25 +34,51 @@ PHASES = (
     ("configure", re.compile(r"non-default args|version \d+\.\d+")),
     ("start engine", re.compile(r"Initializing a V1 LLM engine")),
     ("load weights", re.compile(r"Starting to load model|Loading (model )?weights")),
-    ("compile", re.compile(r"Dynamo bytecode transform|Compiling a graph|torch\.compile takes|Capturing CUDA graphs")),
+    (
+        "compile",
+        re.compile(r"Dynamo bytecode transform|Compiling a graph|torch\.compile takes|Capturing CUDA graphs"),
+    ),
     ("KV cache", re.compile(r"KV cache size|Registering KV_Caches")),
     ("open HTTP", re.compile(r"Starting vLLM server|Application startup complete")),
 )
 
 # What a dead server's log means, most specific first.
 CAUSES = (
-    (re.compile(r"out of memory|Cannot allocate memory|MemoryError|std::bad_alloc|Killed", re.I), "out of memory",
-     "give it less: VLLM_CPU_KVCACHE_SPACE, gpu-memory-utilization or max_model_len in the lab file; free -g shows"),
-    (re.compile(r"Address already in use|EADDRINUSE|Errno 98"), "a port is taken",
-     "see who listens: ss -tlnp"),
-    (re.compile(r"NIXL is not available|No module named 'nixl|NIXL_ERR_BACKEND|nixl.*not (found|installed)", re.I),
-     "NIXL is missing or cannot start", "python -c 'import nixl_cu13._api'; and look at UCX_TLS in [transport]"),
-    (re.compile(r"(is not a valid (local folder|model identifier)|does not appear to have a file named|Can't load)"),
-     "the model is missing or incomplete", "check [model] id in the lab file"),
-    (re.compile(r"unrecognized arguments|error: argument"), "vllm serve does not know an option",
-     "check [vllm.args] in the lab file: vllm serve --help=all"),
-    (re.compile(r"illegal instruction|SIGILL", re.I), "an instruction this CPU lacks", "unset ONEDNN_MAX_CPU_ISA"),
-)  # fmt: skip
+    (
+        re.compile(r"out of memory|Cannot allocate memory|MemoryError|std::bad_alloc|Killed", re.I),
+        "out of memory",
+        "give it less: VLLM_CPU_KVCACHE_SPACE, gpu-memory-utilization or max_model_len in the lab file",
+    ),
+    (
+        re.compile(r"Address already in use|EADDRINUSE|Errno 98"),
+        "a port is taken",
+        "see who listens: ss -tlnp",
+    ),
+    (
+        re.compile(
+            r"NIXL is not available|No module named 'nixl|NIXL_ERR_BACKEND|nixl.*not (found|installed)", re.I
+        ),
+        "NIXL is missing or cannot start",
+        "python -c 'import nixl_cu13._api'; and look at UCX_TLS in [transport]",
+    ),
+    (
+        re.compile(
+            r"is not a valid (local folder|model identifier)|does not appear to have a file|Can't load"
+        ),
+        "the model is missing or incomplete",
+        "check [model] id in the lab file",
+    ),
+    (
+        re.compile(r"unrecognized arguments|error: argument"),
+        "vllm serve does not know an option",
+        "check [vllm.args] in the lab file: vllm serve --help=all",
+    ),
+    (
+        re.compile(r"illegal instruction|SIGILL", re.I),
+        "an instruction this CPU lacks",
+        "unset ONEDNN_MAX_CPU_ISA",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -81,10 +109,22 @@ def plan_server(
 ) -> ServerPlan:
     """Work out one server's command. ``side_channel_port``: None for a server without any connector."""
     argv = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model.folder),
-        "--served-model-name", served_name, "--host", node.address, "--port", str(port),
-        "--dtype", lab.model.dtype, "--max-model-len", str(lab.model.max_model_len),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(model.folder),
+        "--served-model-name",
+        served_name,
+        "--host",
+        node.address,
+        "--port",
+        str(port),
+        "--dtype",
+        lab.model.dtype,
+        "--max-model-len",
+        str(lab.model.max_model_len),
+    ]
     if lab.model.load_format != "auto":
         argv += ["--load-format", lab.model.load_format]
     for key, value in lab.vllm.args.items():
@@ -136,13 +176,14 @@ class VllmServer:
         """Start the process; it is not ready yet.
 
         Raises:
-            StartError: if the host has less memory than the lab file's floor, or the command cannot be executed.
+            StartError: if the host has less memory than the lab file's floor, or the command cannot be
+            executed.
         """
         have = host.memory_available()
         if have < lab.memory.floor_gib * GIB:
             raise StartError(
                 f"{plan.node.name}: {have / GIB:.1f} GiB available on {host.name}, the lab wants"
-                f" {lab.memory.floor_gib:g} GiB before a server starts ([memory] floor_gib); see: ps aux --sort -rss"
+                f" {lab.memory.floor_gib:g} GiB before a start ([memory] floor_gib); see: ps aux --sort -rss"
             )
         process = host.start(f"vllm-{plan.node.name}", plan.argv, plan.env, plan.node.cpus, ports)
         return cls(plan, process)
@@ -174,12 +215,15 @@ class VllmServer:
         names = [row["id"] for row in answer.json().get("data", [])] if answer.status_code == 200 else []
         if self.plan.served_name not in names:
             raise StartError(
-                f"{self.name}: {self.url} answers as {names or answer.status_code}, not as {self.plan.served_name};"
+                f"{self.name}: {self.url} answers as {names or answer.status_code},"
+                f" not as {self.plan.served_name};"
                 f" another server has the port: ss -tlnp 'sport = :{self.plan.port}'"
             )
         owner = listening_pid(self.plan.port)
         if owner is not None and owner not in {process.pid for process in self.process.tree()}:
-            raise StartError(f"{self.name}: port {self.plan.port} belongs to pid {owner}, which this run did not start")
+            raise StartError(
+                f"{self.name}: port {self.plan.port} belongs to pid {owner}, which this run did not start"
+            )
         return True
 
     def phase(self) -> str:
@@ -210,7 +254,9 @@ class VllmServer:
 def listening_pid(port: int) -> int | None:
     """The pid that listens on a TCP port of this machine; None if it cannot be seen."""
     for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+        if connection.status != psutil.CONN_LISTEN or not connection.laddr or not connection.pid:
+            continue
+        if connection.laddr.port == port:
             return int(connection.pid)
     return None
 

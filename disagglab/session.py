@@ -68,7 +68,7 @@ def exclusive() -> Iterator[None]:
     except filelock.Timeout as error:
         holder = owner.read_text().strip() if owner.is_file() else "unknown"
         raise StartError(
-            f"another session (pid {holder}) runs a lab on this machine; wait for it or end it: kill -INT {holder}"
+            f"another session (pid {holder}) runs a lab here; wait for it or end it: kill -INT {holder}"
         ) from error
     try:
         owner.write_text(f"{os.getpid()}\n")

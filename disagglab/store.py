@@ -74,8 +74,8 @@ class VerdictRow:
 class Store:
     """The folder of one run.
 
-    ``records.jsonl``, ``plots.jsonl``, ``verdicts.jsonl``: appended as they are made. ``runs/``: raw per-request
-    results. ``logs/``: of every process. ``run.json``: lab, commands, versions, fingerprint.
+    ``records.jsonl``, ``plots.jsonl``, ``verdicts.jsonl``: appended as they are made. ``runs/``: raw
+    per-request results. ``logs/``: of every process. ``run.json``: lab, commands, versions, fingerprint.
     """
 
     folder: Path
@@ -124,7 +124,9 @@ class Store:
     def write_meta(self, **values: Any) -> None:
         """Add to ``run.json``."""
         self.meta.update(values)
-        text = json.dumps({**self.meta, "facts": self.facts, "commands": self.commands}, indent=1, default=str)
+        text = json.dumps(
+            {**self.meta, "facts": self.facts, "commands": self.commands}, indent=1, default=str
+        )
         (self.folder / "run.json").write_text(text)
 
     def point_latest(self) -> None:
@@ -145,7 +147,11 @@ class Store:
         token = os.environ.get("HF_TOKEN", "")
         leaked = []
         for path in sorted(self.folder.rglob("*")):
-            if path.suffix not in SCANNED_SUFFIXES or not path.is_file() or path.stat().st_size > SCANNED_BYTES:
+            if (
+                path.suffix not in SCANNED_SUFFIXES
+                or not path.is_file()
+                or path.stat().st_size > SCANNED_BYTES
+            ):
                 continue
             text = path.read_text(errors="replace")
             if TOKEN_PATTERN.search(text) or (len(token) >= 8 and token in text):

@@ -4,14 +4,16 @@ Run as a script, with the standard library alone, so that the same file serves t
 
     python3 -I -S supervisor.py < control pipe
 
-The first line on standard input is the specification (JSON, see :class:`Spec`); it travels there and not in the
-argument vector, so that no secret shows in a process list. Afterwards each line is a heartbeat, or ``stop``. End of
-input, a missed heartbeat, ``stop``, SIGTERM, SIGHUP or the end of the command itself all lead to the same ending:
-SIGTERM to the command, a grace period, then SIGKILL to every descendant, until none is left.
+The first line on standard input is the specification (JSON, see :class:`Spec`); it travels there and not in
+the argument vector, so that no secret shows in a process list. Afterwards each line is a heartbeat, or
+``stop``. End of input, a missed heartbeat, ``stop``, SIGTERM, SIGHUP or the end of the command itself all
+lead to the same ending: SIGTERM to the command, a grace period, then SIGKILL to every descendant, until none
+is left.
 
-How nothing escapes: the supervisor is a child subreaper, so an orphaned grandchild becomes its child; the command
-asks the kernel for SIGKILL should the supervisor be killed (PR_SET_PDEATHSIG); and a lease file lets the next session
-find what a killed supervisor could not end (disagglab/lease.py). A process is a pid *and* a start time, never a name.
+How nothing escapes: the supervisor is a child subreaper, so an orphaned grandchild becomes its child; the
+command asks the kernel for SIGKILL should the supervisor be killed (PR_SET_PDEATHSIG); and a lease file lets
+the next session find what a killed supervisor could not end (disagglab/lease.py). A process is a pid *and* a
+start time, never a name.
 
 Events on standard output, one JSON object a line: ``started`` or ``refused``, then ``done``.
 """
@@ -296,6 +298,8 @@ def main() -> int:
         supervisor.start()
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         report(event="refused", error=str(error))
+        if supervisor.child is not None:  # it runs, but its lease could not be written
+            supervisor.end("refused")
         shutil.rmtree(spec.scratch, ignore_errors=True)
         return 1
     supervisor.end(supervisor.wait(read_end))

@@ -1,7 +1,7 @@
 """Three views on the same servers: single, replicated, disaggregated, each behind its own router.
 
-A server that is never sent ``kv_transfer_params`` behaves as a plain server, so one pair plays all three parts: equal
-memory, equal code, and measurable in turns within one minute.
+A server that is never sent ``kv_transfer_params`` behaves as a plain server, so one pair plays all three
+parts: equal memory, equal code, and measurable in turns within one minute.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """From paired runs to a verdict: better, worse, equivalent or undecided.
 
-The replicate is the run, not the request: requests inside a run wait in the same queues and are not independent. A
-pair is one round: both arms with the same prompts, back to back. The interval is Student's t over the log-ratios of
-the pairs, which kept its nominal coverage at the small numbers of rounds that one can afford.
+The replicate is the run, not the request: requests inside a run wait in the same queues and are not
+independent. A pair is one round: both arms with the same prompts, back to back. The interval is Student's t
+over the log-ratios of the pairs, which kept its nominal coverage at the small numbers of rounds that one can
+afford.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ Direction = Literal["lower", "higher"]
 class Verdict:
     """A comparison of candidate and baseline.
 
-    ``effect``, ``low``, ``high``: candidate / baseline - 1 with its confidence limits. ``smallest_detectable``: the
-    relative difference that this many rounds with this spread would find with 80 % power; None below two rounds.
+    ``effect``, ``low``, ``high``: candidate / baseline - 1 with its confidence limits.
+    ``smallest_detectable``: the relative difference that this many rounds with this spread would find with 80
+    % power; None below two rounds.
     """
 
     outcome: Outcome
@@ -60,7 +62,14 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
     mean = math.fsum(ratios) / n
     if n < 2:
         return Verdict(
-            "undecided", math.expm1(mean), -1.0, math.inf, n, margin, None, "one round has no spread; run more rounds"
+            "undecided",
+            math.expm1(mean),
+            -1.0,
+            math.inf,
+            n,
+            margin,
+            None,
+            "one round has no spread; run more rounds",
         )
     error = math.sqrt(math.fsum((ratio - mean) ** 2 for ratio in ratios) / (n - 1) / n)
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
@@ -76,13 +85,21 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
     else:
         outcome = "undecided"
         reason = f"the interval holds both no difference and more than the margin; {n} rounds"
-    return Verdict(outcome, math.expm1(mean), math.expm1(low), math.expm1(high), n, margin, detectable, reason)
+    return Verdict(
+        outcome, math.expm1(mean), math.expm1(low), math.expm1(high), n, margin, detectable, reason
+    )
 
 
 def passes(verdict: Verdict, want: Literal["better", "not worse"], better: Direction) -> bool:
-    """Whether a verdict satisfies a gate. ``not worse``: the bad end of the interval stays inside the margin."""
+    """Whether a verdict satisfies a gate. ``not worse``: the bad end of the interval is inside the margin."""
     if want == "better":
         return verdict.outcome == "better"
     bound = math.log1p(verdict.margin)
-    worst = math.log1p(verdict.high) if better == "lower" else -math.log1p(verdict.low) if verdict.low > -1 else math.inf
+    worst = (
+        math.log1p(verdict.high)
+        if better == "lower"
+        else -math.log1p(verdict.low)
+        if verdict.low > -1
+        else math.inf
+    )
     return worst <= bound

@@ -1,19 +1,21 @@
 """A vLLM general plugin with two corrections that a small CPU lab needs; each is a setting of the lab file.
 
 vLLM calls :func:`register` in each of its processes, before a connector is built. Both settings arrive by
-environment variable, do nothing when unset, and are recorded with every result, because they change a stock component.
+environment variable, do nothing when unset, and are recorded with every result, because they change a stock
+component.
 
 ``DISAGGLAB_NIXL_PROGRESS_DELAY_US``
-    NIXL's Python API hard-codes ``pthrDelay = 0``: the progress thread of an idle agent polls without pause and burns
-    a whole core, here the one that the model computes on. Agents made with the variable set wait that many
-    microseconds between two polls. The thread is never switched off: over TCP the prefill side has to make progress
-    for a read to complete.
+    NIXL's Python API hard-codes ``pthrDelay = 0``: the progress thread of an idle agent polls without pause
+    and burns a whole core, here the one that the model computes on. Agents made with the variable set wait
+    that many microseconds between two polls. The thread is never switched off: over TCP the prefill side has
+    to make progress for a read to complete.
 
 ``DISAGGLAB_NODE_CPUS``
-    On CPU, NixlConnector moves the worker's main thread to the last core of every NUMA node, whatever the server was
-    bound to (``sched_setaffinity`` in vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py). Two servers
-    of one machine then compute on the same core. With the variable set (``0`` or ``0,2,3``) the connector sees only
-    the cores that the lab gave to this node.
+    On CPU, NixlConnector moves the worker's main thread to the last core of every NUMA node, whatever the
+    server was bound to (``sched_setaffinity`` in
+    vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py). Two servers of one machine then compute
+    on the same core. With the variable set (``0`` or ``0,2,3``) the connector sees only the cores that the
+    lab gave to this node.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ _log = logging.getLogger("vllm.disagglab")
 
 
 class _DelayedBindings:
-    """Stands for NIXL's binding module; makes agents whose progress thread pauses ``delay_us`` between polls."""
+    """Stands for NIXL's binding module; makes agents that pause ``delay_us`` between polls."""
 
     def __init__(self, bindings: Any, delay_us: int) -> None:
         self._bindings = bindings
@@ -39,7 +41,7 @@ class _DelayedBindings:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._bindings, name)
 
-    def nixlAgent(self, name: str, config: Any) -> Any:  # noqa: N802 - NIXL's own name
+    def nixlAgent(self, name: str, config: Any) -> Any:
         """Build the agent with ``config.pthrDelay`` set (microseconds)."""
         config.pthrDelay = self._delay_us
         _log.info("NIXL agent %s: progress thread polls every %d us", name, self._delay_us)
@@ -55,7 +57,7 @@ def delay_progress_thread(delay_us: int) -> None:
     patched = 0
     for module_name in _NIXL_MODULES:
         try:
-            api = importlib.import_module(module_name)
+            api: Any = importlib.import_module(module_name)
         except ModuleNotFoundError:
             continue
         if not isinstance(api.nixlBind, _DelayedBindings):
@@ -66,7 +68,9 @@ def delay_progress_thread(delay_us: int) -> None:
 
 
 def cores_of_node(topology: list[list[int]], cpus: frozenset[int]) -> list[list[int]]:
-    """The part of a NUMA ``topology`` (core ids by NUMA node) that belongs to a node's ``cpus``; empty rows go."""
+    """The part of a NUMA ``topology`` (core ids by NUMA node) that belongs to a node's ``cpus``; empty rows
+    go.
+    """
     return [kept for cores in topology if (kept := [core for core in cores if core in cpus])]
 
 

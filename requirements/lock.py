@@ -2,9 +2,9 @@
 
     python3 requirements/lock.py [UV [further options of "uv pip compile"]]
 
-One lock serves Linux on x86_64 and aarch64 with Python 3.11 to 3.13. uv repeats that condition on every line; it is
-taken out here, so that a marker that is left means something. Pins that still fit are kept; to renew them, pass
-``--upgrade`` or ``--upgrade-package NAME``.
+One lock serves Linux on x86_64 and aarch64 with Python 3.11 to 3.13. uv repeats that condition on every line;
+it is taken out here, so that a marker that is left means something. Pins that still fit are kept; to renew
+them, pass ``--upgrade`` or ``--upgrade-package NAME``.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ def simplify(line: str) -> str:
     conditions = [part.strip() for part in marker.split(" and ") if part.strip()]
     odd = [condition for condition in conditions if not LEFT.fullmatch(condition)]
     if odd:
-        raise SystemExit(f"lock: {pin}: cannot simplify {odd}\n    mend: teach requirements/lock.py this condition")
+        raise SystemExit(f"lock: {pin}: cannot simplify {odd}\n    mend: teach {__file__} this condition")
     return f"{pin} ; {' and '.join(conditions)}" if conditions else pin
 
 
 def compile_lock(uv: str, platform: str, options: list[str]) -> None:
     """Write ``{platform}.txt``."""
     lock = FOLDER / f"{platform}.txt"
-    argv = [uv, "pip", "compile", "--universal", "--python-version", OLDEST_PYTHON, "--no-annotate", "--no-header"]
-    argv += ["--override", f"{platform}.override", "--output-file", lock.name, "--quiet", *options]
-    argv += ["../pyproject.toml", "--extra", "dev", f"{platform}.in"]
+    argv = [uv, "pip", "compile", "--universal", "--python-version", OLDEST_PYTHON, *options]
+    argv += ["--no-annotate", "--no-header", "--quiet", "--output-file", lock.name]
+    argv += ["--override", f"{platform}.override", "../pyproject.toml", "--extra", "dev", f"{platform}.in"]
     print("lock:", " ".join(argv), flush=True)
     subprocess.run(argv, cwd=FOLDER, check=True)
     pins = [simplify(line) for line in lock.read_text().splitlines() if not line.startswith("#")]
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         for platform in ("cpu", "cuda"):
             compile_lock(uv, platform, options)
     except FileNotFoundError:
-        print(f"lock: there is no {uv}\n    mend: pipx install uv, or make lock UV=/path/to/uv", file=sys.stderr)
+        print(f"lock: there is no {uv}\n    mend: install uv, or name it: make lock UV=PATH", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
         print(f"lock: uv failed with exit status {error.returncode}, see above", file=sys.stderr)

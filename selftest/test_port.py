@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -19,10 +20,10 @@ from disagglab.errors import StartError
 from disagglab.port import PortPool, accepts
 
 ADDRESS = "127.0.0.1"
-RANGE = (
-    23000,
-    23999,
-)  # below the ports that the kernel chooses from, and not where the shipped labs have theirs
+# Below the ports that the kernel chooses from, above those of the shipped labs, and most likely not the ones
+# that another run of these selftests uses at the same time.
+FIRST = 22000 + os.getpid() % 100 * 100
+RANGE = (FIRST, FIRST + 99)
 IP_LOCAL_PORT_RANGE = 51  # of IPPROTO_IP, since Linux 6.3; narrows what bind(0) may choose for one socket
 
 Make = Callable[..., PortPool]

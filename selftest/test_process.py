@@ -1,9 +1,9 @@
 """What an owned process starts ends with it, however its owner, its supervisor or the command goes away.
 
 Oracle: psutil, which knows a process by pid and creation time, and the file system; never the code under
-test. Each command is a small shell or Python stand-in that writes its pids into files of the test's folder. A
-stop has returned only when everything is gone, so after it nothing is polled; after a kill the supervisor works
-on its own and the condition is polled under a deadline.
+test. Each command is a small shell or Python stand-in that writes its pids into files of the test's folder.
+A stop has returned only when everything is gone, so after it nothing is polled; after a kill the supervisor
+works on its own and the condition is polled under a deadline.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 GRACE_S = 0.3
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
 STUBBORN = ["sh", "-c", 'trap "" TERM; sleep 300 & echo $! > grandchild; echo $$ > child; wait']
-POLITE = ["sh", "-c", "trap 'kill $!; exit 7' TERM; sleep 300 & echo $! > grandchild; echo $$ > child; wait"]
+POLITE = [
+    "sh",
+    "-c",
+    "trap 'kill -KILL $!; exit 7' TERM; sleep 300 & echo $! > grandchild; echo $$ > child; wait",
+]
 DAEMONISING = """
 import os, pathlib, time
 if os.fork() == 0:
@@ -144,7 +148,7 @@ def test_stop_ends_the_command_and_its_grandchild(own: Own, standins: Standins, 
 
 def test_a_command_that_ends_within_its_grace_is_not_killed(own: Own, standins: Standins) -> None:
     """A server that tidies up on SIGTERM gets to do so: its own exit code arrives and nothing was killed."""
-    owned = own(POLITE, grace_s=60.0).start()
+    owned = own(POLITE, grace_s=10.0).start()
     child, grandchild = standins.told("child"), standins.told("grandchild")
 
     owned.stop()
@@ -231,6 +235,17 @@ def test_a_binding_to_absent_cores_is_refused(own: Own, tmp_path: Path) -> None:
     with pytest.raises(StartError) as caught:
         own(TREE, cpus=[absent]).start()
     assert "did not answer" not in str(caught.value)
+    assert traces(tmp_path) == []
+
+
+def test_a_command_whose_lease_cannot_be_written_does_not_stay(own: Own, state: Path, tmp_path: Path) -> None:
+    """A full or vanished state folder is an answer before the lab starts, not a tree that no session can find."""
+    owned = own(TREE)
+    (state / "leases").rmdir()
+    with pytest.raises(StartError, match=r"standin: could not start sh: .*No such file or directory"):
+        owned.start()
+    working_here = [each.pid for each in psutil.process_iter(["cwd"]) if each.info["cwd"] == str(tmp_path)]
+    assert working_here == []
     assert traces(tmp_path) == []
 
 
@@ -381,7 +396,8 @@ def test_a_missed_heartbeat_ends_the_tree(standins: Standins, tmp_path: Path) ->
             time.sleep(heartbeat_s / 10)
         assert not standins.gone(child), "ended although the heart was beating"
 
-        events = [json.loads(line) for line in process.stdout]  # until the supervisor ends
+        standins.until(lambda: process.poll() is not None, "the supervisor has ended")
+        events = [json.loads(line) for line in process.stdout]
 
     assert [event["event"] for event in events] == ["started", "done"]
     assert events[-1]["reason"] == f"no heartbeat for {heartbeat_s:g} s"

@@ -1,8 +1,9 @@
 """One node alone: the bar that every other topology has to clear.
 
 Oracles: the server's own counters must agree with the client on requests and tokens before a time is believed
-(disagglab/ledger.py), and a request's parts must add up to its whole. Relations between measurements are asserted
-with wide factors (they hold by construction of the hardware); absolute times are recorded, never asserted.
+(disagglab/ledger.py), and a request's parts must add up to its whole. Relations between measurements are
+asserted with wide factors (they hold by construction of the hardware); absolute times are recorded, never
+asserted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ ROUNDING_S = 0.005  # the load engine takes first-token and last-token times by 
 
 
 def run_once(
-    engine: LoadEngine, topology: Topology, workload: Workload, seed: int, lab: Lab, shape: KvShape, store: Store
+    engine: LoadEngine,
+    topology: Topology,
+    workload: Workload,
+    seed: int,
+    lab: Lab,
+    shape: KvShape,
+    store: Store,
 ) -> Run:
     """A run that counts, or a failure with the reason why it does not."""
     run = measure(engine, topology, workload, seed, 0, shape, lab.vllm.version)
@@ -40,7 +47,7 @@ def run_once(
 
 @pytest.fixture(scope="module")
 def warm(engine: LoadEngine, single: Topology, lab: Lab, shape: KvShape, store: Store) -> None:
-    """The first requests of a server pay for lazy initialisation; they are sent before anything is measured."""
+    """The first requests of a server pay for lazy initialisation; they are sent before measuring."""
     run_once(engine, single, load_workload("chat"), SEED - 1, lab, shape, store)
 
 
@@ -58,7 +65,8 @@ def one_user(
 def test_latency_of_one_request(
     one_user: list[Run], record: Recorder, timing: Callable[..., None], metric: str
 ) -> None:
-    """TTFT, TPOT, ITL and end-to-end time of one request at a time, from runs whose counters agree with the client.
+    """TTFT, TPOT, ITL and end-to-end time of one request at a time, from runs whose counters agree with the
+    client.
 
     TTFT is the prefill (one pass over the whole prompt, compute-bound); TPOT is the decode (one pass over all
     weights per token, memory-bound). End to end = TTFT + TPOT x (output tokens - 1).
@@ -71,7 +79,9 @@ def test_latency_of_one_request(
     }[metric]
     for run in one_user:
         for ttft, gaps, e2e in zip(run.ttft_s, run.itl_s, run.e2e_s, strict=True):
-            assert abs(ttft + sum(gaps) - e2e) < ROUNDING_S, f"TTFT {ttft} + gaps {sum(gaps)} is not end to end {e2e}"
+            assert abs(ttft + sum(gaps) - e2e) < ROUNDING_S, (
+                f"TTFT {ttft} + gaps {sum(gaps)} is not end to end {e2e}"
+            )
     medians = [median for samples in per_run if (median := percentile(samples, 50)) is not None]
     assert len(medians) == len(one_user)
     record.numbers(f"{metric.upper()}, one user", medians, "s", arm="single", command=one_user[0].command)
@@ -83,8 +93,8 @@ def test_throughput_grows_with_concurrency(
 ) -> None:
     """Continuous batching: one server makes more tokens per second for several users than for one.
 
-    Decode reads all weights for each step, whether one sequence or eight share it: like a bus that costs the same
-    with one passenger or eight.
+    Decode reads all weights for each step, whether one sequence or eight share it: like a bus that costs the
+    same with one passenger or eight.
     """
     chat = load_workload("chat")
     series = {}
@@ -94,7 +104,9 @@ def test_throughput_grows_with_concurrency(
         rate = figures(run)["output_tokens_per_s"]
         assert rate is not None
         series[concurrency] = rate
-        record.numbers(f"throughput at concurrency {concurrency}", [rate], "tokens/s", arm="single", command=run.command)
+        record.numbers(
+            f"throughput at concurrency {concurrency}", [rate], "tokens/s", arm="single", command=run.command
+        )
     record.plot(
         "Throughput against concurrency, one node",
         "requests under way",
@@ -133,8 +145,12 @@ def test_prefill_grows_with_the_prompt_and_decode_hardly(
         {"TTFT": (lengths, ttft), "time per output token": (lengths, tpot)},
         caption="Median of two requests a point.",
     )
-    assert ttft[-1] > 2 * ttft[0], f"TTFT does not grow with the prompt: {dict(zip(lengths, ttft, strict=True))} s"
-    assert tpot[-1] / tpot[0] < ttft[-1] / ttft[0], "decode slowed down more than prefill with the prompt length"
+    assert ttft[-1] > 2 * ttft[0], (
+        f"TTFT does not grow with the prompt: {dict(zip(lengths, ttft, strict=True))} s"
+    )
+    assert tpot[-1] / tpot[0] < ttft[-1] / ttft[0], (
+        "decode slowed down more than prefill with the prompt length"
+    )
 
 
 def test_kv_memory_in_use_is_the_arithmetic(
@@ -142,7 +158,8 @@ def test_kv_memory_in_use_is_the_arithmetic(
 ) -> None:
     """While a request runs, the server holds exactly the KV blocks that its tokens need.
 
-    The KV cache is per-request session state in fixed-size pages; the server reports the share of pages in use.
+    The KV cache is per-request session state in fixed-size pages; the server reports the share of pages in
+    use.
     """
     server = single.servers[0]
     idle = server.metrics()
@@ -161,6 +178,15 @@ def test_kv_memory_in_use_is_the_arithmetic(
     assert answer, "the request failed; see the traceback above"
     used = max(round(snapshot.value(KV_USAGE) * (total - 1)) for snapshot in seen)
     expected = blocks(prompt_tokens + output_tokens, block)
-    record.numbers("KV blocks in use", [used], "blocks", arm="single", what="peak", note=f"of {total}, {block} tokens each")
+    record.numbers(
+        "KV blocks in use",
+        [used],
+        "blocks",
+        arm="single",
+        what="peak",
+        note=f"of {total}, {block} tokens each",
+    )
     record.numbers("KV bytes in use", [used * shape.bytes_per_block(block)], "B", arm="single", what="peak")
-    assert used == expected, f"{prompt_tokens} + {output_tokens} tokens need {expected} blocks, the server used {used}"
+    assert used == expected, (
+        f"{prompt_tokens} + {output_tokens} tokens need {expected} blocks, the server used {used}"
+    )

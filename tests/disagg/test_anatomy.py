@@ -1,7 +1,8 @@
 """Where the time of one disaggregated request goes.
 
-The client's clock measures the whole; the two servers' histograms measure their parts. Parts measured inside the
-servers cannot exceed the whole measured outside, so those bounds are strict; what remains is router and HTTP.
+The client's clock measures the whole; the two servers' histograms measure their parts. Parts measured inside
+the servers cannot exceed the whole measured outside, so those bounds are strict; what remains is router and
+HTTP.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def anatomy(topology: Topology, number: int, lab: Lab, shape: KvShape) -> tuple[
     before = ledger.read(topology)
     answer = client.complete(topology.router.url, client.body(topology.served_name, prompt, OUTPUT_TOKENS))
     after = ledger.settle(topology, before, 1)
-    book = ledger.prove(topology, before, after, [Sent(PROMPT_TOKENS, OUTPUT_TOKENS)], shape, lab.vllm.version)
+    book = ledger.prove(
+        topology, before, after, [Sent(PROMPT_TOKENS, OUTPUT_TOKENS)], shape, lab.vllm.version
+    )
 
     def grew(server: str, metric: str) -> float:
         return delta(before.snapshots[server], after.snapshots[server], metric)
@@ -51,29 +54,39 @@ def anatomy(topology: Topology, number: int, lab: Lab, shape: KvShape) -> tuple[
 def test_parts_of_a_request_add_up(
     disaggregated: Topology, lab: Lab, shape: KvShape, record: Recorder, timing: Callable[..., None]
 ) -> None:
-    """Prefill, wait for KV, decode, router and HTTP: none is negative, they sum to the client's end-to-end time.
+    """Prefill, wait for KV, decode, router and HTTP: none is negative, they sum to the client's end-to-end
+    time.
 
     "Wait for KV" holds the transfer itself and the engine steps around it: the scheduler looks for finished
     transfers once a step.
     """
-    anatomy(disaggregated, 0, lab, shape)  # the first request pays for the NIXL handshake between the two engines
+    anatomy(
+        disaggregated, 0, lab, shape
+    )  # the first request pays for the NIXL handshake between the two engines
     rows = [anatomy(disaggregated, 1 + number, lab, shape) for number in range(REPEATS)]
     for parts, transfer_s in rows:
         assert all(seconds >= 0 for seconds in parts.values()), f"a part exceeds the whole: {parts}"
-        assert transfer_s <= parts["wait for KV"], f"transfer {transfer_s} s outlasts the wait for it: {parts}"
+        assert transfer_s <= parts["wait for KV"], (
+            f"transfer {transfer_s} s outlasts the wait for it: {parts}"
+        )
     medians = {}
     for part in PARTS:
         values = [parts[part] for parts, _ in rows]
         medians[part] = percentile(values, 50) or 0.0
         record.numbers(f"anatomy: {part}", values, "s", arm="disaggregated", what="requests")
-    record.numbers("anatomy: KV transfer (inside the wait)", [seconds for _, seconds in rows], "s",
-                   arm="disaggregated", what="requests")  # fmt: skip
+    record.numbers(
+        "anatomy: KV transfer (inside the wait)",
+        [seconds for _, seconds in rows],
+        "s",
+        arm="disaggregated",
+        what="requests",
+    )
     record.plot(
         "Anatomy of a disaggregated request",
         "  |  ".join(f"{position}: {part}" for position, part in enumerate(PARTS)),
         "s",
         {"median": (list(range(len(PARTS))), list(medians.values()))},
         style="bars",
-        caption=f"{PROMPT_TOKENS} prompt tokens, {OUTPUT_TOKENS} output tokens, median of {REPEATS} requests.",
+        caption=f"{PROMPT_TOKENS} prompt and {OUTPUT_TOKENS} output tokens, median of {REPEATS} requests.",
     )
     timing([sum(parts.values()) for parts, _ in rows], prompt_tokens=PROMPT_TOKENS)

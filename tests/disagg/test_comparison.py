@@ -1,7 +1,7 @@
 """Disaggregated serving beside both baselines, measured in turns.
 
-Every run stands on its own proof of path; one that lacks it is kept, shown as invalid, and never aggregated. The
-verdicts are computed from pairs of runs of the same round (disagglab/verdict.py).
+Every run stands on its own proof of path; one that lacks it is kept, shown as invalid, and never aggregated.
+The verdicts are computed from pairs of runs of the same round (disagglab/verdict.py).
 """
 
 from __future__ import annotations
@@ -37,17 +37,26 @@ def test_figures_of_each_arm(
 
 
 def test_every_run_took_the_path_it_claims(comparison: Comparison) -> None:
-    """No run of the comparison is invalid: counters agree with the client, bytes with arithmetic, split with the arm."""
+    """No run of the comparison is invalid: counters agree with the client, bytes with arithmetic, split with
+    the arm.
+    """
     assert comparison.runs
     invalid = comparison.invalid()
-    assert not invalid, f"{len(invalid)} of {len(comparison.runs)} runs are invalid; first: {invalid[0].invalid}"
+    assert not invalid, (
+        f"{len(invalid)} of {len(comparison.runs)} runs are invalid; first: {invalid[0].invalid}"
+    )
 
 
 def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> None:
     """Every gate that the lab file enforces is met; the others are reported."""
     assert len(store.verdicts) == len(lab.gates)
-    failed = [row for gate, row in zip(lab.gates, store.verdicts, strict=True) if gate.enforce and row.gate.startswith("not met")]
+    failed = [
+        row
+        for gate, row in zip(lab.gates, store.verdicts, strict=True)
+        if gate.enforce and row.gate.startswith("not met")
+    ]
     assert not failed, "\n".join(
         f"{row.workload} {row.metric}: {row.gate}; {row.outcome}, effect {row.effect:+.1%}"
-        f" [{row.low:+.1%}, {row.high:+.1%}], {row.rounds} rounds" for row in failed
-    )  # fmt: skip
+        f" [{row.low:+.1%}, {row.high:+.1%}], {row.rounds} rounds"
+        for row in failed
+    )

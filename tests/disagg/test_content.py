@@ -1,8 +1,9 @@
 """What came out is what one server alone would have said, and what another implementation says.
 
-Tie policy: greedy decoding picks the larger of two log-probabilities; where they lie closer than what the dtype
-rounds, either choice is right and the rest of the text differs. So probes are compared token for token only if the
-single server's smallest gap over the whole answer exceeds GAP_NATS, and the test fails if too few probes qualify.
+Tie policy: greedy decoding picks the larger of two log-probabilities; where they lie closer than what the
+dtype rounds, either choice is right and the rest of the text differs. So probes are compared token for token
+only if the single server's smallest gap over the whole answer exceeds GAP_NATS, and the test fails if too few
+probes qualify.
 """
 
 from __future__ import annotations
@@ -51,16 +52,27 @@ def test_greedy_output_equals_the_single_servers(
         qualified += 1
         # the single server is the prefill node too; its counters are read around this request alone
         before = ledger.read(disaggregated)
-        apart = client.complete(disaggregated.router.url, client.body(single.served_name, probe, OUTPUT_TOKENS))
+        apart = client.complete(
+            disaggregated.router.url, client.body(single.served_name, probe, OUTPUT_TOKENS)
+        )
         sent = [Sent(apart.prompt_tokens, apart.output_tokens)]
         after = ledger.settle(disaggregated, before, 1)
         ledger.prove(disaggregated, before, after, sent, shape, lab.vllm.version)
         if apart.token_ids != alone.token_ids:
             differing.append((probe, alone.text, apart.text))
-    record.numbers("probes compared token for token", [qualified], "probes", what="count",
-                   note=f"of {len(PROBES)}; the others have a gap below {GAP_NATS} nat somewhere")  # fmt: skip
-    assert qualified >= QUALIFYING, f"only {qualified} of {len(PROBES)} probes are free of near ties; this proves nothing"
-    assert not differing, f"{len(differing)} of {qualified} differ, first (prompt, single, disaggregated): {differing[0]}"
+    record.numbers(
+        "probes compared token for token",
+        [qualified],
+        "probes",
+        what="count",
+        note=f"of {len(PROBES)}; the others have a gap below {GAP_NATS} nat somewhere",
+    )
+    assert qualified >= QUALIFYING, (
+        f"only {qualified} of {len(PROBES)} probes are free of near ties; this proves nothing"
+    )
+    assert not differing, (
+        f"{len(differing)} of {qualified} differ, first (prompt, single, disaggregated): {differing[0]}"
+    )
 
 
 def test_output_agrees_with_transformers(
@@ -68,12 +80,24 @@ def test_output_agrees_with_transformers(
 ) -> None:
     """On one probe the disaggregated answer is what Hugging Face transformers computes from the same weights.
 
-    Prefill and decode server share one engine; an error in that engine is invisible to any comparison between them.
+    Prefill and decode server share one engine; an error in that engine is invisible to any comparison between
+    them.
     """
     prompt = client.tokenize(disaggregated.decode[0].url, disaggregated.served_name, PROBES[1])
-    answer = client.complete(disaggregated.router.url, client.body(disaggregated.served_name, prompt, OUTPUT_TOKENS))
-    argv = [sys.executable, "-m", "disagglab.reference", str(weights.folder), lab.model.dtype, str(OUTPUT_TOKENS)]
-    run = subprocess.run(argv, input=json.dumps(prompt), capture_output=True, text=True, timeout=REFERENCE_LIMIT_S)
+    answer = client.complete(
+        disaggregated.router.url, client.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
+    )
+    argv = [
+        sys.executable,
+        "-m",
+        "disagglab.reference",
+        str(weights.folder),
+        lab.model.dtype,
+        str(OUTPUT_TOKENS),
+    ]
+    run = subprocess.run(
+        argv, input=json.dumps(prompt), capture_output=True, text=True, timeout=REFERENCE_LIMIT_S
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     reference = json.loads(run.stdout.splitlines()[-1])
     gap = min(reference["top2_gap"])

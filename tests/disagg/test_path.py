@@ -1,7 +1,7 @@
 """Prefill on one node, decode on the other: proof that the KV cache really took that path.
 
-The oracle is the connector's own byte counter on the decode server against arithmetic, exactly: an equality that
-stays true only if every block of every prompt moved, once. The last test shows that the check can fail.
+The oracle is the connector's own byte counter on the decode server against arithmetic, exactly: an equality
+that stays true only if every block of every prompt moved, once. The last test shows that the check can fail.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ def prompt_of(length: int, salt: int) -> list[int]:
     return [1000 + salt, *(2000 + position % 997 for position in range(length - 1))]
 
 
-@pytest.mark.parametrize("blocks_and_more", [(0, 1), (1, -1), (1, 0), (1, 1), (5, 7)], ids=lambda pair: f"{pair[0]}b{pair[1]:+d}")
+@pytest.mark.parametrize(
+    "blocks_and_more", [(0, 1), (1, -1), (1, 0), (1, 1), (5, 7)], ids=lambda pair: f"{pair[0]}b{pair[1]:+d}"
+)
 def test_transferred_bytes_equal_whole_blocks(
     disaggregated: Topology, lab: Lab, shape: KvShape, record: Recorder, blocks_and_more: tuple[int, int]
 ) -> None:
-    """One request moves exactly ceil(tokens / block size) blocks, in one transfer, and decode computes nothing again.
+    """One request moves exactly ceil(tokens / block size) blocks, in one transfer, and decode computes
+    nothing again.
 
     Pages, not bytes: a prompt one token over a block edge moves a whole further block.
     """
@@ -36,14 +39,23 @@ def test_transferred_bytes_equal_whole_blocks(
     length = blocks_and_more[0] * block + blocks_and_more[1]
     before = ledger.read(disaggregated)
     answer = client.complete(
-        disaggregated.router.url, client.body(disaggregated.served_name, prompt_of(length, length), OUTPUT_TOKENS)
+        disaggregated.router.url,
+        client.body(disaggregated.served_name, prompt_of(length, length), OUTPUT_TOKENS),
     )
     after = ledger.settle(disaggregated, before, 1)
     book = ledger.prove(disaggregated, before, after, [Sent(length, OUTPUT_TOKENS)], shape, lab.vllm.version)
     assert answer.prompt_tokens == length
-    record.numbers(f"KV bytes moved, {length} tokens", [book.kv_bytes], "B", arm="disaggregated", what="transfers",
-                   note=f"{book.kv_bytes // shape.bytes_per_block(block)} blocks of {block} tokens, as computed")  # fmt: skip
-    record.numbers(f"transfer time, {length} tokens", [book.transfer_s], "s", arm="disaggregated", what="transfers")
+    record.numbers(
+        f"KV bytes moved, {length} tokens",
+        [book.kv_bytes],
+        "B",
+        arm="disaggregated",
+        what="transfers",
+        note=f"{book.kv_bytes // shape.bytes_per_block(block)} blocks of {block} tokens, as computed",
+    )
+    record.numbers(
+        f"transfer time, {length} tokens", [book.transfer_s], "s", arm="disaggregated", what="transfers"
+    )
 
 
 def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:

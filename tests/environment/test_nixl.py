@@ -1,7 +1,7 @@
 """NIXL can move memory between two processes of this lab, with the settings that the servers will use.
 
-The oracle is the content: every byte of a random pattern has to arrive. The speed is recorded as the budget that KV
-transfers are later read against; it has no expectation.
+The oracle is the content: every byte of a random pattern has to arrive. The speed is recorded as the budget
+that KV transfers are later read against; it has no expectation.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ LIMIT_S = 180.0
 def test_a_buffer_arrives_intact(lab: Lab, record: Recorder, timing: Callable[..., None], size: int) -> None:
     """NIXL registers memory in two processes and reads one from the other, byte for byte.
 
-    RDMA in one picture: one side says where its memory is, the other side's network card (here: UCX over the lab's
-    transports) fetches it; no message with the data in it is ever sent by the owner.
+    RDMA in one picture: one side says where its memory is, the other side's network card (here: UCX over the
+    lab's transports) fetches it; no message with the data in it is ever sent by the owner.
     """
     argv = [sys.executable, "-m", "disagglab.nixlprobe", str(size), str(REPEATS)]
     env = {**os.environ, **lab.transport.env}
     if lab.transport.ucx_tls:
         env["UCX_TLS"] = ",".join(lab.transport.ucx_tls)
     answer = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=LIMIT_S)
-    assert answer.returncode == 0, f"the probe failed; UCX_TLS={env.get('UCX_TLS', '(unset)')}\n{answer.stderr[-2000:]}"
+    assert answer.returncode == 0, (
+        f"the probe failed; UCX_TLS={env.get('UCX_TLS', '(unset)')}\n{answer.stderr[-2000:]}"
+    )
     result = json.loads(answer.stdout.splitlines()[-1])
     assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"
     record.numbers(

