@@ -69,6 +69,7 @@ def _reap_one(path: Path, boot_id: str) -> Reaped | None:
     if same_boot and supervisor.alive():
         return None  # its owner runs, or it is ending its tree by itself this moment
     pids = _end_session(child, path) if same_boot else ()
+    remove_shared_memory(set(record.get("shared_memory", ())))
     shutil.rmtree(scratch, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         path.unlink()

@@ -36,7 +36,7 @@ MODULES = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suite."""
     group = parser.getgroup("disagg-lab")
-    group.addoption("--lab", default="embedded", help="name of a file in labs/, or a path to a lab file")
+    group.addoption("--lab", default="embedded", help="name of a file in labs/, or --lab=PATH")
     group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds)")
     group.addoption(
         "--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})"

@@ -41,6 +41,7 @@ HEARTBEAT_S = 10.0  # between two lines while a command runs
 NVIDIA_SMI_S = 30.0  # it takes seconds where the driver has to be loaded first
 KEPT_LINES = 400  # of a command's output, to look for the cause of a failure
 SHOWN_LINES = 12  # of those, in the message
+SHOWN_COLUMNS = 90  # of the one in the line that shows life
 PROOF = "import torch, vllm, nixl_cu13._api; from importlib.metadata import version; version('vllm')"
 
 
@@ -238,7 +239,7 @@ def base_python() -> str:
 
 def failure(what: str, result: Result) -> SetupError:
     """The error for a command that failed, with the mend that its output points to."""
-    lines = [line for line in result.output.splitlines() if line.strip() and "is ignored: it is" not in line]
+    lines = [line for line in result.output.splitlines() if _is_telling(line)]
     again = "then run make setup again"
     if NO_SPACE in result.output:
         mend = f"free some disk space, {again}"
@@ -261,8 +262,8 @@ def install(step: Step, venv: Path, run: Runner, tell: Callable[[str], None]) ->
         SetupError: if pip fails, with its last lines.
     """
     tell(f"installing {step.what}")
-    argv = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--progress-bar", "off"]
-    argv += step.arguments
+    argv = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--no-compile"]
+    argv += ["--progress-bar", "off", *step.arguments]
     result = run(argv)
     if result.status != 0 and step.fallback_index and NOT_FOUND in result.output:
         tell(f"pip's own indexes do not have it; asking {step.fallback_index} too")
@@ -289,6 +290,10 @@ def build(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
         raise failure("making .venv failed", result)
     for step in plan.pinned():
         install(step, plan.venv, run, tell)
+    # On all cores; pip would use one. Left undone, every server start would compile what it imports, in vain where
+    # PYTHONDONTWRITEBYTECODE is set. The status says nothing: some files are for other Pythons.
+    tell("compiling to bytecode")
+    run([str(plan.venv / "bin" / "python"), "-m", "compileall", "-qq", "-j", "0", str(plan.venv / "lib")])
     stamp.write({"platform": plan.platform, "pinned": plan.keys()["pinned"]})
 
 
@@ -395,14 +400,18 @@ def runner(venv: Path, lock: int, tell: Callable[[str], None]) -> Runner:
 
 
 def _collect(stream: Iterator[str], lines: collections.deque[str]) -> None:
-    for line in stream:
-        lines.append(line.rstrip())
+    lines.extend(line.strip() for line in stream if _is_telling(line))
+
+
+def _is_telling(line: str) -> bool:
+    """Whether a line of output says something: pip warns of each package that one of its indexes lacks."""
+    return bool(line.strip()) and "is ignored: it is neither a file nor a directory" not in line
 
 
 def _latest(lines: collections.deque[str]) -> str:
     """What the command said last, short enough for one line."""
-    line = lines[-1].strip() if lines else "at work"
-    return line if len(line) <= 90 else line[:89] + "…"
+    line = lines[-1] if lines else "at work"
+    return line if len(line) <= SHOWN_COLUMNS else line[: SHOWN_COLUMNS - 1] + "…"
 
 
 def main() -> int:

@@ -36,6 +36,10 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.05  # how often the ending looks whether the tree is gone
+LOOK_S = (
+    1.0  # how often a running supervisor looks whether its owner lives: a fork of it may hold the pipe open
+)
+SHM_LOOK_S = 30.0  # how often it notes the shared memory in use, which a sudden end would leave behind
 SHM_FOLDER = "/dev/shm/"
 
 
@@ -122,6 +126,15 @@ def descendants(root: int) -> list[Process]:
     return found
 
 
+def has_children() -> bool:
+    """Whether this process has any child left, zombies included; unlike a look at /proc it cannot miss one."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def session_members(session: int, not_before_ticks: int) -> list[Process]:
     """Living processes of a session that started no earlier than ``not_before_ticks``."""
     return [
@@ -139,12 +152,12 @@ def send(process: Process, number: int) -> None:
 
 
 def shared_memory(processes: list[Process]) -> set[str]:
-    """Files under /dev/shm that these processes have mapped or open and that still have a name."""
+    """Files under /dev/shm that these processes have mapped and that still have a name."""
     paths: set[str] = set()
     for process in processes:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{process.pid}/maps").read_text(errors="surrogateescape").splitlines():
-                path = line.partition(SHM_FOLDER)[2]
+                path = line.partition(" " + SHM_FOLDER)[2]
                 if path and not path.endswith(" (deleted)"):
                     paths.add(SHM_FOLDER + path)
     return paths
@@ -174,7 +187,9 @@ class Supervisor:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.child: subprocess.Popen[bytes] | None = None
+        self.owner = identify(os.getppid())
         self.shm: set[str] = set()
+        self.lease: dict[str, object] = {}
 
     def start(self) -> None:
         """Start the command in its own session, bound to its cores, its output in the log."""
@@ -202,30 +217,43 @@ class Supervisor:
                 preexec_fn=prepare,
             )
         child = identify(self.child.pid)
-        lease = {
+        self.lease = {
             "run_id": self.spec.run_id,
             "boot_id": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            "owner": asdict(identify(os.getppid())),
+            "owner": asdict(self.owner),
             "supervisor": asdict(identify(supervisor)),
             "child": asdict(child),
             "scratch": self.spec.scratch,
             "ports": self.spec.ports,
             "argv": self.spec.argv,
+            "shared_memory": [],
         }
-        write_atomically(self.spec.lease, json.dumps(lease))
+        write_atomically(self.spec.lease, json.dumps(self.lease))
         report(event="started", **asdict(child))
+
+    def note_shared_memory(self) -> None:
+        """Remember what the tree has mapped under /dev/shm, here and in the lease."""
+        found = shared_memory(descendants(os.getpid()))
+        if not found <= self.shm:
+            self.shm |= found
+            write_atomically(self.spec.lease, json.dumps({**self.lease, "shared_memory": sorted(self.shm)}))
 
     def wait(self, wakeup: int) -> str:
         """Block until there is a reason to end; return it. ``wakeup``: a pipe that every signal writes to."""
         assert self.child is not None
-        deadline = time.monotonic() + self.spec.heartbeat_s if self.spec.heartbeat_s else None
+        last_beat = last_look = time.monotonic()
         while True:
             if self.child.poll() is not None:
                 return "command ended"
-            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([0, wakeup], [], [], timeout)
-            if not ready:
+            ready, _, _ = select.select([0, wakeup], [], [], LOOK_S)
+            now = time.monotonic()
+            if self.spec.heartbeat_s and 0 not in ready and now - last_beat > self.spec.heartbeat_s:
                 return f"no heartbeat for {self.spec.heartbeat_s:g} s"
+            if not self.owner.alive():
+                return "owner gone"
+            if now - last_look > SHM_LOOK_S:
+                last_look = now
+                self.note_shared_memory()
             if wakeup in ready:
                 numbers = set(os.read(wakeup, 512)) - {signal.SIGCHLD}
                 if numbers:
@@ -237,8 +265,7 @@ class Supervisor:
                     return "owner gone"
                 if b"stop" in data:
                     return "stop"
-                if deadline is not None:
-                    deadline = time.monotonic() + self.spec.heartbeat_s
+                last_beat = now
 
     def reap(self) -> None:
         """Collect adopted zombies; the command's own status stays with its Popen object."""
@@ -251,23 +278,23 @@ class Supervisor:
     def end(self, reason: str) -> None:
         """End every descendant, then remove what the tree left: shared memory, scratch folder, lease."""
         assert self.child is not None
-        tree = descendants(os.getpid())
-        self.shm |= shared_memory(tree)
-        if self.child.poll() is None:
-            send(Process(self.child.pid, identify(self.child.pid).start_ticks), signal.SIGTERM)
-        else:
-            for process in tree:
-                send(process, signal.SIGTERM)
+        self.shm |= shared_memory(descendants(os.getpid()))
         deadline = time.monotonic() + self.spec.grace_s
+        if self.child.poll() is None:
+            send(identify(self.child.pid), signal.SIGTERM)  # it ends its own children in order
+        asked: set[Process] = set()
         killed: list[int] = []
-        while tree := descendants(os.getpid()):
-            self.shm |= shared_memory(tree)
+        while has_children():
+            tree = descendants(os.getpid())
+            if self.child.poll() is not None:  # it is gone; what it left is asked in turn
+                for process in set(tree) - asked:
+                    send(process, signal.SIGTERM)
+                asked.update(tree)
             if time.monotonic() >= deadline:
                 killed.extend(process.pid for process in tree if process.pid not in killed)
                 for process in tree:
                     send(process, signal.SIGKILL)
             self.reap()
-            self.child.poll()
             time.sleep(POLL_S)
         code = self.child.wait()
         remove_shared_memory(self.shm)

@@ -94,12 +94,12 @@ def register() -> None:
         RuntimeError: if a delay is asked for and no NIXL Python API is installed.
     """
     delay = os.environ.get(DELAY_VARIABLE, "0")
-    if not delay.isdigit():
+    if not delay.isdecimal():
         raise ValueError(f"{DELAY_VARIABLE}={delay!r} is not a whole number of microseconds")
     if int(delay):
         delay_progress_thread(int(delay))
     cpus = os.environ.get(CPUS_VARIABLE, "")
     if cpus:
-        if not all(part.isdigit() for part in cpus.split(",")):
+        if not all(part.isdecimal() for part in cpus.split(",")):
             raise ValueError(f"{CPUS_VARIABLE}={cpus!r} is not a comma-separated list of core numbers")
         keep_node_cpus(frozenset(int(part) for part in cpus.split(",")))

@@ -137,12 +137,12 @@ def test_stop_ends_the_command_and_its_grandchild(own: Own, standins: Standins, 
     assert not owned.alive
     assert owned.tree() == []
     assert traces(tmp_path) == []
-    # The shell dies of SIGTERM and does not pass it on; sleep is then killed by the supervisor.
+    # The shell dies of SIGTERM and does not pass it on; the supervisor then asks sleep itself, within the grace.
     assert owned.ended == {
         "event": "done",
         "reason": "stop",
         "code": -signal.SIGTERM,
-        "killed": [grandchild.pid],
+        "killed": [],
     }
 
 
@@ -239,7 +239,7 @@ def test_a_binding_to_absent_cores_is_refused(own: Own, tmp_path: Path) -> None:
 
 
 def test_a_command_whose_lease_cannot_be_written_does_not_stay(own: Own, state: Path, tmp_path: Path) -> None:
-    """A full or vanished state folder is an answer before the lab starts, not a tree that no session can find."""
+    """A full or vanished state folder gives an answer, not a tree that no later session can find."""
     owned = own(TREE)
     (state / "leases").rmdir()
     with pytest.raises(StartError, match=r"standin: could not start sh: .*No such file or directory"):

@@ -1,0 +1,191 @@
+"""Proof of path on made-up counters: the true story passes, and each way of being wrong is caught.
+
+The oracle is a pair of readings that a correct run would leave; every test changes one number of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disagglab import ledger, metrics
+from disagglab.errors import InvalidRun, TransferError
+from disagglab.kv import KvShape
+from disagglab.ledger import Reading, Sent
+from disagglab.metrics import Snapshot
+from disagglab.supervisor import Process
+from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
+
+SHAPE = KvShape(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16", max_positions=8192)
+BLOCK_BYTES = 128 * 23_040
+SENT = [Sent(300, 8), Sent(128, 8)]  # 3 blocks and 1 block
+VERSION = "0.31.0"
+
+COUNTERS = {
+    ledger.BYTES: 0.0,
+    ledger.TRANSFERS: 0.0,
+    ledger.TRANSFER_TIME: 0.0,
+    ledger.FAILED: 0.0,
+    ledger.FAILED_NOTIFICATIONS: 0.0,
+    ledger.EXPIRED: 0.0,
+    ledger.FINISHED: 0.0,
+    ledger.PROMPT_TOKENS: 0.0,
+    ledger.GENERATED: 0.0,
+    "external_kv_transfer": 0.0,
+    "local_compute": 0.0,
+    "local_cache_hit": 0.0,
+}
+SOURCES = ("external_kv_transfer", "local_compute", "local_cache_hit")
+
+
+def snapshot(server: str, counters: Mapping[str, float], start: float = 1.0) -> Snapshot:
+    """A scrape with these counters."""
+    rows: list[tuple[str, frozenset[tuple[str, str]], float]] = [
+        (metrics.PROCESS_START, frozenset(), start),
+        (ledger.CACHE_CONFIG, frozenset({("block_size", "128")}), 1.0),
+    ]
+    for name, value in counters.items():
+        if name in SOURCES:
+            rows.append((ledger.BY_SOURCE, frozenset({("source", name)}), value))
+        else:
+            rows.append((name, frozenset(), value))
+    return Snapshot(server, f"http://{server}/metrics", tuple(rows))
+
+
+def server(name: str, role: str) -> Any:
+    """As much of a server as a ledger looks at."""
+    return SimpleNamespace(name=name, plan=SimpleNamespace(connector=True, node=SimpleNamespace(role=role)))
+
+
+A, B = server("a", "prefill"), server("b", "decode")
+TOPOLOGIES: dict[str, Any] = {
+    SINGLE: Topology(SINGLE, None, (A,)),  # type: ignore[arg-type]
+    REPLICATED: Topology(REPLICATED, None, (A, B)),  # type: ignore[arg-type]
+    DISAGGREGATED: Topology(DISAGGREGATED, None, (A, B), (A,), (B,)),  # type: ignore[arg-type]
+}
+TRUE: dict[str, dict[str, dict[str, float]]] = {
+    SINGLE: {
+        "a": {ledger.FINISHED: 2, ledger.PROMPT_TOKENS: 428, ledger.GENERATED: 16, "local_compute": 428}
+    },
+    REPLICATED: {
+        "a": {ledger.FINISHED: 1, ledger.PROMPT_TOKENS: 300, ledger.GENERATED: 8, "local_compute": 300},
+        "b": {ledger.FINISHED: 1, ledger.PROMPT_TOKENS: 128, ledger.GENERATED: 8, "local_compute": 128},
+    },
+    DISAGGREGATED: {
+        "a": {ledger.FINISHED: 2, ledger.PROMPT_TOKENS: 428, ledger.GENERATED: 2, "local_compute": 428},
+        "b": {
+            ledger.FINISHED: 2,
+            ledger.PROMPT_TOKENS: 428,
+            ledger.GENERATED: 16,
+            ledger.TRANSFERS: 2,
+            ledger.BYTES: 4 * BLOCK_BYTES,
+            ledger.TRANSFER_TIME: 0.01,
+            "external_kv_transfer": 428,
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Story:
+    """Two readings of a topology."""
+
+    topology: Any
+    before: Reading
+    after: Reading
+
+    def prove(self) -> ledger.Ledger:
+        """What the ledger makes of it."""
+        return ledger.prove(self.topology, self.before, self.after, SENT, SHAPE, VERSION)
+
+
+def story(name: str, **changes: float) -> Story:
+    """The true story of a topology, with counters changed: ``b__BYTES=…`` (the ledger's constants)."""
+    topology = TOPOLOGIES[name]
+    grown = {s.name: {**COUNTERS, **TRUE[name][s.name]} for s in topology.servers}
+    for key, value in changes.items():
+        owner, _, counter = key.partition("__")
+        grown[owner][getattr(ledger, counter, counter)] = value
+    processes = {s.name: Process(100, 1) for s in topology.servers}
+    before = Reading({s.name: snapshot(s.name, COUNTERS) for s in topology.servers}, processes)
+    return Story(topology, before, Reading({n: snapshot(n, c) for n, c in grown.items()}, processes))
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_the_true_story_passes(name: str) -> None:
+    """Counters that a correct run leaves are accepted."""
+    book = story(name).prove()
+    assert book.kv_bytes == (4 * BLOCK_BYTES if name == DISAGGREGATED else 0)
+
+
+WRONG: list[tuple[str, dict[str, float], type[Exception], str]] = [
+    (DISAGGREGATED, {"b__BYTES": 4 * BLOCK_BYTES - 1}, TransferError, "bytes moved"),
+    (DISAGGREGATED, {"b__BYTES": 0}, TransferError, "bytes moved"),
+    (DISAGGREGATED, {"b__TRANSFERS": 1}, TransferError, "transfers: expected 2, got 1"),
+    (DISAGGREGATED, {"b__FAILED": 1}, InvalidRun, "failed transfers"),
+    (DISAGGREGATED, {"b__FAILED_NOTIFICATIONS": 1}, InvalidRun, "failed transfers"),
+    (DISAGGREGATED, {"a__EXPIRED": 1}, InvalidRun, "expired KV leases"),
+    (
+        DISAGGREGATED, {"b__external_kv_transfer": 300, "b__local_compute": 128},
+        TransferError, "decode took from prefill",
+    ),
+    (DISAGGREGATED, {"b__local_compute": 1}, TransferError, "decode computed itself: expected 0, got 1"),
+    (DISAGGREGATED, {"a__FINISHED": 1}, InvalidRun, "finished by prefill"),
+    (DISAGGREGATED, {"b__FINISHED": 1}, InvalidRun, "finished by decode"),
+    (DISAGGREGATED, {"b__GENERATED": 15}, InvalidRun, "tokens generated"),
+    (SINGLE, {"a__BYTES": 1}, InvalidRun, "bytes moved by the connector: expected 0"),
+    (SINGLE, {"a__FINISHED": 3}, InvalidRun, "requests finished"),
+    (SINGLE, {"a__GENERATED": 15}, InvalidRun, "tokens generated"),
+    (SINGLE, {"a__local_compute": 300, "a__local_cache_hit": 128}, InvalidRun, "prompt tokens computed"),
+    (REPLICATED, {"a__FINISHED": 2, "b__FINISHED": 0}, InvalidRun, "did not alternate"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "error", "message"), WRONG)
+def test_every_wrong_number_is_caught(
+    name: str, changes: dict[str, float], error: type[Exception], message: str
+) -> None:
+    """One counter off, and the run is refused with both numbers in the message."""
+    with pytest.raises(error, match=message):
+        story(name, **changes).prove()
+
+
+def test_a_missing_metric_is_an_error_that_names_it() -> None:
+    """A renamed counter must not read as zero."""
+    told = story(DISAGGREGATED)
+    after = told.after.snapshots["b"]
+    kept = tuple(row for row in after.samples if row[0] != ledger.BYTES)
+    snapshots = {**told.after.snapshots, "b": replace(after, samples=kept)}
+    with pytest.raises(InvalidRun, match=f"b exposes no metric {ledger.BYTES}"):
+        replace(told, after=replace(told.after, snapshots=snapshots)).prove()
+
+
+def test_a_restarted_process_is_invalid() -> None:
+    """Counters of another process are not compared, by pid and by the process's own start time."""
+    told = story(SINGLE)
+    with pytest.raises(InvalidRun, match="server processes changed"):
+        replace(told, after=replace(told.after, processes={"a": Process(100, 2)})).prove()
+    restarted = {"a": snapshot("a", {**COUNTERS, **TRUE[SINGLE]["a"]}, start=2.0)}
+    with pytest.raises(InvalidRun, match="restarted between"):
+        replace(told, after=replace(told.after, snapshots=restarted)).prove()
+
+
+def test_a_counter_that_fell_is_invalid() -> None:
+    """A reset counter is named, with how far it fell."""
+    told = story(SINGLE)
+    with pytest.raises(InvalidRun, match="fell by"):
+        Story(told.topology, told.after, told.before).prove()
+
+
+def test_the_prometheus_text_format_is_read() -> None:
+    """Labels select, and samples that match are summed."""
+    text = 'a_total{engine="0",source="x"} 2.0\na_total{engine="1",source="x"} 3.0\na_total{source="y"} 7.0\n'
+    parsed = metrics.parse("s", "http://s/metrics", text)
+    assert parsed.value("a_total", source="x") == 5.0
+    assert parsed.value("a_total") == 12.0
+    with pytest.raises(InvalidRun, match="curl -s http://s/metrics"):
+        parsed.value("a_total", source="z")

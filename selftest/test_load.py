@@ -1,0 +1,60 @@
+"""Run-level figures from per-request lists, and the refusal of runs that are not whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from disagglab import load
+from disagglab.errors import InvalidRun
+from disagglab.workload import Workload
+
+WORKLOAD = Workload(name="w", prompt_tokens=10, output_tokens=3, concurrency=1, requests=2)
+RESULT: dict[str, Any] = {
+    "errors": ["", ""],
+    "failed": 0,
+    "completed": 2,
+    "duration": 2.0,
+    "ttfts": [0.1, 0.3],
+    "latencies": [0.5, 0.9],
+    "itls": [[0.2, 0.2], [0.3, 0.3]],
+    "input_lens": [10, 10],
+    "output_lens": [3, 3],
+}
+
+
+def run_from(**changes: Any) -> load.Run:
+    """The run of RESULT with values changed."""
+    return load.run_from({**RESULT, **changes}, "single", WORKLOAD, 1, 0, "vllm bench serve", 0.1)
+
+
+def test_figures_follow_their_definitions() -> None:
+    """TTFT and E2E medians, TPOT = (E2E - TTFT) / (tokens - 1), throughput = tokens / duration."""
+    figures = load.figures(run_from())
+    assert figures["ttft_p50"] == pytest.approx(0.2)
+    assert figures["e2e_p50"] == pytest.approx(0.7)
+    assert figures["tpot_p50"] == pytest.approx(((0.5 - 0.1) / 2 + (0.9 - 0.3) / 2) / 2)
+    assert figures["output_tokens_per_s"] == pytest.approx(3.0)
+
+
+def test_a_percentile_needs_its_samples() -> None:
+    """p99 of four gaps is not a number; p99 of a hundred is."""
+    assert load.figures(run_from())["itl_p99"] is None
+    assert load.percentile([float(i) for i in range(100)], 99) == pytest.approx(98.01)
+    assert load.percentile([1.0] * 19, 95) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"failed": 1},
+        {"completed": 1},
+        {"errors": ["", "connection reset"]},
+        {"output_lens": [3, 2]},
+    ],
+)
+def test_a_run_that_is_not_whole_is_refused(changes: dict[str, Any]) -> None:
+    """Failed, missing and short answers make the run invalid; nothing of it is aggregated."""
+    with pytest.raises(InvalidRun):
+        run_from(**changes)

@@ -1,0 +1,193 @@
+"""Commands, phases, causes and identity of a server: plans, recorded log lines, a stand-in HTTP server."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disagglab import router, server
+from disagglab.boot import wait_ready
+from disagglab.errors import StartError
+from disagglab.lab import Lab, load_lab
+from disagglab.model import Model
+from disagglab.progress import ProgressLine
+from disagglab.server import ServerPlan, VllmServer, phase_of, plan_server, post_mortem
+
+MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
+
+
+@pytest.fixture
+def lab() -> Lab:
+    """The embedded lab."""
+    return load_lab("embedded")
+
+
+def plan(lab: Lab, node: int, connector: bool = True) -> ServerPlan:
+    """The plan of one of its servers."""
+    return plan_server(lab, lab.nodes[node], MODEL, "M-1234", 21000, 21001 if connector else None)
+
+
+def test_roles_and_settings_reach_the_command(lab: Lab) -> None:
+    """Prefill is producer, decode consumer; the failure policy is explicit; lab settings become variables."""
+    for node, role in ((0, "kv_producer"), (1, "kv_consumer")):
+        made = plan(lab, node)
+        transfer = json.loads(made.argv[made.argv.index("--kv-transfer-config") + 1])
+        assert transfer["kv_role"] == role
+        assert transfer["kv_load_failure_policy"] == "fail"
+        assert made.env["DISAGGLAB_NODE_CPUS"] == str(node)
+        assert made.env["DISAGGLAB_NIXL_PROGRESS_DELAY_US"] == "1000"
+        assert made.env["UCX_TLS"] == "tcp,sm,self"
+        assert made.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == lab.nodes[node].address
+        assert "--enforce-eager" in made.argv
+        assert "M-1234" in made.argv
+
+
+def test_a_dedicated_server_has_no_connector(lab: Lab) -> None:
+    """Without a side channel there is no trace of a connector in command or environment."""
+    made = plan(lab, 0, connector=False)
+    assert "--kv-transfer-config" not in made.argv
+    assert not any(key.startswith(("UCX_", "VLLM_NIXL")) for key in made.env)
+
+
+def test_the_shown_command_holds_the_environment(lab: Lab) -> None:
+    """What the report shows can be pasted into a shell: settings first, quoted."""
+    shown = plan(lab, 0).command
+    assert shown.startswith("DISAGGLAB_NIXL_PROGRESS_DELAY_US=1000 ")
+    assert '\'{"kv_connector"' in shown
+
+
+def test_routers_never_retry(lab: Lab) -> None:
+    """A retried request would hide a failure from the measurement; both modes switch retries off."""
+    plain = router.router_argv(lab, 1, 2, ["http://a", "http://b"], [], [])
+    split = router.router_argv(lab, 1, 2, [], ["http://a"], ["http://b"])
+    assert "--disable-retries" in plain
+    assert "--disable-retries" in split
+    assert plain[-3:] == ["--worker-urls", "http://a", "http://b"]
+    assert split[-4:] == ["--prefill", "http://a", "--decode", "http://b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "phase"),
+    [
+        ("", "import"),
+        ("INFO [api_utils.py:286] non-default args: {'model_tag': '/m'}", "configure"),
+        ("INFO [core.py:129] Initializing a V1 LLM engine (v0.31.0) with config", "start engine"),
+        ("INFO Starting to load model /m...", "load weights"),
+        ("INFO [kv_cache_utils.py:2464] CPU KV cache size: 46,592 tokens", "KV cache"),
+        ("INFO:     Application startup complete.", "open HTTP"),
+        ("WARNING Enforce eager set, disabling torch.compile, CUDAGraphs, and JIT kernel warmup.", "import"),
+    ],
+)
+def test_phases_are_read_from_the_log(line: str, phase: str) -> None:
+    """Lines that vLLM 0.31.0 wrote name the phase; a remark about compiling is not the phase."""
+    assert phase_of([line]) == phase
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory"),
+        ("OSError: [Errno 98] Address already in use", "a port is taken"),
+        ("RuntimeError: NIXL is not available", "NIXL"),
+        ("OSError: /m does not appear to have a file named config.json", "model is missing"),
+        ("vllm serve: error: unrecognized arguments: --enforce-eagr", "does not know an option"),
+        ("something new", "not recognised"),
+    ],
+)
+def test_a_dead_servers_log_names_the_likely_cause(tmp_path: Path, line: str, cause: str) -> None:
+    """The last 40 lines are shown, with cause and mend in front."""
+    log = tmp_path / "vllm-a.log"
+    log.write_text("\n".join(["noise"] * 100 + [line]))
+    text = post_mortem(log)
+    assert cause in text
+    assert "mend: " in text
+    assert "last 40 lines" in text
+    assert text.rstrip().endswith(line)
+
+
+class Models(http.server.BaseHTTPRequestHandler):
+    """Answers /v1/models with the name that the test sets."""
+
+    name = "M-1234"
+
+    def do_GET(self) -> None:
+        """One model."""
+        answer = json.dumps({"data": [{"id": self.name}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on the screen."""
+
+
+@pytest.fixture
+def standin() -> Iterator[int]:
+    """A stand-in server's port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Models) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield httpd.server_address[1]
+        httpd.shutdown()
+        thread.join()
+
+
+def server_at(
+    lab: Lab, port: int, tree: list[Any], alive: bool = True, log: Path = Path("/nonexistent")
+) -> VllmServer:
+    """A server whose process is made up."""
+    made = plan_server(lab, lab.nodes[0], MODEL, "M-1234", port, None)
+    process: Any = SimpleNamespace(tree=lambda: tree, alive=alive, log=log)
+    return VllmServer(made, process)
+
+
+def test_a_strangers_server_is_not_ready(lab: Lab, standin: int) -> None:
+    """An open port with another model's name, or with the right name in a foreign process, is an error."""
+    with pytest.raises(StartError, match="which this run did not start"):
+        server_at(lab, standin, []).is_ready()
+    Models.name = "other"
+    try:
+        with pytest.raises(StartError, match=r"answers as \['other'\]"):
+            server_at(lab, standin, []).is_ready()
+    finally:
+        Models.name = "M-1234"
+
+
+def test_our_own_server_is_ready(lab: Lab, standin: int) -> None:
+    """The right name, and the listening process is in our tree."""
+    pid = server.listening_pid(standin)
+    assert pid is not None
+    assert server_at(lab, standin, [SimpleNamespace(pid=pid)]).is_ready()
+
+
+def test_a_server_that_dies_is_reported_at_once(lab: Lab, tmp_path: Path) -> None:
+    """A dead process ends the wait with its log, not with the deadline."""
+    log = tmp_path / "vllm-a.log"
+    log.write_text("ValueError: the reason\n")
+    dead = server_at(lab, 1, [], alive=False, log=log)
+    with pytest.raises(StartError, match=r"died while starting(.|\n)*the reason"):
+        wait_ready([dead], lab, ProgressLine("servers"))
+
+
+def test_a_server_without_a_sign_of_life_has_failed(lab: Lab, tmp_path: Path) -> None:
+    """No log growth and no CPU time for stall_s ends the wait; slowness alone does not."""
+    log = tmp_path / "vllm-a.log"
+    log.write_text("")
+    vllm = lab.vllm.model_copy(update={"stall_s": 0.6})
+    hurried = lab.model_copy(update={"vllm": vllm})
+    with pytest.raises(StartError, match="no CPU use"):
+        wait_ready([server_at(lab, 1, [], log=log)], hurried, ProgressLine("servers"))
+
+
+def test_too_little_memory_is_refused_before_the_start(lab: Lab) -> None:
+    """Below the floor nothing is started, and the message holds both figures."""
+    host: Any = SimpleNamespace(name="local", memory_available=lambda: 2**30)
+    with pytest.raises(StartError, match=r"1\.0 GiB available on local, the lab wants 3 GiB"):
+        VllmServer.start(host, lab, plan(lab, 0), [])
