@@ -37,8 +37,8 @@ setup:  ## make .venv, or bring it up to date
 		echo "    mend: apt-get install python3 python3-venv, or name one: make $(MAKECMDGOALS) PYTHON=PATH" >&2; }; \
 	exit $$status; }
 
-lock: setup  ## compile requirements/cpu.txt and cuda.txt again; needs uv (UV=PATH)
-	.venv/bin/python requirements/lock.py $(UV) $(ARGS)
+lock:  ## compile requirements/cpu.txt and cuda.txt again; needs uv (UV=PATH)
+	"$(PYTHON)" requirements/lock.py $(UV) $(ARGS)
 
 clean:  ## delete .venv
 	rm -rf .venv

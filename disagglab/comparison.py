@@ -108,9 +108,10 @@ def run_rounds(
     warm_up = widest.model_copy(update={"requests": widest.concurrency})
     for topology in topologies:
         progress(f"warm-up, {topology.name}")
-        store.add_run(
-            measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape, version)
-        )
+        run = measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape, version)
+        store.add_run(run)
+        if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
+            comparison.runs.append(run)
     for number in range(rounds):
         order = list(topologies) if number % 2 == 0 else list(reversed(topologies))
         for workload in workloads:

@@ -12,11 +12,11 @@ from typing import Any
 import psutil
 
 from disagglab import lease
-from disagglab.errors import ConfigError, Problem
+from disagglab.errors import ConfigError, Problem, StartError
 from disagglab.lab import Lab
 from disagglab.port import PortPool
 from disagglab.process import OwnedProcess
-from disagglab.supervisor import Process
+from disagglab.supervisor import session_members
 
 
 class LocalHost:
@@ -73,13 +73,14 @@ class LocalHost:
         self._processes.append(process)
         return process.start()
 
-    def left_behind(self) -> list[Process]:
-        """Processes of this run that still live."""
-        return [member for process in self._processes for member in process.tree()]
+    def run(self, name: str, argv: Sequence[str], env: Mapping[str, str], limit_s: float) -> list[str]:
+        """Run an owned program to its end; return what it printed, line by line.
 
-    def listening(self) -> list[int]:
-        """Ports of this run that somebody listens on."""
-        return [port for pool in self._pools.values() for port in pool.listening()]
+        Raises:
+            LabError: if it fails or exceeds ``limit_s``; the message holds its last lines.
+        """
+        process = self.start(name, argv, env)
+        return process.wait(limit_s)
 
     def memory_available(self) -> int:
         """MemAvailable, bytes."""
@@ -93,17 +94,29 @@ class LocalHost:
         return testinfra.get_host("local://")
 
     def close(self) -> None:
-        """End every process of this run, newest first; give the ports back."""
-        errors: list[Exception] = []
-        while self._processes:
+        """End every process of this run, newest first; prove that nothing is left; give the ports back.
+
+        Raises:
+            StartError: naming the processes that still live or the ports that still answer.
+        """
+        errors: list[StartError] = []
+        for process in reversed(self._processes):
             try:
-                self._processes.pop().stop()
-            except Exception as error:  # noqa: BLE001 - the others must be ended too; the first is raised below
+                process.stop()
+            except StartError as error:  # the others must be ended too; the first is raised below
                 errors.append(error)
+        started = [process.identity for process in self._processes if process.identity is not None]
+        left = [member for leader in started for member in session_members(leader.pid, leader.start_ticks)]
+        answering = [port for pool in self._pools.values() for port in pool.listening()]
         for pool in self._pools.values():
             pool.close()
+        self._processes.clear()
         if errors:
             raise errors[0]
+        if left:
+            raise StartError(f"processes of this run still live: {left}; look: ps -fp {left[0].pid}")
+        if answering:
+            raise StartError(f"ports of this run still answer: {answering}; look: ss -tlnp")
 
 
 INHERITED = (

@@ -63,7 +63,7 @@ def blocks_to_move(tokens: int, block_size: int, vllm_version: str) -> int:
                     "disagglab/kv.py",
                     "BLOCK_RULE",
                     f"no block rule known for vLLM {vllm_version}",
-                    "measure it with pytest -m kvcache on that version and add a line",
+                    "measure it on that version (tests/disagg/test_path.py), then add a line",
                 )
             ]
         )

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from disagglab.errors import ConfigError, Problem
 
 LABS_FOLDER = Path(__file__).resolve().parent.parent / "labs"
-PORTS_PER_SERVER = 2  # HTTP and the NIXL side channel
-ROUTER_PORTS = 6  # three topologies, each with an HTTP and a metrics port
+PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
+ROUTER_PORTS = 10  # three topologies and two dedicated ones, each with an HTTP and a metrics port
 RESERVED_ARGS = {
     "host": "the node's address",
     "port": "[ports]",
@@ -138,7 +138,7 @@ class GateSection(_Section):
     baseline: Literal["single", "replicated"] = Field(
         description="what disaggregated serving is compared with"
     )
-    want: Literal["better", "not worse"] = Field(description="verdict that passes")
+    want: Literal["better", "not worse"] = Field(description="what the interval must show")
     margin: float = Field(gt=0, lt=1, description="differences below this share count as equivalent")
     enforce: bool = Field(True, description="false: shown, never a failure")
 
@@ -237,7 +237,8 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
     for key in ("name", "label"):
         value = raw.get(key, "")
         if not isinstance(value, str) or (key == "name" and not value):
-            problems.append(Problem(file, key, "must be a text", f'write {key} = "…" at the top of the file'))
+            wrong = "must be a text" if key in raw else "missing"
+            problems.append(Problem(file, key, wrong, f'write {key} = "…" at the top of the file'))
         parts[key] = value
     for key, (section, required) in _SECTIONS.items():
         if key not in raw and required:
@@ -246,7 +247,12 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
             parts[key] = _parse_section(section, raw.get(key, {}), file, key, problems)
     for key, (section, required) in _LISTS.items():
         rows = raw.get(key, [])
-        if not isinstance(rows, list) or (required and not rows):
+        if isinstance(rows, dict):
+            problems.append(
+                Problem(file, f"[{key}]", "one bracket on each side", f"write [[{key}]], once for each")
+            )
+            rows = []
+        elif not isinstance(rows, list) or (required and not rows):
             problems.append(Problem(file, f"[[{key}]]", "no entry", f"add a [[{key}]] section for each"))
             rows = []
         parsed = [_parse_section(section, row, file, f"{key}[{i}]", problems) for i, row in enumerate(rows)]

@@ -54,8 +54,8 @@ class Reading:
 class Ledger:
     """What the servers counted between two readings. Tokens, bytes, seconds; by server where it says so.
 
-    The last three are prompt tokens by source on the servers that decode: fetched from prefill, computed
-    there, found in the prefix cache there.
+    ``external``, ``computed`` and ``cached`` are prompt tokens by source on the servers that decode: fetched
+    from prefill, computed there, found in the prefix cache there. ``prefill_computed``: on prefill servers.
     """
 
     finished: Mapping[str, int]
@@ -69,6 +69,7 @@ class Ledger:
     external_tokens: int
     computed_tokens: int
     cached_tokens: int
+    prefill_computed_tokens: int
 
 
 def read(topology: Topology) -> Reading:
@@ -150,6 +151,7 @@ def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
         return sum(_delta(before, after, name, metric, **labels) for name in servers)
 
     decode = [server.name for server in topology.decode] or names
+    prefill = [server.name for server in topology.prefill]
     connected = [server.name for server in topology.servers if server.plan.connector]
     return Ledger(
         finished=by_server(FINISHED),
@@ -163,6 +165,7 @@ def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
         external_tokens=round(total(decode, BY_SOURCE, source="external_kv_transfer")),
         computed_tokens=round(total(decode, BY_SOURCE, source="local_compute")),
         cached_tokens=round(total(decode, BY_SOURCE, source="local_cache_hit")),
+        prefill_computed_tokens=round(total(prefill, BY_SOURCE, source="local_compute")),
     )
 
 
@@ -208,6 +211,8 @@ def prove(
 
 def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expected: int) -> None:
     where = topology.name
+    fresh = sum(request.prompt_tokens for request in sent)
+    _equal(where, "prompt tokens that prefill computed", book.prefill_computed_tokens, fresh)
     finished = {
         role: sum(book.finished[s.name] for s in getattr(topology, role)) for role in ("prefill", "decode")
     }

@@ -7,8 +7,8 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import platformdirs
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.kv import read_config
 from disagglab.lab import Lab
+from disagglab.process import OwnedProcess
 from disagglab.progress import ProgressLine
 
 CACHE_VARIABLE = "DISAGGLAB_CACHE"
 PACKAGE_PREFIX = "package:"
 MANIFEST = "disagglab.json"
 LOCK_DEADLINE_S = 600.0  # another run may be converting the same model on a slow machine
+CONVERSION_LIMIT_S = 900.0
 CONVERSION_BUDGET_S = 60.0  # shown beside the elapsed time, not enforced
 
 
@@ -141,34 +143,22 @@ def _intact(folder: Path) -> bool:
 
 def _convert(gguf: Path, folder: Path, dtype: str, line: ProgressLine) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.part-*"):  # of a run that was killed; we hold the lock
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     line.show("converting to safetensors, once")
-    log = part.with_suffix(".log")
-    with open(log, "w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "disagglab.gguf", str(gguf), str(part), dtype],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+    argv = [sys.executable, "-m", "disagglab.gguf", str(gguf), str(part), dtype]
+    scratch = Path(tempfile.mkdtemp(prefix="dl-"))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)}
+    log = part.with_name(f"{part.name}.log")
+    with OwnedProcess("convert", argv, env, log, scratch, run_id=f"model-{os.getpid()}") as process:
         try:
-            while True:
-                try:
-                    code = process.wait(1.0)
-                    break
-                except subprocess.TimeoutExpired:
-                    line.show("converting to safetensors, once")
-        except BaseException:
-            process.kill()
-            process.wait()
+            process.wait(CONVERSION_LIMIT_S, lambda: line.show("converting to safetensors, once"))
+        except LabError:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        output.seek(0)
-        tail = output.read()[-2000:]
-    if code != 0:
-        shutil.rmtree(part, ignore_errors=True)
-        raise LabError(f"could not convert {gguf} (exit {code}); log {log}:\n{tail}")
     log.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)

@@ -1,4 +1,5 @@
-"""Moves one buffer between two processes with NIXL, checks its content, and tells how fast it was.
+"""Moves one buffer in host memory between two processes with NIXL, checks its content, and tells how fast it
+was.
 
 Run as a program: ``python -m disagglab.nixlprobe BYTES REPEATS``; prints one JSON object. The environment
 (UCX_TLS …) is that of the lab's servers, so that what works here works there.

@@ -23,6 +23,15 @@ from disagglab.store import REPORTS_FOLDER, Store
 SESSION = pytest.StashKey[Session]()
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_ROUNDS = 3
+LISTINGS = (
+    "collectonly",
+    "help",
+    "version",
+    "markers",
+    "showfixtures",
+    "show_fixtures_per_test",
+    "cacheshow",
+)
 SHORT_ROUNDS = 2
 MODULES = {
     "environment": "facts of every node, as tests",
@@ -48,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _tests_lab(config: pytest.Config) -> bool:
     """Whether this session runs experiments (tests/), not only selftests or a listing."""
-    if config.option.collectonly or config.option.help or config.option.version:
+    if any(getattr(config.option, name, False) for name in LISTINGS):
         return False
     roots = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args]
     return any(root == ROOT or (ROOT / "tests") in (root, *root.parents) for root in roots)
@@ -120,6 +129,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f"run: {session.store.folder}; machine speed: copy {probe['copy_gb_per_s']:.1f} GB/s,"
         f" matrix {probe['matrix_gflop_per_s']:.0f} GFLOP/s",
     ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One case a gate of the lab file for tests that ask for ``gate``."""
+    if "gate" in metafunc.fixturenames:
+        session = metafunc.config.stash.get(SESSION, None)
+        lab = session.lab if session else load_lab(metafunc.config.getoption("--lab"))
+        metafunc.parametrize("gate", lab.gates, ids=[f"{gate.workload}-{gate.metric}" for gate in lab.gates])
 
 
 def module_of(item: pytest.Item) -> str | None:
@@ -241,12 +258,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if live is None:
         return
     page = live.store.folder / "report.html"
-    live.store.point_latest()
-    live.terminal.write(f"report: {page if page.is_file() else 'none written'}\n")
-    live.terminal.flush()
     try:
         live.store.require_no_secret()
+        if page.is_file() and page.stat().st_size > report.SIZE_LIMIT_BYTES:
+            raise LabError(f"{page} has {page.stat().st_size:,} B, more than {report.SIZE_LIMIT_BYTES:,} B")
     except LabError as error:
         live.terminal.write(f"ERROR: {error}\n")
         live.terminal.flush()
         sys.exit(1)
+    live.store.point_latest()
+    live.terminal.write(f"report: {page if page.is_file() else 'none written'}\n")
+    live.terminal.flush()

@@ -8,19 +8,21 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from disagglab import lease, supervisor
-from disagglab.errors import StartError
+from disagglab.errors import LabError, StartError
 from disagglab.supervisor import Process, Spec
 
 SUPERVISOR = Path(supervisor.__file__)
 SPAWN_DEADLINE_S = 60.0  # from the fork to the supervisor's first word, on a machine that swaps
+WAIT_POLL_S = 0.1
 KILL_MARGIN_S = 30.0  # beyond the grace period, for the kernel to take a large process down
 
 
@@ -121,6 +123,27 @@ class OwnedProcess:
         if self._supervisor is None or self._supervisor.poll() is not None:
             return []
         return supervisor.descendants(self._supervisor.pid)
+
+    def wait(self, limit_s: float, tick: Callable[[], None] = lambda: None) -> list[str]:
+        """Wait until the command has ended by itself; return the lines of its log. ``tick`` is called
+        meanwhile.
+
+        Raises:
+            LabError: if it ends with another status than 0 or exceeds ``limit_s``; the message holds its last
+            lines.
+        """
+        deadline = time.monotonic() + limit_s
+        while self.alive and time.monotonic() < deadline:
+            tick()
+            time.sleep(WAIT_POLL_S)
+        late = self.alive
+        self.stop()
+        lines = self.log.read_text(errors="replace").splitlines()
+        if late or self.ended is None or self.ended["code"] != 0:
+            how = f"did not end within {limit_s:g} s" if late else f"ended with {self.ended}"
+            tail = "\n".join(lines[-20:])
+            raise LabError(f"{self.name} {how}; command: {shlex.join(self.spec.argv)}\nlast lines:\n{tail}")
+        return lines
 
     def stop(self) -> None:
         """End the command and everything it started; return when all of it is gone.

@@ -1,6 +1,6 @@
 """Greedy tokens by transformers: an oracle that shares no code path with vLLM. Run as a program:
 
-python -m disagglab.reference MODEL_FOLDER DTYPE OUTPUT_TOKENS < prompt token ids (JSON)
+python -m disagglab.reference MODEL_FOLDER DTYPE OUTPUT_TOKENS PROMPT_TOKEN_IDS (a JSON list)
 """
 
 from __future__ import annotations
@@ -40,4 +40,4 @@ def greedy(
 
 
 if __name__ == "__main__":
-    print(json.dumps(greedy(Path(sys.argv[1]), sys.argv[2], json.load(sys.stdin), int(sys.argv[3]))))
+    print(json.dumps(greedy(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[4]), int(sys.argv[3]))))

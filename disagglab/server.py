@@ -98,6 +98,11 @@ class ServerPlan:
         return f"http://{self.node.address}:{self.port}"
 
     @property
+    def process_name(self) -> str:
+        """Name of its process, lease and log."""
+        return f"vllm-{self.node.name}" + ("" if self.connector else "-dedicated")
+
+    @property
     def command(self) -> str:
         """The command as one would type it, environment first."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
@@ -176,16 +181,9 @@ class VllmServer:
         """Start the process; it is not ready yet.
 
         Raises:
-            StartError: if the host has less memory than the lab file's floor, or the command cannot be
-            executed.
+            StartError: if the command cannot be executed.
         """
-        have = host.memory_available()
-        if have < lab.memory.floor_gib * GIB:
-            raise StartError(
-                f"{plan.node.name}: {have / GIB:.1f} GiB available on {host.name}, the lab wants"
-                f" {lab.memory.floor_gib:g} GiB before a start ([memory] floor_gib); see: ps aux --sort -rss"
-            )
-        process = host.start(f"vllm-{plan.node.name}", plan.argv, plan.env, plan.node.cpus, ports)
+        process = host.start(plan.process_name, plan.argv, plan.env, plan.node.cpus, ports)
         return cls(plan, process)
 
     @property
@@ -249,6 +247,20 @@ class VllmServer:
         """
         if not self.process.alive:
             raise InvalidRun(f"{self.name} died during the run\n{post_mortem(self.process.log)}")
+
+
+def require_memory(host: LocalHost, lab: Lab, servers: int) -> None:
+    """Refuse to start servers on a host that has less memory than the lab file's floor for each of them.
+
+    Raises:
+        StartError: with both figures.
+    """
+    have, need = host.memory_available() / GIB, lab.memory.floor_gib * servers
+    if have < need:
+        raise StartError(
+            f"{have:.1f} GiB available on {host.name}, the lab wants {need:g} GiB before {servers} servers start"
+            f" ([memory] floor_gib = {lab.memory.floor_gib:g} each); see: ps aux --sort -rss"
+        )
 
 
 def listening_pid(port: int) -> int | None:

@@ -25,32 +25,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence  # noqa: UP035
 
+from disagglab.machine import (
+    GB,
+    PLATFORM_VARIABLE,
+    SetupError,
+    base_python,
+    check_disk,
+    check_libraries,
+    check_machine,
+    check_modules,
+    check_python,
+    choose_platform,
+    glibc_version,
+    gpu_answers,
+)
+
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
-MACHINES = ("x86_64", "aarch64")
-OLDEST_GLIBC = (2, 31)  # the newest glibc that a wheel of the locks asks for (llguidance: manylinux_2_31)
-PLATFORMS = ("cpu", "cuda")
-PLATFORM_VARIABLE = "DISAGGLAB_PLATFORM"
-GB = 10**9
 DISK_BYTES = {"cpu": 6 * GB, "cuda": 20 * GB}  # what is installed, and its wheels meanwhile
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 NOT_FOUND = "No matching distribution found"
 UNREACHABLE = ("Retrying (Retry(", "Max retries exceeded", "Could not fetch URL", "timed out")
 NO_SPACE = "No space left on device"
 HEARTBEAT_S = 10.0  # between two lines while a command runs
-NVIDIA_SMI_S = 30.0  # it takes seconds where the driver has to be loaded first
 KEPT_LINES = 400  # of a command's output, to look for the cause of a failure
 SHOWN_LINES = 12  # of those, in the message
 SHOWN_COLUMNS = 90  # of the one in the line that shows life
 PROOF = "import torch, vllm, nixl_cu13._api; from importlib.metadata import version; version('vllm')"
-
-
-class SetupError(Exception):
-    """Set-up cannot go on: what is wrong, and the mend. Exit status 2."""
-
-    def __init__(self, wrong: str, mend: str, lines: Sequence[str] = ()) -> None:
-        self.lines = tuple(lines)
-        super().__init__("\n".join([wrong, f"    mend: {mend}", *(f"    | {line}" for line in lines)]))
 
 
 class Result(NamedTuple):
@@ -152,91 +152,6 @@ class Stamp:
         partial.replace(self.file)
 
 
-def check_python(version: tuple[int, int], executable: str) -> None:
-    """Raises SetupError if the locks hold no wheels for this Python."""
-    if not OLDEST_PYTHON <= version <= NEWEST_PYTHON:
-        raise SetupError(
-            f"{executable} is Python {version[0]}.{version[1]}; the suite needs 3.11, 3.12 or 3.13",
-            "name another one, as in: make lab PYTHON=python3.12",
-        )
-
-
-def check_modules(version: tuple[int, int], executable: str, present: Callable[[str], object]) -> None:
-    """Raises SetupError if this Python cannot make virtual environments, as Debian's without python3-venv."""
-    missing = [name for name in ("venv", "ensurepip") if not present(name)]
-    if missing:
-        raise SetupError(
-            f"{executable} cannot make virtual environments: it has no module {' and '.join(missing)}",
-            f"apt-get install python3-venv (or python{version[0]}.{version[1]}-venv), "
-            "or name another Python, as in: make lab PYTHON=python3.12",
-        )
-
-
-def check_machine(system: str, machine: str, glibc: tuple[int, int] | None) -> None:
-    """Raises SetupError if there are no wheels for this machine. ``glibc`` is None on another C library."""
-    if system != "linux" or machine not in MACHINES:
-        raise SetupError(
-            f"this is {system} on {machine}; vLLM, NIXL and the router need Linux on {' or '.join(MACHINES)}",
-            "run the suite on such a machine, or in a Linux container or virtual machine",
-        )
-    if glibc is None or glibc < OLDEST_GLIBC:
-        found = f"glibc {glibc[0]}.{glibc[1]}" if glibc else "no glibc"
-        raise SetupError(
-            f"this system has {found}; the wheels need glibc {OLDEST_GLIBC[0]}.{OLDEST_GLIBC[1]} or newer",
-            "use Debian 11, Ubuntu 20.04 or newer (Alpine has no glibc)",
-        )
-
-
-def check_disk(free_bytes: int, needed_bytes: int, folder: Path) -> None:
-    """Raises SetupError if the environment would not fit."""
-    if free_bytes < needed_bytes:
-        raise SetupError(
-            f"{free_bytes / GB:.1f} GB are free where {folder} lies; set-up needs {needed_bytes / GB:.0f} GB",
-            "free some space, or clone the repository to a larger disk",
-        )
-
-
-def choose_platform(asked: str, recorded: str, gpu_answers: Callable[[], bool]) -> str:
-    """``asked`` (DISAGGLAB_PLATFORM) decides, then what the environment was made for, then the GPU.
-
-    Raises:
-        SetupError: if ``asked`` is no platform.
-    """
-    if asked and asked not in PLATFORMS:
-        mend = f"set it to {' or '.join(PLATFORMS)}, or unset it"
-        raise SetupError(f"{PLATFORM_VARIABLE}={asked} is no platform", mend)
-    if asked or recorded in PLATFORMS:
-        return asked or recorded
-    return "cuda" if gpu_answers() else "cpu"
-
-
-def gpu_answers() -> bool:
-    """Whether an NVIDIA GPU answers: a driver alone, or a GPU that has fallen off the bus, does not count."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0 and bool(done.stdout.strip())
-
-
-def glibc_version() -> tuple[int, int] | None:
-    """Version of the GNU C library, or None where there is another."""
-    try:
-        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
-        major, minor = version.split(".")[:2]
-        return (int(major), int(minor)) if name == "glibc" else None
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def base_python() -> str:
-    """The Python outside any virtual environment: ``.venv`` must not be made from itself."""
-    inside = sys.prefix != sys.base_prefix
-    return str(getattr(sys, "_base_executable", sys.executable)) if inside else sys.executable
-
-
 def failure(what: str, result: Result) -> SetupError:
     """The error for a command that failed, with the mend that its output points to."""
     lines = [line for line in result.output.splitlines() if _is_telling(line)]
@@ -272,7 +187,7 @@ def install(step: Step, venv: Path, run: Runner, tell: Callable[[str], None]) ->
         raise failure(f"installing {step.what} failed", result)
 
 
-def build(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
+def build(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str], None]) -> None:
     """Make the environment from nothing and install what is pinned.
 
     The folder and its stamp stay throughout: that tells an interrupted set-up from a folder that is not ours.
@@ -290,21 +205,21 @@ def build(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
         raise failure("making .venv failed", result)
     for step in plan.pinned():
         install(step, plan.venv, run, tell)
-    # On all cores; pip would use one. Left undone, every server start would compile what it imports, in vain where
-    # PYTHONDONTWRITEBYTECODE is set. The status says nothing: some files are for other Pythons.
+    # On all cores; pip would use one. Left undone, every server start would compile what it imports, in vain
+    # where PYTHONDONTWRITEBYTECODE is set. The status says nothing: some files are for other Pythons.
     tell("compiling to bytecode")
     run([str(plan.venv / "bin" / "python"), "-m", "compileall", "-qq", "-j", "0", str(plan.venv / "lib")])
-    stamp.write({"platform": plan.platform, "pinned": plan.keys()["pinned"]})
+    stamp.write({"platform": plan.platform, "pinned": keys["pinned"]})
 
 
-def finish(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
+def finish(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str], None]) -> None:
     """Install our own packages, prove that the whole imports, stamp it."""
     install(plan.own(), plan.venv, run, tell)
     tell("proving that torch, vLLM and NIXL import")
     result = run([str(plan.venv / "bin" / "python"), "-c", PROOF])
     if result.status != 0:
         raise failure("the packages are installed but do not import", result)
-    Stamp(plan.venv).write({"platform": plan.platform, **plan.keys()})
+    Stamp(plan.venv).write({"platform": plan.platform, **keys})
 
 
 def is_complete(plan: Plan, recorded: Mapping[str, str], *keys: str) -> bool:
@@ -320,6 +235,7 @@ def set_up(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
         SetupError: if ``.venv`` is not ours, the disk is too full, or a command fails.
     """
     recorded = Stamp(plan.venv).read()
+    keys = plan.keys()  # taken now: a file may be edited meanwhile
     if is_complete(plan, recorded, "pinned", "own"):
         return
     if not is_complete(plan, recorded, "pinned"):
@@ -330,8 +246,8 @@ def set_up(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
         check_disk(shutil.disk_usage(plan.root).free, DISK_BYTES[plan.platform], plan.root)
         if recorded:
             tell("the present .venv is unfinished, or made for other pins; starting over")
-        build(plan, run, tell)
-    finish(plan, run, tell)
+        build(plan, keys, run, tell)
+    finish(plan, keys, run, tell)
 
 
 @contextlib.contextmanager
@@ -428,6 +344,7 @@ def main() -> int:
         plan = Plan(ROOT, platform, f"{version[0]}.{version[1]}")
         if not is_complete(plan, recorded, "pinned", "own"):
             check_modules(version, base_python(), importlib.util.find_spec)
+            check_libraries(platform)
             with only_one(ROOT / ".venv.lock", tell) as lock:
                 set_up(plan, runner(plan.venv, lock, tell), tell)
         tell(f".venv is complete ({platform}, Python {plan.python}); make clean chooses anew")

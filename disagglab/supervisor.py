@@ -127,7 +127,7 @@ def descendants(root: int) -> list[Process]:
 
 
 def has_children() -> bool:
-    """Whether this process has any child left, zombies included; unlike a look at /proc it cannot miss one."""
+    """Whether this process has any child left, zombies included; unlike a look at /proc, never wrong."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

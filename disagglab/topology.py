@@ -16,7 +16,7 @@ from disagglab.lab import Lab, NodeSection
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
 from disagglab.router import Router, start_router
-from disagglab.server import VllmServer, plan_server
+from disagglab.server import VllmServer, plan_server, require_memory
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
@@ -72,8 +72,11 @@ class Deployment:
         """Start all servers at once; return when every one is ready and proved to be ours.
 
         Raises:
-            StartError: see :func:`disagglab.boot.wait_ready`. What was started is ended by the host's close.
+            StartError: if memory is short, or see :func:`disagglab.boot.wait_ready`. What was started is
+            ended by
+                the host's close.
         """
+        require_memory(self.host, self.lab, len(self.nodes))
         started = []
         for node in self.nodes:
             port = self.host.reserve_port(node.address)

@@ -133,6 +133,7 @@ WRONG: list[tuple[str, dict[str, float], type[Exception], str]] = [
         DISAGGREGATED, {"b__external_kv_transfer": 300, "b__local_compute": 128},
         TransferError, "decode took from prefill",
     ),
+    (DISAGGREGATED, {"a__local_compute": 300}, InvalidRun, "prefill computed: expected 428, got 300"),
     (DISAGGREGATED, {"b__local_compute": 1}, TransferError, "decode computed itself: expected 0, got 1"),
     (DISAGGREGATED, {"a__FINISHED": 1}, InvalidRun, "finished by prefill"),
     (DISAGGREGATED, {"b__FINISHED": 1}, InvalidRun, "finished by decode"),

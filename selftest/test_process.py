@@ -137,7 +137,7 @@ def test_stop_ends_the_command_and_its_grandchild(own: Own, standins: Standins, 
     assert not owned.alive
     assert owned.tree() == []
     assert traces(tmp_path) == []
-    # The shell dies of SIGTERM and does not pass it on; the supervisor then asks sleep itself, within the grace.
+    # The shell dies of SIGTERM and does not pass it on; the supervisor then asks sleep, within the grace.
     assert owned.ended == {
         "event": "done",
         "reason": "stop",

@@ -18,7 +18,7 @@ from disagglab.errors import StartError
 from disagglab.lab import Lab, load_lab
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
-from disagglab.server import ServerPlan, VllmServer, phase_of, plan_server, post_mortem
+from disagglab.server import ServerPlan, VllmServer, phase_of, plan_server, post_mortem, require_memory
 
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
 
@@ -189,5 +189,7 @@ def test_a_server_without_a_sign_of_life_has_failed(lab: Lab, tmp_path: Path) ->
 def test_too_little_memory_is_refused_before_the_start(lab: Lab) -> None:
     """Below the floor nothing is started, and the message holds both figures."""
     host: Any = SimpleNamespace(name="local", memory_available=lambda: 2**30)
-    with pytest.raises(StartError, match=r"1\.0 GiB available on local, the lab wants 3 GiB"):
-        VllmServer.start(host, lab, plan(lab, 0), [])
+    with pytest.raises(
+        StartError, match=r"1\.0 GiB available on local, the lab wants 6 GiB before 2 servers"
+    ):
+        require_memory(host, lab, 2)

@@ -9,10 +9,10 @@ probes qualify.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 from disagglab import client, ledger
+from disagglab.host import LocalHost
 from disagglab.kv import KvShape
 from disagglab.lab import Lab
 from disagglab.ledger import Sent
@@ -76,7 +76,7 @@ def test_greedy_output_equals_the_single_servers(
 
 
 def test_output_agrees_with_transformers(
-    disaggregated: Topology, weights: Model, lab: Lab, record: Recorder
+    host: LocalHost, disaggregated: Topology, weights: Model, lab: Lab, record: Recorder
 ) -> None:
     """On one probe the disaggregated answer is what Hugging Face transformers computes from the same weights.
 
@@ -87,19 +87,10 @@ def test_output_agrees_with_transformers(
     answer = client.complete(
         disaggregated.router.url, client.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
     )
-    argv = [
-        sys.executable,
-        "-m",
-        "disagglab.reference",
-        str(weights.folder),
-        lab.model.dtype,
-        str(OUTPUT_TOKENS),
-    ]
-    run = subprocess.run(
-        argv, input=json.dumps(prompt), capture_output=True, text=True, timeout=REFERENCE_LIMIT_S
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    reference = json.loads(run.stdout.splitlines()[-1])
+    argv = [sys.executable, "-m", "disagglab.reference", str(weights.folder), lab.model.dtype]
+    argv += [str(OUTPUT_TOKENS), json.dumps(prompt)]
+    lines = host.run("reference", argv, {"HF_HUB_OFFLINE": "1"}, REFERENCE_LIMIT_S)
+    reference = json.loads(next(line for line in lines if line.startswith("{")))
     gap = min(reference["top2_gap"])
     record.numbers("smallest top-2 gap of the transformers probe", [gap], "nat", what="probes")
     assert gap > GAP_NATS, f"the probe has a near tie ({gap:.2f} nat) and cannot tell; choose another"

@@ -59,15 +59,18 @@ def test_transferred_bytes_equal_whole_blocks(
 
 
 def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:
-    """The same proof refuses a request that reached decode without any KV: this is the failure it exists for.
+    """Prefill worked, its KV never moved, decode computed the prompt again: the proof refuses the request.
 
     A proxy that forgets the transfer parameters answers 200 with correct text; only the counters know.
     """
     before = ledger.read(disaggregated)
-    decode = disaggregated.decode[0]
-    client.complete(decode.url, client.body(disaggregated.served_name, prompt_of(300, 77), OUTPUT_TOKENS))
-    after = ledger.settle(disaggregated, before, 0)
-    with pytest.raises((TransferError, ledger.InvalidRun), match="expected 1, got 0"):
+    prompt = prompt_of(300, 77)
+    client.complete(disaggregated.prefill[0].url, client.body(disaggregated.served_name, prompt, 1))
+    client.complete(
+        disaggregated.decode[0].url, client.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
+    )
+    after = ledger.read(disaggregated)
+    with pytest.raises(TransferError, match="transfers: expected 1, got 0"):
         ledger.prove(disaggregated, before, after, [Sent(300, OUTPUT_TOKENS)], shape, lab.vllm.version)
 
 

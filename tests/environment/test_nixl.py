@@ -7,14 +7,13 @@ that KV transfers are later read against; it has no expectation.
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 
+from disagglab.host import LocalHost
 from disagglab.lab import Lab
 from disagglab.recorder import Recorder
 
@@ -24,21 +23,20 @@ LIMIT_S = 180.0
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_buffer_arrives_intact(lab: Lab, record: Recorder, timing: Callable[..., None], size: int) -> None:
-    """NIXL registers memory in two processes and reads one from the other, byte for byte.
+def test_a_buffer_arrives_intact(
+    host: LocalHost, lab: Lab, record: Recorder, timing: Callable[..., None], size: int
+) -> None:
+    """NIXL registers host memory in two processes and reads one from the other, byte for byte.
 
     RDMA in one picture: one side says where its memory is, the other side's network card (here: UCX over the
     lab's transports) fetches it; no message with the data in it is ever sent by the owner.
     """
     argv = [sys.executable, "-m", "disagglab.nixlprobe", str(size), str(REPEATS)]
-    env = {**os.environ, **lab.transport.env}
+    env = dict(lab.transport.env)
     if lab.transport.ucx_tls:
         env["UCX_TLS"] = ",".join(lab.transport.ucx_tls)
-    answer = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=LIMIT_S)
-    assert answer.returncode == 0, (
-        f"the probe failed; UCX_TLS={env.get('UCX_TLS', '(unset)')}\n{answer.stderr[-2000:]}"
-    )
-    result = json.loads(answer.stdout.splitlines()[-1])
+    lines = host.run(f"nixlprobe-{size}", argv, env, LIMIT_S)
+    result = json.loads(next(line for line in lines if line.startswith("{")))
     assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"
     record.numbers(
         f"NIXL read of {size / 2**20:.0f} MiB between two processes",

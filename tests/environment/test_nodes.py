@@ -40,12 +40,12 @@ def test_cores_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> No
 
 
 def test_memory_is_above_the_floor(host: LocalHost, lab: Lab, store: Store) -> None:
-    """MemAvailable covers the lab's floor for every server that will run on this host."""
+    """MemAvailable covers the lab's floor for all servers of this host together."""
     memory = facts.memory(host.facts)
     store.facts.setdefault("host", {})["memory"] = (
         f"{memory['total'] / GIB:.1f} GiB, {memory['available'] / GIB:.1f} GiB available before the servers"
     )
-    need = lab.memory.floor_gib * GIB
+    need = lab.memory.floor_gib * GIB * len(lab.nodes)
     assert memory["available"] >= need, (
         f"{memory['available'] / GIB:.1f} GiB available, {need / GIB:.1f} GiB wanted"
     )
@@ -98,7 +98,7 @@ def test_rdma_devices_are_active(host: LocalHost, lab: Lab, store: Store) -> Non
             )
 
 
-def test_enough_ports_are_free(lab: Lab) -> None:
+def test_enough_ports_are_free(host: LocalHost, lab: Lab) -> None:
     """The lab's port range holds enough ports that nobody uses.
 
     A port is reserved here the way a server's is: bound, never listening, so that no other program can take

