@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 
 from disagglab.errors import StartError
-from disagglab.lab import Lab
 from disagglab.progress import ProgressLine
+from disagglab.section import Lab
 from disagglab.server import POLL_S, VllmServer, post_mortem
 
 CPU_PROGRESS_S = 0.05  # CPU time between two looks that counts as a sign of life

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from disagglab import ledger
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv import KvShape
-from disagglab.lab import GateSection, Lab
 from disagglab.load import LoadEngine, Run, figures
+from disagglab.section import GateSection, Lab
 from disagglab.store import Store, VerdictRow
 from disagglab.topology import DISAGGREGATED, Topology
 from disagglab.verdict import Direction, judge, passes

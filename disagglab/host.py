@@ -13,9 +13,9 @@ import psutil
 
 from disagglab import lease
 from disagglab.errors import ConfigError, Problem, StartError
-from disagglab.lab import Lab
 from disagglab.port import PortPool
 from disagglab.process import OwnedProcess
+from disagglab.section import Lab
 from disagglab.supervisor import session_members
 
 

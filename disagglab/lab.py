@@ -11,11 +11,24 @@ import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from disagglab.errors import ConfigError, Problem
+from disagglab.section import (
+    ControllerSection,
+    GateSection,
+    Lab,
+    MemorySection,
+    ModelSection,
+    NodeSection,
+    PortsSection,
+    RouterSection,
+    Section,
+    TransportSection,
+    VllmSection,
+)
 
 LABS_FOLDER = Path(__file__).resolve().parent.parent / "labs"
 PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
@@ -32,150 +45,7 @@ RESERVED_ARGS = {
 }
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
-
-
-class ModelSection(_Section):
-    """What the servers load."""
-
-    id: str = Field(
-        min_length=1, description="folder, Hugging Face id, or package:NAME for a model a package ships"
-    )
-    revision: str | None = Field(None, description="Hugging Face revision; absent means main")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="dtype of weights and KV cache"
-    )
-    max_model_len: int = Field(ge=256, description="longest prompt plus output, tokens")
-    load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, speed only")
-
-
-class VllmSection(_Section):
-    """How ``vllm serve`` is started."""
-
-    version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="the vLLM version this lab is meant for")
-    args: dict[str, str | int | float | bool] = Field(default={}, description="further options, without --")
-    env: dict[str, str] = Field(default={}, description="further environment of every server")
-    stall_s: float = Field(
-        180, ge=10, description="a start without log output or CPU use for so long has failed, s"
-    )
-    start_limit_s: float = Field(900, ge=30, description="a start that takes longer has failed, s")
-
-
-class NodeSection(_Section):
-    """One server: where it runs and what it does when serving is disaggregated."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports")
-    host: str = Field("local", description="local, or the SSH host name")
-    address: str = Field(description="address of its data network; servers listen on it")
-    role: Literal["prefill", "decode"] = Field(description="its part in disaggregated serving")
-    cpus: list[int] = Field(default=[], description="cores that the server is bound to")
-    gpus: list[int] = Field(default=[], description="GPUs that the server sees")
-    rdma: list[str] = Field(default=[], description="RDMA devices of its data network (mlx5_0, rocep1s0f0 …)")
-    env: dict[str, str] = Field(default={}, description="environment of this server alone")
-
-
-class ControllerSection(_Section):
-    """Where router and load generator run."""
-
-    host: str = Field("local", description="local, or the SSH host name")
-    address: str = Field("127.0.0.1", description="address that the routers listen on")
-    cpus: list[int] = Field(default=[], description="cores of router and load generator; empty: any")
-
-
-class TransportSection(_Section):
-    """How NixlConnector moves KV blocks."""
-
-    kv_buffer_device: Literal["cpu", "cuda"] = Field(
-        description="memory that transfers read from and write to"
-    )
-    ucx_tls: list[str] = Field(default=[], description="UCX_TLS; empty leaves the choice to UCX")
-    env: dict[str, str] = Field(default={}, description="further UCX_* and NIXL_* variables")
-    lease_s: int = Field(30, ge=6, description="how long prefill keeps unclaimed blocks, s")
-    load_failure_policy: Literal["fail", "recompute"] = Field(
-        "fail", description="recompute hides a broken link"
-    )
-    progress_delay_us: int = Field(
-        0, ge=0, le=1_000_000, description="pause of NIXL's progress thread, us; 0: stock"
-    )
-    keep_node_cpus: bool = Field(
-        False, description="keep the CPU connector on the node's own cores; false: stock"
-    )
-    link_gbit_s: float | None = Field(
-        None, gt=0, description="nominal rate of the link, Gbit/s, for predictions"
-    )
-
-
-class RouterSection(_Section):
-    """vllm-router."""
-
-    version: str = Field(
-        "0.1.17", pattern=r"^\d+\.\d+\.\d+$", description="the version this lab is meant for"
-    )
-    policy: Literal["round_robin"] = Field("round_robin", description="routing between equal workers")
-
-
-class PortsSection(_Section):
-    """The range that every TCP port of a run is taken from, on every host."""
-
-    first: int = Field(ge=1024, le=65535, description="first port")
-    last: int = Field(ge=1024, le=65535, description="last port, included")
-
-
-class MemorySection(_Section):
-    """When not to start."""
-
-    floor_gib: float = Field(ge=0, description="MemAvailable that one server's start needs, GiB")
-
-
-class GateSection(_Section):
-    """A verdict that this lab asks for."""
-
-    metric: Literal["ttft_p50", "tpot_p50", "itl_p99", "e2e_p50", "output_tokens_per_s"] = Field(
-        description="run-level figure that is compared"
-    )
-    workload: str = Field(description="name of a file in workloads/")
-    baseline: Literal["single", "replicated"] = Field(
-        description="what disaggregated serving is compared with"
-    )
-    want: Literal["better", "not worse"] = Field(description="what the interval must show")
-    margin: float = Field(gt=0, lt=1, description="differences below this share count as equivalent")
-    enforce: bool = Field(True, description="false: shown, never a failure")
-
-
-class Lab(_Section):
-    """A whole lab file."""
-
-    name: str
-    label: str
-    file: str
-    model: ModelSection
-    vllm: VllmSection
-    nodes: tuple[NodeSection, ...]
-    controller: ControllerSection
-    transport: TransportSection
-    router: RouterSection
-    ports: PortsSection
-    memory: MemorySection
-    gates: tuple[GateSection, ...]
-
-    @property
-    def prefill(self) -> tuple[NodeSection, ...]:
-        """The nodes that prefill when serving is disaggregated."""
-        return tuple(node for node in self.nodes if node.role == "prefill")
-
-    @property
-    def decode(self) -> tuple[NodeSection, ...]:
-        """The nodes that decode when serving is disaggregated."""
-        return tuple(node for node in self.nodes if node.role == "decode")
-
-    @property
-    def is_local(self) -> bool:
-        """Whether every process of this lab runs on this machine."""
-        return self.controller.host == "local" and all(node.host == "local" for node in self.nodes)
-
-
-_SECTIONS: dict[str, tuple[type[_Section], bool]] = {
+_SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "model": (ModelSection, True),
     "vllm": (VllmSection, True),
     "controller": (ControllerSection, False),
@@ -184,7 +54,7 @@ _SECTIONS: dict[str, tuple[type[_Section], bool]] = {
     "ports": (PortsSection, True),
     "memory": (MemorySection, True),
 }
-_LISTS: dict[str, tuple[type[_Section], bool]] = {"node": (NodeSection, True), "gate": (GateSection, False)}
+_LISTS: dict[str, tuple[type[Section], bool]] = {"node": (NodeSection, True), "gate": (GateSection, False)}
 
 
 def load_lab(name: str) -> Lab:
@@ -264,8 +134,8 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
 
 
 def _parse_section(
-    section: type[_Section], value: Any, file: str, where: str, problems: list[Problem]
-) -> _Section | None:
+    section: type[Section], value: Any, file: str, where: str, problems: list[Problem]
+) -> Section | None:
     try:
         return section.model_validate(value)
     except ValidationError as error:
@@ -275,7 +145,7 @@ def _parse_section(
         return None
 
 
-def _explain(section: type[_Section], detail: Any) -> tuple[str, str]:
+def _explain(section: type[Section], detail: Any) -> tuple[str, str]:
     """What is wrong and what mends it, for one pydantic error."""
     field = str(detail["loc"][0]) if detail["loc"] else ""
     info = section.model_fields.get(field)

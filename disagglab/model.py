@@ -18,9 +18,9 @@ import platformdirs
 
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.kv import read_config
-from disagglab.lab import Lab
 from disagglab.process import OwnedProcess
 from disagglab.progress import ProgressLine
+from disagglab.section import Lab
 
 CACHE_VARIABLE = "DISAGGLAB_CACHE"
 PACKAGE_PREFIX = "package:"

@@ -14,9 +14,10 @@ import pytest
 
 from disagglab import fingerprint, report
 from disagglab.errors import ConfigError, LabError
-from disagglab.lab import Lab, load_lab
+from disagglab.lab import load_lab
 from disagglab.recorder import VIRTUAL_CLOCK
 from disagglab.report import Claim
+from disagglab.section import Lab
 from disagglab.session import Session, new_run_id
 from disagglab.store import REPORTS_FOLDER, Store
 

@@ -14,8 +14,8 @@ import jinja2
 from markdown_it import MarkdownIt
 
 from disagglab import plot
-from disagglab.lab import Lab
 from disagglab.load import Run
+from disagglab.section import Lab
 from disagglab.store import Record, Store
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -13,8 +13,8 @@ import httpx
 
 from disagglab.errors import StartError
 from disagglab.host import LocalHost
-from disagglab.lab import Lab
 from disagglab.process import OwnedProcess
+from disagglab.section import Lab
 from disagglab.server import HTTP_TIMEOUT_S, POLL_S, VllmServer, read_tail
 
 READY_DEADLINE_S = 90.0  # ready after 1 to 2 s where nothing else runs

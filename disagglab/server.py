@@ -18,10 +18,10 @@ import psutil
 
 from disagglab.errors import InvalidRun, StartError
 from disagglab.host import LocalHost
-from disagglab.lab import Lab, NodeSection
 from disagglab.metrics import Snapshot, scrape
 from disagglab.model import Model
 from disagglab.process import OwnedProcess
+from disagglab.section import Lab, NodeSection
 from disagglab.vllm_plugin import CPUS_VARIABLE, DELAY_VARIABLE
 
 LOG_TAIL_LINES = 40
@@ -258,8 +258,8 @@ def require_memory(host: LocalHost, lab: Lab, servers: int) -> None:
     have, need = host.memory_available() / GIB, lab.memory.floor_gib * servers
     if have < need:
         raise StartError(
-            f"{have:.1f} GiB available on {host.name}, the lab wants {need:g} GiB before {servers} servers start"
-            f" ([memory] floor_gib = {lab.memory.floor_gib:g} each); see: ps aux --sort -rss"
+            f"{have:.1f} GiB available on {host.name}, the lab wants {need:g} GiB before {servers} servers"
+            f" start ([memory] floor_gib = {lab.memory.floor_gib:g} each); see: ps aux --sort -rss"
         )
 
 

@@ -16,9 +16,9 @@ import filelock
 from disagglab import lease
 from disagglab.comparison import Comparison
 from disagglab.errors import StartError
-from disagglab.lab import Lab
 from disagglab.progress import ProgressLine
 from disagglab.report import Claim, Module, lesson_html
+from disagglab.section import Lab
 from disagglab.store import Store
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from disagglab import boot
 from disagglab.host import LocalHost
-from disagglab.lab import Lab, NodeSection
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
 from disagglab.router import Router, start_router
+from disagglab.section import Lab, NodeSection
 from disagglab.server import VllmServer, plan_server, require_memory
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"

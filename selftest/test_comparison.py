@@ -12,8 +12,9 @@ import pytest
 from disagglab import comparison
 from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.errors import InvalidRun
-from disagglab.lab import Lab, load_lab
+from disagglab.lab import load_lab
 from disagglab.load import Run
+from disagglab.section import Lab
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES
 from disagglab.workload import Workload, load_workload

@@ -15,7 +15,8 @@ import pytest
 
 from disagglab import model
 from disagglab.errors import ConfigError, LabError
-from disagglab.lab import Lab, load_lab
+from disagglab.lab import load_lab
+from disagglab.section import Lab
 
 CONFIG = {"max_position_embeddings": 8192}
 CONVERTER = """

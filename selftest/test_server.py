@@ -15,9 +15,10 @@ import pytest
 from disagglab import router, server
 from disagglab.boot import wait_ready
 from disagglab.errors import StartError
-from disagglab.lab import Lab, load_lab
+from disagglab.lab import load_lab
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
+from disagglab.section import Lab
 from disagglab.server import ServerPlan, VllmServer, phase_of, plan_server, post_mortem, require_memory
 
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})

@@ -16,10 +16,10 @@ import pytest
 from disagglab import client, ledger
 from disagglab.comparison import measure
 from disagglab.kv import KvShape, blocks
-from disagglab.lab import Lab
 from disagglab.load import LoadEngine, Run, figures, percentile, tpot_s
 from disagglab.metrics import Snapshot
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.store import Store
 from disagglab.topology import Topology
 from disagglab.workload import Workload, load_workload

@@ -12,10 +12,10 @@ import pytest
 
 from disagglab.comparison import run_rounds
 from disagglab.kv import KvShape
-from disagglab.lab import Lab
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Deployment

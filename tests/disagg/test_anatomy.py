@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from disagglab import client, ledger
 from disagglab.kv import KvShape
-from disagglab.lab import Lab
 from disagglab.ledger import Sent
 from disagglab.load import percentile
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.topology import Topology
 
 REPEATS = 5

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from disagglab.comparison import METRICS, Comparison
-from disagglab.lab import GateSection, Lab
 from disagglab.recorder import Recorder
+from disagglab.section import GateSection, Lab
 from disagglab.store import Store
 from disagglab.topology import TOPOLOGIES
 

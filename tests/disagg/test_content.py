@@ -14,10 +14,10 @@ import sys
 from disagglab import client, ledger
 from disagglab.host import LocalHost
 from disagglab.kv import KvShape
-from disagglab.lab import Lab
 from disagglab.ledger import Sent
 from disagglab.model import Model
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.topology import Topology
 
 GAP_NATS = 0.2  # bf16 keeps 8 bits: logits near 16 are rounded to 1/16, and two roundings meet in a gap

@@ -11,9 +11,9 @@ import pytest
 from disagglab import client, ledger
 from disagglab.errors import TransferError
 from disagglab.kv import KvShape
-from disagglab.lab import Lab
 from disagglab.ledger import Sent
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.topology import Topology
 
 OUTPUT_TOKENS = 4

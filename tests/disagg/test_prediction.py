@@ -10,8 +10,8 @@ import pytest
 
 from disagglab import kv
 from disagglab.kv import KvShape
-from disagglab.lab import Lab
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.workload import load_workload
 
 BITS = 8

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import pytest
 
 from disagglab.host import LocalHost
-from disagglab.lab import Lab
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 
 SIZES = (2**20, 2**24, 2**26)  # bytes: from below one KV block of the embedded lab to twenty-three
 REPEATS = 5

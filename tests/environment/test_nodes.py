@@ -15,10 +15,11 @@ import pytest
 
 from disagglab import facts
 from disagglab.host import LocalHost
-from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS, Lab
+from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS
 from disagglab.model import cache_folder
 from disagglab.port import PortPool
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.store import Store
 
 GIB = 2**30

@@ -10,8 +10,8 @@ import pytest
 
 from disagglab import ledger
 from disagglab.kv import KvShape
-from disagglab.lab import Lab
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.topology import Topology
 
 GIB = 2**30

@@ -9,10 +9,10 @@ from __future__ import annotations
 from disagglab import client, ledger
 from disagglab.comparison import METRICS, Comparison, run_rounds
 from disagglab.kv import KvShape
-from disagglab.lab import Lab
 from disagglab.ledger import Sent
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Topology

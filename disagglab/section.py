@@ -1,0 +1,150 @@
+"""The sections of a lab file as frozen models. docs/lab-file.md is made from the field descriptions here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class ModelSection(Section):
+    """What the servers load."""
+
+    id: str = Field(
+        min_length=1, description="folder, Hugging Face id, or package:NAME for a model a package ships"
+    )
+    revision: str | None = Field(None, description="Hugging Face revision; absent means main")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="dtype of weights and KV cache"
+    )
+    max_model_len: int = Field(ge=256, description="longest prompt plus output, tokens")
+    load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, speed only")
+
+
+class VllmSection(Section):
+    """How ``vllm serve`` is started."""
+
+    version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="the vLLM version this lab is meant for")
+    args: dict[str, str | int | float | bool] = Field(default={}, description="further options, without --")
+    env: dict[str, str] = Field(default={}, description="further environment of every server")
+    stall_s: float = Field(
+        180, ge=10, description="a start without log output or CPU use for so long has failed, s"
+    )
+    start_limit_s: float = Field(900, ge=30, description="a start that takes longer has failed, s")
+
+
+class NodeSection(Section):
+    """One server: where it runs and what it does when serving is disaggregated."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports")
+    host: str = Field("local", description="local, or the SSH host name")
+    address: str = Field(description="address of its data network; servers listen on it")
+    role: Literal["prefill", "decode"] = Field(description="its part in disaggregated serving")
+    cpus: list[int] = Field(default=[], description="cores that the server is bound to")
+    gpus: list[int] = Field(default=[], description="GPUs that the server sees")
+    rdma: list[str] = Field(default=[], description="RDMA devices of its data network (mlx5_0, rocep1s0f0 …)")
+    env: dict[str, str] = Field(default={}, description="environment of this server alone")
+
+
+class ControllerSection(Section):
+    """Where router and load generator run."""
+
+    host: str = Field("local", description="local, or the SSH host name")
+    address: str = Field("127.0.0.1", description="address that the routers listen on")
+    cpus: list[int] = Field(default=[], description="cores of router and load generator; empty: any")
+
+
+class TransportSection(Section):
+    """How NixlConnector moves KV blocks."""
+
+    kv_buffer_device: Literal["cpu", "cuda"] = Field(
+        description="memory that transfers read from and write to"
+    )
+    ucx_tls: list[str] = Field(default=[], description="UCX_TLS; empty leaves the choice to UCX")
+    env: dict[str, str] = Field(default={}, description="further UCX_* and NIXL_* variables")
+    lease_s: int = Field(30, ge=6, description="how long prefill keeps unclaimed blocks, s")
+    load_failure_policy: Literal["fail", "recompute"] = Field(
+        "fail", description="recompute hides a broken link"
+    )
+    progress_delay_us: int = Field(
+        0, ge=0, le=1_000_000, description="pause of NIXL's progress thread, us; 0: stock"
+    )
+    keep_node_cpus: bool = Field(
+        False, description="keep the CPU connector on the node's own cores; false: stock"
+    )
+    link_gbit_s: float | None = Field(
+        None, gt=0, description="nominal rate of the link, Gbit/s, for predictions"
+    )
+
+
+class RouterSection(Section):
+    """vllm-router."""
+
+    version: str = Field(
+        "0.1.17", pattern=r"^\d+\.\d+\.\d+$", description="the version this lab is meant for"
+    )
+    policy: Literal["round_robin"] = Field("round_robin", description="routing between equal workers")
+
+
+class PortsSection(Section):
+    """The range that every TCP port of a run is taken from, on every host."""
+
+    first: int = Field(ge=1024, le=65535, description="first port")
+    last: int = Field(ge=1024, le=65535, description="last port, included")
+
+
+class MemorySection(Section):
+    """When not to start."""
+
+    floor_gib: float = Field(ge=0, description="MemAvailable that one server's start needs, GiB")
+
+
+class GateSection(Section):
+    """A verdict that this lab asks for."""
+
+    metric: Literal["ttft_p50", "tpot_p50", "itl_p99", "e2e_p50", "output_tokens_per_s"] = Field(
+        description="run-level figure that is compared"
+    )
+    workload: str = Field(description="name of a file in workloads/")
+    baseline: Literal["single", "replicated"] = Field(
+        description="what disaggregated serving is compared with"
+    )
+    want: Literal["better", "not worse"] = Field(description="what the interval must show")
+    margin: float = Field(gt=0, lt=1, description="differences below this share count as equivalent")
+    enforce: bool = Field(True, description="false: shown, never a failure")
+
+
+class Lab(Section):
+    """A whole lab file."""
+
+    name: str
+    label: str
+    file: str
+    model: ModelSection
+    vllm: VllmSection
+    nodes: tuple[NodeSection, ...]
+    controller: ControllerSection
+    transport: TransportSection
+    router: RouterSection
+    ports: PortsSection
+    memory: MemorySection
+    gates: tuple[GateSection, ...]
+
+    @property
+    def prefill(self) -> tuple[NodeSection, ...]:
+        """The nodes that prefill when serving is disaggregated."""
+        return tuple(node for node in self.nodes if node.role == "prefill")
+
+    @property
+    def decode(self) -> tuple[NodeSection, ...]:
+        """The nodes that decode when serving is disaggregated."""
+        return tuple(node for node in self.nodes if node.role == "decode")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether every process of this lab runs on this machine."""
+        return self.controller.host == "local" and all(node.host == "local" for node in self.nodes)
