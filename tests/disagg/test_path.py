@@ -6,6 +6,8 @@ that stays true only if every block of every prompt moved, once. The last test s
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from disagglab import client, ledger
@@ -75,12 +77,12 @@ def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: L
 
 
 def test_a_wrong_byte_count_is_caught(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:
-    """A transfer of one block, checked against a prompt that needs two, is refused with both numbers."""
+    """A true transfer, checked against the arithmetic of one layer more, is refused."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     before = ledger.read(disaggregated)
-    client.complete(
-        disaggregated.router.url, client.body(disaggregated.served_name, prompt_of(block, 78), OUTPUT_TOKENS)
-    )
+    request = client.body(disaggregated.served_name, prompt_of(block, 78), OUTPUT_TOKENS)
+    client.complete(disaggregated.router.url, request)
     after = ledger.settle(disaggregated, before, 1)
+    deeper = dataclasses.replace(shape, layers=shape.layers + 1)
     with pytest.raises(TransferError, match=r"bytes moved by the connector: expected [\d,]+, got [\d,]+"):
-        ledger.prove(disaggregated, before, after, [Sent(block + 1, OUTPUT_TOKENS)], shape, lab.vllm.version)
+        ledger.prove(disaggregated, before, after, [Sent(block, OUTPUT_TOKENS)], deeper, lab.vllm.version)
