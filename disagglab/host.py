@@ -94,12 +94,14 @@ class LocalHost:
         return testinfra.get_host("local://")
 
     def close(self) -> None:
-        """End every process of this run, newest first; prove that nothing is left; give the ports back.
+        """End every process of this run, all at once; prove that nothing is left; give the ports back.
 
         Raises:
             StartError: naming the processes that still live or the ports that still answer.
         """
         errors: list[StartError] = []
+        for process in self._processes:
+            process.ask_to_stop()
         for process in reversed(self._processes):
             try:
                 process.stop()

@@ -19,7 +19,15 @@ from pathlib import Path
 import platformdirs
 
 from disagglab.errors import StartError
-from disagglab.supervisor import Process, remove_shared_memory, send, session_members, shared_memory
+from disagglab.supervisor import (
+    TRACKER_S,
+    Process,
+    is_resource_tracker,
+    remove_shared_memory,
+    send,
+    session_members,
+    shared_memory,
+)
 
 STATE_VARIABLE = "DISAGGLAB_STATE"
 END_DEADLINE_S = 60.0  # for a supervisor that lost its owner to finish, and for a killed process to vanish
@@ -85,9 +93,11 @@ def _end_session(leader: Process, path: Path) -> tuple[int, ...]:
     pids = tuple(process.pid for process in members)
     shm = shared_memory(members)
     deadline = time.monotonic() + END_DEADLINE_S
+    patience = time.monotonic() + TRACKER_S
     while members := session_members(leader.pid, leader.start_ticks):
         for process in members:
-            send(process, signal.SIGKILL)
+            if time.monotonic() > patience or not is_resource_tracker(process):
+                send(process, signal.SIGKILL)
         if time.monotonic() > deadline:
             raise StartError(f"{path}: {members} do not end; look at them with ps -fp PID")
         time.sleep(POLL_S)

@@ -145,22 +145,28 @@ class OwnedProcess:
             raise LabError(f"{self.name} {how}; command: {shlex.join(self.spec.argv)}\nlast lines:\n{tail}")
         return lines
 
+    def ask_to_stop(self) -> None:
+        """Begin to end the command; :meth:`stop` waits until it has ended."""
+        process = self._supervisor
+        if process is None or process.stdin is None or process.stdin.closed:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"stop\n")
+            process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+
     def stop(self) -> None:
         """End the command and everything it started; return when all of it is gone.
 
         Raises:
             StartError: if something of it is still alive after the deadline; the message names the processes.
         """
+        self.ask_to_stop()
         process, self._supervisor = self._supervisor, None
         if process is None:
             return
-        assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(b"stop\n")
-            process.stdin.flush()
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
         try:
             process.wait(self.spec.grace_s + KILL_MARGIN_S)
         except subprocess.TimeoutExpired as error:

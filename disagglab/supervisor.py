@@ -40,6 +40,7 @@ LOOK_S = (
     1.0  # how often a running supervisor looks whether its owner lives: a fork of it may hold the pipe open
 )
 SHM_LOOK_S = 30.0  # how often it notes the shared memory in use, which a sudden end would leave behind
+TRACKER_S = 5.0  # that Python's resource tracker has, after all others are gone, to unlink what they left
 SHM_FOLDER = "/dev/shm/"
 
 
@@ -149,6 +150,17 @@ def send(process: Process, number: int) -> None:
     if process.alive():
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
+
+
+def is_resource_tracker(process: Process) -> bool:
+    """Whether this is the helper with which Python unlinks semaphores and shared memory of killed processes.
+
+    It ends by itself once all others of its tree are gone, and knows names that no memory map shows any more.
+    """
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def shared_memory(processes: list[Process]) -> set[str]:
@@ -291,8 +303,9 @@ class Supervisor:
                     send(process, signal.SIGTERM)
                 asked.update(tree)
             if time.monotonic() >= deadline:
-                killed.extend(process.pid for process in tree if process.pid not in killed)
-                for process in tree:
+                patient = time.monotonic() < deadline + TRACKER_S
+                for process in [p for p in tree if not (patient and is_resource_tracker(p))]:
+                    killed += [process.pid] if process.pid not in killed else []
                     send(process, signal.SIGKILL)
             self.reap()
             time.sleep(POLL_S)

@@ -449,3 +449,25 @@ def test_a_secret_of_the_environment_is_in_no_command_line(
     shown = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
     assert not any(secret in line for line in shown)
     assert not any(secret in path.read_text() for path in (tmp_path / "state").rglob("*.json"))
+
+
+def test_semaphores_of_killed_python_processes_are_unlinked(own: Own, standins: Standins) -> None:
+    """A named semaphore goes with its process: Python's resource tracker lives long enough to unlink it."""
+    program = (
+        "import multiprocessing, os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "lock = multiprocessing.get_context('spawn').Lock()\n"
+        "Path('name').write_text(lock._semlock.name)\n"
+        "Path('child').write_text(f'{os.getpid()}\\n')\n"
+        "time.sleep(300)\n"
+    )
+    owned = own([sys.executable, "-c", program]).start()
+    child = standins.told("child")
+    name = Path("/dev/shm/sem." + (Path(owned.log).parent / "name").read_text().lstrip("/"))
+    assert name.exists()
+
+    owned.stop()
+
+    assert standins.gone(child)
+    assert not name.exists()
