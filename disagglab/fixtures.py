@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from disagglab import kv, model
+from disagglab import facts, kv, model
 from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.errors import InvalidRun
 from disagglab.host import LocalHost, connect
@@ -67,6 +68,7 @@ def host(live: Session) -> Iterator[LocalHost]:
         reaped = local.reap()
         if reaped:
             live.store.write_meta(reaped=[vars(row) for row in reaped])
+        live.store.facts.update(facts.collect(local.facts, live.lab, sys.executable))
         try:
             yield local
         finally:

@@ -23,12 +23,13 @@ from disagglab.section import Lab
 from disagglab.store import Store
 
 GIB = 2**30
+SMALLEST_MTU = 1500  # bytes; RoCE wants 4200 or more
 FREE_DISK_GIB = (
     2  # a run's logs and per-request results stay below 0.1 GiB; the converted model takes 0.3 GiB
 )
 
 
-def test_cores_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> None:
+def test_cores_of_each_node_exist(host: LocalHost, lab: Lab) -> None:
     """Every core that the lab file gives to a node is one that this account may use.
 
     A server bound to a core that does not exist would run unbound, and two servers on one core would measure
@@ -36,34 +37,27 @@ def test_cores_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> No
     """
     allowed = os.sched_getaffinity(0)
     for node in lab.nodes:
-        store.facts[f"node {node.name}"] = facts.cpu(host.facts, node)
         assert set(node.cpus) <= allowed, f"{node.name}: cores {node.cpus}, allowed are {sorted(allowed)}"
 
 
-def test_memory_is_above_the_floor(host: LocalHost, lab: Lab, store: Store) -> None:
+def test_memory_is_above_the_floor(host: LocalHost, lab: Lab) -> None:
     """MemAvailable covers the lab's floor for all servers of this host together."""
     memory = facts.memory(host.facts)
-    store.facts.setdefault("host", {})["memory"] = (
-        f"{memory['total'] / GIB:.1f} GiB, {memory['available'] / GIB:.1f} GiB available before the servers"
-    )
     need = lab.memory.floor_gib * GIB * len(lab.nodes)
     assert memory["available"] >= need, (
         f"{memory['available'] / GIB:.1f} GiB available, {need / GIB:.1f} GiB wanted"
     )
 
 
-def test_versions_are_those_of_the_lab(host: LocalHost, lab: Lab, store: Store) -> None:
+def test_versions_are_those_of_the_lab(host: LocalHost, lab: Lab) -> None:
     """vLLM and the router are the versions that the lab file names; NIXL is installed."""
     found = facts.versions(host.facts, sys.executable)
-    store.facts.setdefault("host", {}).update(
-        {**found, "UCX (in NIXL)": facts.ucx_version(host.facts, sys.executable)}
-    )
     assert found["vllm"].partition("+")[0] == lab.vllm.version
     assert found["vllm-router"] == lab.router.version
     assert "nixl-cu13" in found or "nixl" in found, f"no NIXL among {sorted(found)}"
 
 
-def test_gpus_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> None:
+def test_gpus_of_each_node_exist(host: LocalHost, lab: Lab) -> None:
     """Every GPU that the lab file gives to a node answers nvidia-smi."""
     if not any(node.gpus for node in lab.nodes):
         pytest.skip("NO-GPU: no node of this lab has a GPU")
@@ -72,28 +66,22 @@ def test_gpus_of_each_node_exist(host: LocalHost, lab: Lab, store: Store) -> Non
         assert all(gpu < len(found) for gpu in node.gpus), (
             f"{node.name}: GPUs {node.gpus}, the host has {len(found)}"
         )
-        for gpu in node.gpus:
-            store.facts.setdefault(f"node {node.name}", {}).update(
-                {f"GPU {gpu} {key}": value for key, value in found[gpu].items()}
-            )
 
 
-def test_data_address_is_on_an_interface(host: LocalHost, lab: Lab, store: Store) -> None:
-    """The address of each node belongs to an interface of its host; its MTU and speed are recorded."""
+def test_data_address_is_on_an_interface(host: LocalHost, lab: Lab) -> None:
+    """The address of each node belongs to an interface of its host; its MTU is no less than Ethernet's."""
     for node in lab.nodes:
-        store.facts.setdefault(f"node {node.name}", {}).update(facts.network(host.facts, node.address))
+        found = facts.network(host.facts, node.address)
+        assert int(found["MTU"]) >= SMALLEST_MTU, f"{node.name}: {found}"
 
 
-def test_rdma_devices_are_active(host: LocalHost, lab: Lab, store: Store) -> None:
+def test_rdma_devices_are_active(host: LocalHost, lab: Lab) -> None:
     """Every RDMA device that the lab file names has an active port."""
     if not any(node.rdma for node in lab.nodes):
         pytest.skip("NO-RDMA: no node of this lab has an RDMA device")
     for node in lab.nodes:
         for device in node.rdma:
             state = facts.rdma_state(host.facts, device)
-            store.facts.setdefault(f"node {node.name}", {}).update(
-                {f"{device} {k}": v for k, v in state.items()}
-            )
             assert "ACTIVE" in state.get("state", "absent"), (
                 f"{node.name}: {device} is {state or 'absent'}; try ibstat"
             )
