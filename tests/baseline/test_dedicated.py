@@ -8,9 +8,11 @@ is part of it.
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 
-from disagglab.comparison import run_rounds
+from disagglab.comparison import METRICS, run_rounds
 from disagglab.kv import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
@@ -20,8 +22,6 @@ from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Deployment
 from disagglab.workload import load_workload
-
-METRICS = ("ttft_p50", "tpot_p50", "output_tokens_per_s")
 
 
 @pytest.mark.dedicated
@@ -56,8 +56,16 @@ def test_servers_without_a_connector(
     plain.stop()
     for label, comparison in found.items():
         assert not comparison.invalid(), comparison.invalid()[0].invalid
-        for arm in (SINGLE, REPLICATED):
-            for metric in METRICS:
-                unit = "tokens/s" if metric == "output_tokens_per_s" else "s"
+    for arm in (SINGLE, REPLICATED):
+        for metric, (unit, _) in METRICS.items():
+            medians = {}
+            for label, comparison in found.items():
                 values = comparison.values(chat.name, arm, metric)
-                record.numbers(f"{metric}, chat, {label}", values, unit, arm=arm)
+                if values:
+                    medians[label] = statistics.median(values)
+                    record.numbers(f"{metric}, chat, {label}", values, unit, arm=arm)
+            if len(medians) == len(found):
+                ratio = medians["shared pair"] / medians["dedicated"]
+                record.numbers(
+                    f"{metric}, chat, shared pair / dedicated", [ratio], "ratio", arm=arm, what="medians"
+                )
