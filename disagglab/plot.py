@@ -37,6 +37,8 @@ def render(plot: Plot) -> str:
                 raise ValueError(f"{plot.title}: no plot style {plot.style}")
         axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
         axes.set_ylim(bottom=0)
+        if plot.ticks:
+            axes.set_xticks(range(len(plot.ticks)), plot.ticks)
         axes.grid(alpha=0.3)
         if len(plot.series) > 1:
             axes.legend(fontsize=8)

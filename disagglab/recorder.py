@@ -68,10 +68,11 @@ class Recorder:
         series: dict[str, tuple[Sequence[float], Sequence[float]]],
         style: str = "line",
         caption: str = "",
+        ticks: Sequence[str] = (),
     ) -> None:
         """Keep a figure for the report."""
         points = {label: (tuple(map(float, xs)), tuple(map(float, ys))) for label, (xs, ys) in series.items()}
-        self._store.add(Plot(self._module, title, x_label, y_label, points, style, caption))
+        self._store.add(Plot(self._module, title, x_label, y_label, points, style, caption, tuple(ticks)))
 
 
 def timing_into(benchmark: Any) -> Callable[..., None]:

@@ -38,7 +38,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure for the report. ``series``: label → (x values, y values). ``style``: points, line or bars."""
+    """A figure for the report. ``series``: label → (x values, y values). ``style``: points, line or bars.
+
+    ``ticks`` name the x positions 0, 1, … where these are no numbers.
+    """
 
     module: str
     title: str
@@ -47,6 +50,7 @@ class Plot:
     series: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
     style: str = "line"
     caption: str = ""
+    ticks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

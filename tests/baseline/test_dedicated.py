@@ -54,7 +54,7 @@ def test_servers_without_a_connector(
                 engine, topologies, [chat], live.rounds, store, shape, lab.vllm.version, line.show
             )
     plain.stop()
-    for label, comparison in found.items():
+    for comparison in found.values():
         assert not comparison.invalid(), comparison.invalid()[0].invalid
     for arm in (SINGLE, REPLICATED):
         for metric, (unit, _) in METRICS.items():

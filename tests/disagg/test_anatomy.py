@@ -83,10 +83,11 @@ def test_parts_of_a_request_add_up(
     )
     record.plot(
         "Anatomy of a disaggregated request",
-        "  |  ".join(f"{position}: {part}" for position, part in enumerate(PARTS)),
+        "",
         "s",
         {"median": (list(range(len(PARTS))), list(medians.values()))},
         style="bars",
+        ticks=PARTS,
         caption=f"{PROMPT_TOKENS} prompt and {OUTPUT_TOKENS} output tokens, median of {REPEATS} requests.",
     )
     timing([sum(parts.values()) for parts, _ in rows], prompt_tokens=PROMPT_TOKENS)

@@ -50,6 +50,16 @@ def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, rec
                     continue
                 command = comparison.valid(workload, arm)[0].command
                 record.numbers(f"{metric}, {workload}", values, unit, arm=arm, command=command)
+    for gate in lab.gates:
+        by_arm = {arm: comparison.values(gate.workload, arm, gate.metric) for arm in TOPOLOGIES}
+        record.plot(
+            f"{gate.metric}, {gate.workload}",
+            "round",
+            METRICS[gate.metric][0],
+            {arm: (list(range(1, len(values) + 1)), values) for arm, values in by_arm.items()},
+            style="points",
+            caption="One point a run; within a round all topologies got the same prompts.",
+        )
     assert {metric for _, metric, _ in missing} <= {"itl_p99"}, f"no values for {missing}"
 
 
