@@ -67,6 +67,8 @@ BROKEN = {
     "gate on an unknown metric": (
         broken(gate__0__metric="mean"), "gate[0].metric", "correct the value of metric",
     ),
+    "one bracket for two": (broken(node={"name": "a"}), "[node]", "[[node]]"),
+    "no name": (broken(name=...), "name", "at the top"),
     "no nodes": (broken(node=[]), "[[node]]", "add a [[node]]"),
 }  # fmt: skip
 
