@@ -33,6 +33,12 @@ PROBES = (
     "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a",
     "January, February, March, April, May,",
     "To be, or not to be, that is the",
+    "2, 4, 6, 8, 10, 12, 14, 16,",
+    "red green blue red green blue red green blue red green",
+    "a b a b a b a b a b a b a b a",
+    "<ul><li>one</li><li>one</li><li>one</li><li>one</li>",
+    "10 20 30 40 50 60 70",
+    "yes no yes no yes no yes no yes no yes",
     "one two three four one two three four one two three four one two",
     "Zürich, Genève, Łódź, 東京, 北京. Zürich, Genève, Łódź, 東京,",
 )
