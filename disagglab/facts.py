@@ -111,11 +111,6 @@ def rdma_state(host: Any, device: str) -> dict[str, str]:
     return {key: host.file(f"{base}/{key}").content_string.strip() for key in ("state", "rate", "link_layer")}
 
 
-def free_disk(host: Any, folder: str) -> int:
-    """Bytes free for this account on the file system of ``folder``."""
-    return int(host.check_output("df --output=avail -B1 %s | tail -1", folder))
-
-
 def collect(host: Any, lab: Lab, python: str) -> dict[str, dict[str, str]]:
     """Everything that a report shows of the nodes on one host, by title; what cannot be read is left out."""
     space = memory(host)

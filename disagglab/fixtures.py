@@ -11,7 +11,7 @@ import pytest
 from disagglab import facts, kv, model
 from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.errors import InvalidRun
-from disagglab.host import LocalHost, connect
+from disagglab.host import LocalHost
 from disagglab.kv import KvShape
 from disagglab.lab import check_against_model
 from disagglab.load import LoadEngine
@@ -64,7 +64,7 @@ def host(live: Session) -> Iterator[LocalHost]:
             f"SSH-TRANSPORT: lab {live.lab.name} has remote hosts; this version starts servers only locally"
         )
     with exclusive():
-        local = connect("local", live.run_id, live.lab, live.store.logs)
+        local = LocalHost(live.run_id, live.lab, live.store.logs)
         reaped = local.reap()
         if reaped:
             live.store.write_meta(reaped=[vars(row) for row in reaped])

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from disagglab import lease
-from disagglab.errors import ConfigError, Problem, StartError
+from disagglab.errors import StartError
 from disagglab.port import PortPool
 from disagglab.process import OwnedProcess
 from disagglab.section import Lab
@@ -140,23 +140,3 @@ INHERITED = (
 def inherited_environment() -> dict[str, str]:
     """The part of our own environment that started processes get; all else is set explicitly and recorded."""
     return {key: os.environ[key] for key in INHERITED if key in os.environ}
-
-
-def connect(name: str, run_id: str, lab: Lab, logs: Path) -> LocalHost:
-    """The host called ``name`` in a lab file.
-
-    Raises:
-        ConfigError: for a remote host: the transport over SSH is not part of this version.
-    """
-    if name != "local":
-        raise ConfigError(
-            [
-                Problem(
-                    lab.file,
-                    "node.host",
-                    f"{name}: hosts over SSH are not supported yet",
-                    "run the parts that need no host: pytest -m 'disagg and hostless' --lab …",
-                )
-            ]
-        )
-    return LocalHost(run_id, lab, logs)

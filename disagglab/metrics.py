@@ -38,10 +38,6 @@ class Snapshot:
             )
         return sum(found)
 
-    def families(self) -> frozenset[str]:
-        """Names of all samples."""
-        return frozenset(name for name, _, _ in self.samples)
-
 
 def parse(server: str, url: str, text: str) -> Snapshot:
     """Build a :class:`Snapshot` from the Prometheus text format."""

@@ -20,6 +20,7 @@ from disagglab.load import LoadEngine, Run, figures, percentile, tpot_s
 from disagglab.metrics import Snapshot
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
+from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import Topology
 from disagglab.workload import Workload, load_workload
@@ -53,10 +54,10 @@ def warm(engine: LoadEngine, single: Topology, lab: Lab, shape: KvShape, store: 
 
 @pytest.fixture(scope="module")
 def one_user(
-    warm: None, engine: LoadEngine, single: Topology, lab: Lab, shape: KvShape, store: Store, live: object
+    warm: None, engine: LoadEngine, single: Topology, lab: Lab, shape: KvShape, store: Store, live: Session
 ) -> list[Run]:
     """The one-user workload, repeated."""
-    repeats = 2 if getattr(live, "short", False) else 3
+    repeats = 2 if live.short else 3
     workload = load_workload("one-user")
     return [run_once(engine, single, workload, SEED + n, lab, shape, store) for n in range(repeats)]
 
