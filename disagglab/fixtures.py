@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import facts, kv, model
+from disagglab import attention, facts, model, modelconfig
 from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.errors import InvalidRun
 from disagglab.host import LocalHost
@@ -51,9 +51,11 @@ def shape(lab: Lab) -> KvShape:
     """The model's KV shape: from its folder where it is on this machine, else from the config shipped for its
     id.
     """
-    if lab.model.id in kv.shipped():
-        return kv.shape(kv.shipped_config(lab.model.id), lab.model.dtype, lab.model.id)
-    return kv.shape(model.find(lab).config, lab.model.dtype, lab.model.id)
+    if lab.model.id in modelconfig.shipped():
+        config = modelconfig.shipped_config(lab.model.id)
+    else:
+        config = model.find(lab).config
+    return attention.shape(config, lab.kv_dtype, lab.model.id)
 
 
 @pytest.fixture(scope="session")

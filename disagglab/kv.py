@@ -1,47 +1,101 @@
-"""KV cache arithmetic from a model's ``config.json`` alone: no weights, no torch, no vLLM.
+"""KV cache arithmetic: bytes per token, block and prompt, from what each layer keeps. No weights, no torch,
+no vLLM.
 
-Bytes per token = 2 (key and value) x layers x KV heads x head dimension x bytes per element (full attention:
-MHA, GQA and MQA differ only in the number of KV heads). What this module cannot compute it refuses by name.
+Bytes per token and layer = KV heads x (key + value numbers per head) x bytes per number. MHA, GQA and MQA
+differ only in the number of KV heads; MLA keeps one latent vector instead of keys and values. How a config
+tells what each layer keeps is in disagglab/attention.py, how vLLM puts it into blocks in
+disagglab/kvlayout.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from disagglab.errors import ConfigError, Problem
 
-CONFIGS_FOLDER = Path(__file__).parent / "configs"  # of models that a lab names and this machine may not have
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-KEY_AND_VALUE = 2
+SCALE_BYTES = 4  # float32, one a side (key, value), head and token, stored inside the cache by these dtypes
+# name: (bytes per number, bytes of scales per side, head and token). fp8 has one scale per layer, which is
+# part of the layer and not of the cache (vllm/v1/attention/backends/triton_attn.py: customize_spec).
+DTYPES = {
+    "float32": (4, 0),
+    "bfloat16": (2, 0),
+    "float16": (2, 0),
+    "fp8": (1, 0),
+    "fp8_e4m3": (1, 0),
+    "fp8_e5m2": (1, 0),
+    "fp8_per_token_head": (1, SCALE_BYTES),
+    "int8_per_token_head": (1, SCALE_BYTES),
+}
 
-# How many KV cache blocks NixlConnector moves for a prompt, by vLLM version (major.minor). Pull mode reads
-# whole blocks, the last partial one included, and skips those that the decode server holds already.
-WHOLE_BLOCKS = "whole blocks, the last partial one included"
-BLOCK_RULE = {"0.31": WHOLE_BLOCKS, "0.26": WHOLE_BLOCKS}
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer keeps of one token, on one rank.
+
+    ``key_dim`` and ``value_dim``: numbers per KV head; an MLA layer has one head, whose latent vector is the
+    key, and ``value_dim`` 0. ``window``: tokens that the layer looks back, itself included; None: all.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def bytes_per_token(self, dtype: str) -> int:
+        """Bytes of KV cache for one token in this layer."""
+        size, scale = DTYPES[dtype]
+        sides = 2 if self.value_dim else 1
+        return self.kv_heads * ((self.key_dim + self.value_dim) * size + sides * scale)
 
 
 @dataclass(frozen=True)
 class KvShape:
-    """What decides the size of a model's KV cache. ``dtype`` is the dtype of the cache."""
+    """What decides a KV cache's size: the layers that keep one, and its dtype (a key of DTYPES)."""
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: tuple[Layer, ...]
     dtype: str
-    max_positions: int
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of KV cache for one token, over all layers."""
-        return KEY_AND_VALUE * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return sum(layer.bytes_per_token(self.dtype) for layer in self.layers)
 
     def bytes_per_block(self, block_size: int) -> int:
-        """Bytes of one KV cache block of ``block_size`` tokens, over all layers."""
+        """Bytes that ``block_size`` tokens keep in all layers together."""
         return block_size * self.bytes_per_token
+
+    def bytes_per_prompt(self, tokens: int, block_size: int) -> int:
+        """Bytes of the whole blocks that a prompt occupies when no layer frees what left its window."""
+        return blocks(tokens, block_size) * self.bytes_per_block(block_size)
+
+    def on_rank(self, tensor_parallel: int) -> KvShape:
+        """The shape on one of ``tensor_parallel`` ranks.
+
+        KV heads are divided; where there are fewer heads than ranks, ranks hold copies (ModelConfig.
+        get_num_kv_heads in vllm/config/model.py). An MLA latent is not divided: every rank holds all of it.
+
+        Raises:
+            ConfigError: if the KV heads of a layer cannot be divided evenly.
+        """
+        for layer in self.layers:
+            low, high = sorted((layer.kv_heads, tensor_parallel))
+            if low < 1 or high % low:
+                raise ConfigError(
+                    [
+                        Problem(
+                            "tensor parallel size",
+                            str(tensor_parallel),
+                            f"does not divide {layer.kv_heads} KV heads evenly",
+                            "choose a divisor or a multiple of the number of KV heads",
+                        )
+                    ]
+                )
+        shares = (
+            dataclasses.replace(layer, kv_heads=max(1, layer.kv_heads // tensor_parallel))
+            for layer in self.layers
+        )
+        return dataclasses.replace(self, layers=tuple(shares))
 
 
 def blocks(tokens: int, block_size: int) -> int:
@@ -49,25 +103,14 @@ def blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def blocks_to_move(tokens: int, block_size: int, vllm_version: str) -> int:
-    """Blocks that the connector reads for a prompt of which the decode server holds nothing.
+def reusable_tokens(tokens: int, block_size: int) -> int:
+    """Tokens of a prompt that a prefix cache holding all of it contributes: whole blocks, never the last
+    token.
 
-    Raises:
-        ConfigError: if the rule of this vLLM version is not known.
+    The last token is always computed, for its logits, so a prompt that ends at a block edge reuses one
+    block less.
     """
-    release = ".".join(vllm_version.split("+")[0].split(".")[:2])
-    if BLOCK_RULE.get(release) != WHOLE_BLOCKS:
-        raise ConfigError(
-            [
-                Problem(
-                    "disagglab/kv.py",
-                    "BLOCK_RULE",
-                    f"no block rule known for vLLM {vllm_version}",
-                    "measure it on that version (tests/disagg/test_path.py), then add a line",
-                )
-            ]
-        )
-    return blocks(tokens, block_size)
+    return (tokens - 1) // block_size * block_size
 
 
 def tokens_from_prefill(tokens: int) -> int:
@@ -79,88 +122,6 @@ def tokens_from_prefill(tokens: int) -> int:
     return tokens if tokens > 1 else 0
 
 
-def transfer_time_s(kv_bytes: int, link_bytes_per_s: float) -> float:
-    """Time to move ``kv_bytes`` over a link at its full rate, s."""
-    return kv_bytes / link_bytes_per_s
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder.
-
-    Raises:
-        ConfigError: if it is missing or not JSON.
-    """
-    path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError([Problem(str(path), "(whole file)", "missing", "name a model folder")]) from error
-    except ValueError as error:
-        raise ConfigError(
-            [Problem(str(path), "(whole file)", f"not JSON: {error}", "fetch the model anew")]
-        ) from error
-    return config
-
-
-def shipped() -> tuple[str, ...]:
-    """Hugging Face ids of the models whose config ships with the suite."""
-    return tuple(path.stem.replace("--", "/") for path in sorted(CONFIGS_FOLDER.glob("*.json")))
-
-
-def shipped_config(model_id: str) -> dict[str, Any]:
-    """The shipped config of a model id from :func:`shipped`."""
-    config: dict[str, Any] = json.loads((CONFIGS_FOLDER / f"{model_id.replace('/', '--')}.json").read_text())
-    return config
-
-
-def shape(config: Mapping[str, Any], dtype: str, origin: str = "config.json") -> KvShape:
-    """The KV shape of a full-attention decoder.
-
-    Args:
-        config: the parsed ``config.json``.
-        dtype: dtype of the KV cache (a key of DTYPE_BYTES).
-        origin: where the config came from, for messages.
-
-    Raises:
-        ConfigError: if a value is missing, or the architecture stores something else than one key and one
-        value per
-            layer, KV head and token (MLA, sliding windows, recurrent state, encoder-decoder).
-    """
-    refused = {
-        "kv_lora_rank": "multi-head latent attention (MLA)",
-        "layer_types": "a mix of layer types",
-        "is_encoder_decoder": "encoder-decoder cross attention",
-        "mamba_d_state": "Mamba state",
-        "ssm_cfg": "state-space layers",
-    }
-    for key, what in refused.items():
-        value = config.get(key)
-        if value and not (key == "layer_types" and set(value) == {"full_attention"}):
-            raise ConfigError([Problem(origin, key, f"{what} is not computed", "use a full-attention model")])
-    if config.get("sliding_window") and config.get("use_sliding_window", True):
-        raise ConfigError(
-            [
-                Problem(
-                    origin,
-                    "sliding_window",
-                    "sliding-window attention is not computed",
-                    "use a full-attention model",
-                )
-            ]
-        )
-    missing = [
-        k for k in ("num_hidden_layers", "num_attention_heads", "max_position_embeddings") if k not in config
-    ]
-    if missing:
-        raise ConfigError(
-            [Problem(origin, key, "missing", "use the config of a decoder model") for key in missing]
-        )
-    heads = int(config["num_attention_heads"])
-    head_dim = config.get("head_dim") or int(config["hidden_size"]) // heads
-    return KvShape(
-        layers=int(config["num_hidden_layers"]),
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(head_dim),
-        dtype=dtype,
-        max_positions=int(config["max_position_embeddings"]),
-    )
+def transfer_time_s(kv_bytes: int, link_bytes_per_s: float, latency_s: float = 0.0) -> float:
+    """Time to move ``kv_bytes`` over a link, s: latency + bytes / rate."""
+    return latency_s + kv_bytes / link_bytes_per_s

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.kv import KvShape, blocks_to_move, tokens_from_prefill
+from disagglab.kv import KvShape, tokens_from_prefill
+from disagglab.kvlayout import layout
 from disagglab.metrics import Snapshot, delta
 from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
@@ -36,10 +37,16 @@ CACHE_CONFIG = "vllm:cache_config_info"
 
 @dataclass(frozen=True)
 class Sent:
-    """One request as the client saw it (tokens)."""
+    """One request as the client saw it, tokens.
+
+    ``held_by_decode`` and ``held_by_prefill``: how much of the prompt's beginning that server's prefix cache
+    holds, in whole blocks.
+    """
 
     prompt_tokens: int
     output_tokens: int
+    held_by_decode: int = 0
+    held_by_prefill: int = 0
 
 
 @dataclass(frozen=True)
@@ -170,9 +177,12 @@ def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
 
 
 def expected_bytes(sent: Sequence[Sent], shape: KvShape, block: int, version: str) -> int:
-    """Bytes the connector must move for these prompts when the decode server holds nothing of them."""
-    moved = sum(blocks_to_move(request.prompt_tokens, block, version) for request in sent)
-    return moved * shape.bytes_per_block(block)
+    """Bytes the connector must move for these prompts: the blocks that the decode server does not hold."""
+    blocks = layout(shape, block)
+    return sum(
+        blocks.bytes_to_move(request.prompt_tokens, version, request.held_by_decode // block)
+        for request in sent
+    )
 
 
 def prove(
@@ -211,7 +221,7 @@ def prove(
 
 def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expected: int) -> None:
     where = topology.name
-    fresh = sum(request.prompt_tokens for request in sent)
+    fresh = sum(request.prompt_tokens - request.held_by_prefill for request in sent)
     _equal(where, "prompt tokens that prefill computed", book.prefill_computed_tokens, fresh)
     finished = {
         role: sum(book.finished[s.name] for s in getattr(topology, role)) for role in ("prefill", "decode")
@@ -220,8 +230,10 @@ def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expe
     _equal(where, "requests finished by decode", finished["decode"], len(sent))
     _equal(where, "transfers", book.transfers, len(sent), TransferError)
     _equal(where, "bytes moved by the connector", book.kv_bytes, expected, TransferError)
-    external = sum(tokens_from_prefill(request.prompt_tokens) for request in sent)
-    computed = sum(request.prompt_tokens for request in sent) - external
+    held = sum(request.held_by_decode for request in sent)
+    external = sum(tokens_from_prefill(request.prompt_tokens) for request in sent) - held
+    computed = sum(request.prompt_tokens for request in sent) - external - held
+    _equal(where, "prompt tokens that decode held already", book.cached_tokens, held, TransferError)
     _equal(
         where, "prompt tokens that decode took from prefill", book.external_tokens, external, TransferError
     )

@@ -16,8 +16,8 @@ from typing import Any
 import filelock
 import platformdirs
 
+from disagglab import attention, modelconfig
 from disagglab.errors import ConfigError, LabError, Problem
-from disagglab.kv import read_config
 from disagglab.process import OwnedProcess
 from disagglab.progress import ProgressLine
 from disagglab.section import Lab
@@ -41,7 +41,7 @@ class Model:
     @property
     def max_positions(self) -> int:
         """Longest sequence the architecture allows, tokens."""
-        return int(self.config["max_position_embeddings"])
+        return attention.max_positions(self.config, str(self.folder))
 
 
 def cache_folder() -> Path:
@@ -62,7 +62,7 @@ def find(lab: Lab, progress: ProgressLine | None = None) -> Model:
         return _from_package(source.removeprefix(PACKAGE_PREFIX), lab, progress)
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return Model(folder.name, folder.resolve(), read_config(folder))
+        return Model(folder.name, folder.resolve(), modelconfig.read(folder))
     if source.startswith(("/", ".", "~")):
         raise _missing(lab, str(folder), "correct the path, or name a Hugging Face id")
     return _from_hub(source, lab)
@@ -88,7 +88,7 @@ def _from_hub(name: str, lab: Lab) -> Model:
             str(folder),
             f"hf download {name}{option}   (a gated model reads the token from the variable HF_TOKEN)",
         )
-    return Model(name.rpartition("/")[2], snapshot, read_config(snapshot))
+    return Model(name.rpartition("/")[2], snapshot, modelconfig.read(snapshot))
 
 
 def _gguf_of(package: str, lab: Lab) -> Path:
@@ -129,7 +129,7 @@ def _from_package(package: str, lab: Lab, progress: ProgressLine | None) -> Mode
             _convert(gguf, folder, lab.model.dtype, line)
     finally:
         lock.release()
-    return Model(name, folder, read_config(folder))
+    return Model(name, folder, modelconfig.read(folder))
 
 
 def _intact(folder: Path) -> bool:

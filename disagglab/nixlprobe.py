@@ -1,8 +1,8 @@
 """Moves one buffer in host memory between two processes with NIXL, checks its content, and tells how fast it
 was.
 
-Run as a program: ``python -m disagglab.nixlprobe BYTES REPEATS``; prints one JSON object. The environment
-(UCX_TLS …) is that of the lab's servers, so that what works here works there.
+Run as a program: ``python -m disagglab.nixlprobe BYTES[,BYTES…] REPEATS``; prints one JSON object a size. The
+environment (UCX_TLS …) is that of the lab's servers, so that what works here works there.
 """
 
 from __future__ import annotations
@@ -86,4 +86,5 @@ def move(size: int, repeats: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(move(int(sys.argv[1]), int(sys.argv[2]))))
+    for one in sys.argv[1].split(","):
+        print(json.dumps(move(int(one), int(sys.argv[2]))), flush=True)

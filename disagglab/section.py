@@ -19,7 +19,7 @@ class ModelSection(Section):
     )
     revision: str | None = Field(None, description="Hugging Face revision; absent means main")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="dtype of weights and KV cache"
+        "bfloat16", description="dtype of weights, and of the KV cache unless [vllm.args] has kv-cache-dtype"
     )
     max_model_len: int = Field(ge=256, description="longest prompt plus output, tokens")
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, speed only")
@@ -79,6 +79,12 @@ class TransportSection(Section):
     link_gbit_s: float | None = Field(
         None, gt=0, description="nominal rate of the link, Gbit/s, for predictions"
     )
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment that decides how NIXL and UCX move data."""
+        tls = {"UCX_TLS": ",".join(self.ucx_tls)} if self.ucx_tls else {}
+        return {**tls, **self.env}
 
 
 class RouterSection(Section):
@@ -143,6 +149,12 @@ class Lab(Section):
     def decode(self) -> tuple[NodeSection, ...]:
         """The nodes that decode when serving is disaggregated."""
         return tuple(node for node in self.nodes if node.role == "decode")
+
+    @property
+    def kv_dtype(self) -> str:
+        """dtype of the KV cache: vLLM's own option where the lab file gives it, else the model's."""
+        asked = str(self.vllm.args.get("kv-cache-dtype", "auto"))
+        return self.model.dtype if asked == "auto" else asked
 
     @property
     def is_local(self) -> bool:

@@ -157,11 +157,9 @@ def plan_server(
         argv += ["--kv-transfer-config", json.dumps(transfer)]
         env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = node.address
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_channel_port)
-        if lab.transport.ucx_tls:
-            env["UCX_TLS"] = ",".join(lab.transport.ucx_tls)
         if lab.transport.progress_delay_us:
             env[DELAY_VARIABLE] = str(lab.transport.progress_delay_us)
-        env.update(lab.transport.env)
+        env.update(lab.transport.variables)
     env.update(lab.vllm.env)
     env.update(node.env)
     return ServerPlan(node, served_name, tuple(argv), env, port, side_channel_port is not None)

@@ -8,7 +8,6 @@ asserted.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +16,7 @@ from disagglab import client, ledger
 from disagglab.comparison import measure
 from disagglab.kv import KvShape, blocks
 from disagglab.load import LoadEngine, Run, figures, percentile, tpot_s
-from disagglab.metrics import Snapshot
+from disagglab.occupancy import peak_blocks
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session
@@ -26,7 +25,6 @@ from disagglab.topology import Topology
 from disagglab.workload import Workload, load_workload
 
 SEED = 20_001
-KV_USAGE = "vllm:kv_cache_usage_perc"
 ROUNDING_S = 0.005  # the load engine takes first-token and last-token times by separate clock reads
 
 
@@ -163,21 +161,12 @@ def test_kv_memory_in_use_is_the_arithmetic(
     use.
     """
     server = single.servers[0]
-    idle = server.metrics()
-    config = ledger.cache_config(idle)
+    config = ledger.cache_config(server.metrics())
     total, block = int(config["num_gpu_blocks"]), int(config["block_size"])
     prompt_tokens, output_tokens = 4 * block + 1, 24
     prompt = [100 + position % 1000 for position in range(prompt_tokens)]
     request = client.body(single.served_name, prompt, output_tokens) | {"cache_salt": "kv-memory"}
-    seen: list[Snapshot] = []
-    answer: list[client.Completion] = []
-    sender = threading.Thread(target=lambda: answer.append(client.complete(single.router.url, request)))
-    sender.start()
-    while sender.is_alive():
-        seen.append(server.metrics())
-    sender.join()
-    assert answer, "the request failed; see the traceback above"
-    used = max(round(snapshot.value(KV_USAGE) * (total - 1)) for snapshot in seen)
+    used = peak_blocks(server, single.router.url, request)
     expected = blocks(prompt_tokens + output_tokens, block)
     record.numbers(
         "KV blocks in use",

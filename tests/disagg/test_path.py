@@ -12,7 +12,7 @@ import pytest
 
 from disagglab import client, ledger
 from disagglab.errors import TransferError
-from disagglab.kv import KvShape
+from disagglab.kv import KvShape, blocks, reusable_tokens
 from disagglab.ledger import Sent
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
@@ -60,6 +60,66 @@ def test_transferred_bytes_equal_whole_blocks(
     )
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((3, 7), (3, 7)), ((3, 7), (5, 9)), ((2, 1), (2, 1)), ((2, 0), (2, 0)), ((1, 0), (1, 0))],
+    ids=["same again", "longer", "same, one past an edge", "same, at an edge", "same, one block"],
+)
+def test_only_missing_blocks_move(
+    disaggregated: Topology,
+    lab: Lab,
+    shape: KvShape,
+    record: Recorder,
+    first: tuple[int, int],
+    second: tuple[int, int],
+) -> None:
+    """Blocks that the decode server holds already do not move again; the one with the last token always does.
+
+    A content-addressed page cache on both ends of the wire. The last token is computed again for its
+    logits, so the block that holds it never counts as a hit: even a prompt that decode holds entirely moves
+    one block.
+    """
+    block = ledger.block_size(disaggregated.decode[0].metrics())
+    earlier, length = (blocks * block + more for blocks, more in (first, second))
+    salt = {"cache_salt": f"missing-{first}-{second}"}
+    whole = prompt_of(max(earlier, length), 500)
+    request = client.body(disaggregated.served_name, whole[:earlier], OUTPUT_TOKENS) | salt
+    before = ledger.read(disaggregated)
+    client.complete(disaggregated.router.url, request)
+    middle = ledger.settle(disaggregated, before, 1)
+    ledger.prove(disaggregated, before, middle, [Sent(earlier, OUTPUT_TOKENS)], shape, lab.vllm.version)
+    client.complete(disaggregated.router.url, request | {"prompt": whole[:length]})
+    after = ledger.settle(disaggregated, middle, 1)
+    held = min(earlier // block * block, reusable_tokens(length, block))
+    sent = [Sent(length, OUTPUT_TOKENS, held_by_decode=held, held_by_prefill=held)]
+    book = ledger.prove(disaggregated, middle, after, sent, shape, lab.vllm.version)
+    moved = book.kv_bytes // shape.bytes_per_block(block)
+    assert moved == blocks(length, block) - held // block >= 1
+    record.numbers(
+        f"KV blocks moved, {length} tokens of which decode holds {held}",
+        [moved],
+        "blocks",
+        arm="disaggregated",
+        what="transfers",
+        note=f"{book.kv_bytes:,} B",
+    )
+
+
+def test_what_only_prefill_holds_moves_in_full(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:
+    """A prefix-cache hit on the prefill server saves its computing, and nothing on the wire."""
+    block = ledger.block_size(disaggregated.decode[0].metrics())
+    length = 3 * block + 1
+    request = client.body(disaggregated.served_name, prompt_of(length, 501), OUTPUT_TOKENS)
+    request |= {"cache_salt": "prefill-holds"}
+    client.complete(disaggregated.prefill[0].url, request)
+    before = ledger.read(disaggregated)
+    client.complete(disaggregated.router.url, request)
+    after = ledger.settle(disaggregated, before, 1)
+    sent = [Sent(length, OUTPUT_TOKENS, held_by_prefill=reusable_tokens(length, block))]
+    book = ledger.prove(disaggregated, before, after, sent, shape, lab.vllm.version)
+    assert book.kv_bytes == blocks(length, block) * shape.bytes_per_block(block)
+
+
 def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:
     """Prefill worked, its KV never moved, decode computed the prompt again: the proof refuses the request.
 
@@ -83,6 +143,6 @@ def test_a_wrong_byte_count_is_caught(disaggregated: Topology, lab: Lab, shape: 
     request = client.body(disaggregated.served_name, prompt_of(block, 78), OUTPUT_TOKENS)
     client.complete(disaggregated.router.url, request)
     after = ledger.settle(disaggregated, before, 1)
-    deeper = dataclasses.replace(shape, layers=shape.layers + 1)
+    deeper = dataclasses.replace(shape, layers=(*shape.layers, shape.layers[0]))
     with pytest.raises(TransferError, match=r"bytes moved by the connector: expected [\d,]+, got [\d,]+"):
         ledger.prove(disaggregated, before, after, [Sent(block, OUTPUT_TOKENS)], deeper, lab.vllm.version)

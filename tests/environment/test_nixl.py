@@ -32,9 +32,7 @@ def test_a_buffer_arrives_intact(
     lab's transports) fetches it; no message with the data in it is ever sent by the owner.
     """
     argv = [sys.executable, "-m", "disagglab.nixlprobe", str(size), str(REPEATS)]
-    env = dict(lab.transport.env)
-    if lab.transport.ucx_tls:
-        env["UCX_TLS"] = ",".join(lab.transport.ucx_tls)
+    env = lab.transport.variables
     lines = host.run(f"nixlprobe-{size}", argv, env, LIMIT_S)
     result = json.loads(next(line for line in lines if line.startswith("{")))
     assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"
@@ -43,6 +41,6 @@ def test_a_buffer_arrives_intact(
         [size / seconds / 1e9 for seconds in result["seconds"]],
         "GB/s",
         what="reads",
-        command=shlex.join(["UCX_TLS=" + env.get("UCX_TLS", ""), *argv]),
+        command=shlex.join([*(f"{key}={value}" for key, value in env.items()), *argv]),
     )
     timing(result["seconds"], bytes=size)

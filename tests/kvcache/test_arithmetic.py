@@ -10,6 +10,7 @@ import pytest
 
 from disagglab import ledger
 from disagglab.kv import KvShape
+from disagglab.kvlayout import layout
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.topology import Topology
@@ -33,7 +34,7 @@ def test_bytes_per_token(lab: Lab, shape: KvShape, record: Recorder) -> None:
         [shape.bytes_per_token],
         "B",
         what="computed",
-        note=f"2 x {shape.layers} layers x {shape.kv_heads} KV heads x {shape.head_dim} x {shape.dtype}",
+        note=f"{len(shape.layers)} layers, {shape.dtype}; the first: {shape.layers[0]}",
     )
     known = KNOWN_BYTES_PER_TOKEN.get((lab.model.id, lab.model.dtype))
     if known is None:
@@ -51,7 +52,8 @@ def test_block_count_equals_the_servers(single: Topology, lab: Lab, shape: KvSha
     if budget_gib is None:
         pytest.skip("NO-FIXED-BUDGET: this lab leaves the KV memory budget to a profiling run of vLLM")
     block = int(config["block_size"])
-    expected = int(float(budget_gib) * GIB) // shape.bytes_per_block(block)
+    blocks = layout(shape, block)
+    expected = blocks.blocks_in(int(float(budget_gib) * GIB))
     record.numbers(
         "KV cache blocks",
         [int(config["num_gpu_blocks"])],
@@ -59,8 +61,8 @@ def test_block_count_equals_the_servers(single: Topology, lab: Lab, shape: KvSha
         what="reported",
         note=f"{block} tokens each",
     )
-    record.numbers("KV cache bytes per block", [shape.bytes_per_block(block)], "B", what="computed")
+    record.numbers("KV cache bytes per block", [blocks.bytes_per_block], "B", what="computed")
     assert int(config["num_gpu_blocks"]) == expected, (
-        f"{budget_gib} GiB / {shape.bytes_per_block(block)} B = {expected} blocks,"
+        f"{budget_gib} GiB / {blocks.bytes_per_block} B = {expected} blocks,"
         f" the server has {config['num_gpu_blocks']}"
     )
