@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from disagglab.section import Lab, NodeSection
@@ -71,13 +72,15 @@ def ucx_version(host: Any, python: str) -> str:
     return answer.stdout.strip() if answer.rc == 0 else "unknown"
 
 
-def network(host: Any, address: str) -> dict[str, str]:
+def network(host: Any, address: str, inside: str = "") -> dict[str, str]:
     """The interface that carries ``address``: name, MTU, speed where the kernel knows one.
+
+    ``inside``: what a command is prefixed with to run where the address is; empty for the host itself.
 
     Raises:
         LookupError: if no interface of the host has the address.
     """
-    interfaces = json.loads(host.check_output("ip -json address show"))
+    interfaces = json.loads(host.check_output(f"{inside} ip -json address show"))
     for row in interfaces:
         if any(entry.get("local") == address for entry in row["addr_info"]):
             name = row["ifname"]
@@ -111,8 +114,13 @@ def rdma_state(host: Any, device: str) -> dict[str, str]:
     return {key: host.file(f"{base}/{key}").content_string.strip() for key in ("state", "rate", "link_layer")}
 
 
-def collect(host: Any, lab: Lab, python: str) -> dict[str, dict[str, str]]:
-    """Everything that a report shows of the nodes on one host, by title; what cannot be read is left out."""
+def collect(
+    host: Any, lab: Lab, python: str, inside: Callable[[str], str] = lambda address: ""
+) -> dict[str, dict[str, str]]:
+    """Everything that a report shows of the nodes on one host, by title; what cannot be read is left out.
+
+    ``inside``: by address, what a command is prefixed with to run where the address is.
+    """
     space = memory(host)
     found = versions(host, python)
     everything = {
@@ -126,7 +134,7 @@ def collect(host: Any, lab: Lab, python: str) -> dict[str, dict[str, str]]:
     cards = gpus(host)
     for node in lab.nodes:
         title = f"node {node.name} ({node.role})"
-        everything[title] = {**cpu(host, node), **network(host, node.address)}
+        everything[title] = {**cpu(host, node), **network(host, node.kv_address, inside(node.address))}
         for number in node.gpus:
             card = cards[number] if number < len(cards) else {}
             everything[title].update({f"GPU {number} {key}": value for key, value in card.items()})

@@ -70,8 +70,10 @@ def host(live: Session) -> Iterator[LocalHost]:
         reaped = local.reap()
         if reaped:
             live.store.write_meta(reaped=[vars(row) for row in reaped])
-        live.store.facts.update(facts.collect(local.facts, live.lab, sys.executable))
         try:
+            if any(node.namespace for node in live.lab.nodes):
+                local.make_network(live.lab.nodes)
+            live.store.facts.update(facts.collect(local.facts, live.lab, sys.executable, local.inside))
             yield local
         finally:
             local.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
+import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +13,15 @@ from typing import Any
 
 import psutil
 
-from disagglab import lease
+from disagglab import lease, netns
 from disagglab.errors import StartError
+from disagglab.netns import Namespace
 from disagglab.port import PortPool
 from disagglab.process import OwnedProcess
-from disagglab.section import Lab
+from disagglab.section import Lab, NodeSection
 from disagglab.supervisor import session_members
+
+NETWORK_LIMIT_S = 30.0
 
 
 class LocalHost:
@@ -35,6 +40,7 @@ class LocalHost:
         self.logs = logs
         self._range = (lab.ports.first, lab.ports.last)
         self._pools: dict[str, PortPool] = {}
+        self._namespaces: dict[str, Namespace] = {}  # by address in it
         self._processes: list[OwnedProcess] = []
 
     def reap(self) -> list[lease.Reaped]:
@@ -44,8 +50,47 @@ class LocalHost:
 
     def reserve_port(self, address: str) -> int:
         """A TCP port on ``address`` that is ours until :meth:`close`."""
-        pool = self._pools.setdefault(address, PortPool(address, *self._range))
-        return pool.reserve()
+        if address not in self._pools:
+            namespace = self._namespaces.get(address)
+            make = namespace.socket if namespace else socket.socket
+            self._pools[address] = PortPool(address, *self._range, make)
+        return self._pools[address].reserve()
+
+    def make_network(self, nodes: Sequence[NodeSection]) -> None:
+        """Make the network namespaces of two nodes, and the links (disagglab/netns.py).
+
+        Raises:
+            StartError: if it cannot be made; without root, mostly.
+        """
+        made = [Namespace(self.start(f"netns-{node.name}", netns.HOLD, {})) for node in nodes]
+        for node, namespace in zip(nodes, made, strict=True):
+            netns.wait_until_own(namespace)
+            self._namespaces |= {node.address: namespace, node.kv_address: namespace}
+        outer = netns.write_script(self.logs, "netns-links", netns.outer_script(nodes, made))
+        self.run("netns-links", ["ip", "-batch", str(outer)], {}, NETWORK_LIMIT_S)
+        for node in nodes:
+            script = netns.write_script(self.logs, f"netns-{node.name}-inside", netns.inner_script(node))
+            argv = ["ip", "-batch", str(script)]
+            self.run(f"netns-{node.name}-inside", argv, {}, NETWORK_LIMIT_S, node.address)
+
+    def inside(self, address: str) -> str:
+        """What a command is prefixed with to run where ``address`` is; empty for this machine itself."""
+        namespace = self._namespaces.get(address)
+        return shlex.join(namespace.inside([])) if namespace else ""
+
+    def network_file(self, node: NodeSection, name: str) -> str:
+        """Path of a file of ``/proc/net`` as the node sees it."""
+        namespace = self._namespaces.get(node.address)
+        return f"/proc/{namespace.pid if namespace else 'self'}/net/{name}"
+
+    def namespace_pid(self, node: NodeSection) -> int | None:
+        """A process in the node's network namespace; None where it has none of its own."""
+        namespace = self._namespaces.get(node.address)
+        return namespace.pid if namespace else None
+
+    def read_text(self, path: str) -> str:
+        """Content of a text file of this host."""
+        return Path(path).read_text()
 
     def start(
         self,
@@ -54,11 +99,15 @@ class LocalHost:
         env: Mapping[str, str],
         cpus: Sequence[int] = (),
         ports: Sequence[int] = (),
+        address: str = "",
     ) -> OwnedProcess:
         """Start an owned process with a log of its own and a scratch folder as its TMPDIR.
 
-        ``env`` is added to a minimal environment (PATH, HOME, LANG, and what names caches and tokens).
+        ``env`` is added to a minimal environment (PATH, HOME, LANG, and what names caches and tokens). It
+        runs in the network namespace that ``address`` belongs to, if one was made.
         """
+        namespace = self._namespaces.get(address)
+        argv = namespace.inside(argv) if namespace else argv
         scratch = Path(tempfile.mkdtemp(prefix="dl-"))  # short: unix socket paths end at 107 characters
         process = OwnedProcess(
             name=name,
@@ -73,13 +122,15 @@ class LocalHost:
         self._processes.append(process)
         return process.start()
 
-    def run(self, name: str, argv: Sequence[str], env: Mapping[str, str], limit_s: float) -> list[str]:
+    def run(
+        self, name: str, argv: Sequence[str], env: Mapping[str, str], limit_s: float, address: str = ""
+    ) -> list[str]:
         """Run an owned program to its end; return what it printed, line by line.
 
         Raises:
             LabError: if it fails or exceeds ``limit_s``; the message holds its last lines.
         """
-        process = self.start(name, argv, env)
+        process = self.start(name, argv, env, address=address)
         return process.wait(limit_s)
 
     def memory_available(self) -> int:
@@ -100,18 +151,23 @@ class LocalHost:
             StartError: naming the processes that still live or the ports that still answer.
         """
         errors: list[StartError] = []
-        for process in self._processes:
+        holders = [namespace.holder for namespace in self._namespaces.values()]
+        others = [process for process in self._processes if process not in holders]
+        for process in others:
             process.ask_to_stop()
-        for process in reversed(self._processes):
+        for process in reversed(others):
             try:
                 process.stop()
             except StartError as error:  # the others must be ended too; the first is raised below
                 errors.append(error)
-        started = [process.identity for process in self._processes if process.identity is not None]
-        left = [member for leader in started for member in session_members(leader.pid, leader.start_ticks)]
         answering = [port for pool in self._pools.values() for port in pool.listening()]
         for pool in self._pools.values():
             pool.close()
+        for holder in holders:  # the namespaces end with them
+            holder.stop()
+        started = [process.identity for process in self._processes if process.identity is not None]
+        left = [member for leader in started for member in session_members(leader.pid, leader.start_ticks)]
+        self._namespaces.clear()
         self._processes.clear()
         if errors:
             raise errors[0]

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from disagglab.errors import ConfigError, Problem
+from disagglab.netns import control_peer
 from disagglab.section import (
     ControllerSection,
     GateSection,
@@ -248,6 +249,8 @@ def _node_problems(
                         f"{kind[:-1]} {unit} of {node.host} belongs to {owner} already",
                         "give each node its own, or the comparison is void",
                     )
+        if node.namespace:
+            yield from _namespace_problems(nodes, node, key, file)
         if node.host == "local":
             have = os.cpu_count() or 1
             for cpu in (cpu for cpu in node.cpus if cpu >= have):
@@ -266,6 +269,27 @@ def _node_problems(
                 f"{controller.address} with only local nodes",
                 'set it to "127.0.0.1"',
             )
+
+
+def _namespace_problems(
+    nodes: tuple[NodeSection, ...], node: NodeSection, key: str, file: str
+) -> Iterator[Problem]:
+    if len(nodes) != 2 or any(other.host != "local" or not other.namespace for other in nodes):
+        yield Problem(
+            file,
+            f"{key}.namespace",
+            "namespaces join exactly two local nodes",
+            "set namespace = true on both, or on none",
+        )
+    for name in ("data_address", "interface"):
+        if getattr(node, name) is None:
+            yield Problem(file, f"{key}.{name}", "missing beside namespace", f"add {name} = …")
+    try:
+        control_peer(node)
+    except ValueError as error:
+        yield Problem(
+            file, f"{key}.address", str(error), "write the second usable address, such as 198.18.1.2"
+        )
 
 
 def check_against_model(lab: Lab, max_positions: int) -> None:

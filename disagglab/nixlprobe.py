@@ -1,8 +1,9 @@
 """Moves one buffer in host memory between two processes with NIXL, checks its content, and tells how fast it
 was.
 
-Run as a program: ``python -m disagglab.nixlprobe BYTES[,BYTES…] REPEATS``; prints one JSON object a size. The
-environment (UCX_TLS …) is that of the lab's servers, so that what works here works there.
+Run as a program: ``python -m disagglab.nixlprobe BYTES[,BYTES…] REPEATS [PID]``; prints one JSON object a
+size. With PID the owner of the memory runs in that process's network namespace. The environment (UCX_TLS …)
+is that of the lab's servers, so that what works here works there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from typing import Any
+
+from disagglab.netns import enter_namespace
 
 DEADLINE_S = 60.0
 BACKEND = "UCX"
@@ -30,8 +33,10 @@ def _pattern(size: int, seed: int) -> Any:
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
 
-def _source(pipe: Connection, size: int, seed: int) -> None:
+def _source(pipe: Connection, size: int, seed: int, namespace: int | None) -> None:
     """Register a patterned buffer, offer it, keep it until told to stop."""
+    if namespace is not None:
+        enter_namespace(namespace)
     buffer = _pattern(size, seed)
     agent = _agent("source")
     registered = agent.register_memory([(buffer.ctypes.data, size, 0, "")], "DRAM")
@@ -40,8 +45,10 @@ def _source(pipe: Connection, size: int, seed: int) -> None:
     agent.deregister_memory(registered)
 
 
-def move(size: int, repeats: int) -> dict[str, Any]:
+def move(size: int, repeats: int, namespace: int | None = None) -> dict[str, Any]:
     """Read ``size`` bytes from a second process ``repeats`` times.
+
+    ``namespace``: a process in whose network namespace the second one runs; None: in ours.
 
     Returns:
         ``bytes``, ``seconds`` (one per read), ``equal`` (whether every byte arrived as it was sent).
@@ -54,7 +61,7 @@ def move(size: int, repeats: int) -> dict[str, Any]:
     seed = time.time_ns() % 2**32
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=_source, args=(there, size, seed), daemon=True
+        target=_source, args=(there, size, seed, namespace), daemon=True
     )
     process.start()
     agent = _agent("target")
@@ -86,5 +93,6 @@ def move(size: int, repeats: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    source_namespace = int(sys.argv[3]) if len(sys.argv) > 3 else None
     for one in sys.argv[1].split(","):
-        print(json.dumps(move(int(one), int(sys.argv[2]))), flush=True)
+        print(json.dumps(move(int(one), int(sys.argv[2]), source_namespace)), flush=True)

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable
 
 from disagglab.errors import StartError
+
+ACCEPT_TIMEOUT_S = 1.0
 
 
 class PortPool:
@@ -22,9 +25,13 @@ class PortPool:
         address: the address that servers will listen on.
         first: first port of the range.
         last: last port of the range, included.
+        make: makes a socket; another network namespace's if need be.
     """
 
-    def __init__(self, address: str, first: int, last: int) -> None:
+    def __init__(
+        self, address: str, first: int, last: int, make: Callable[..., socket.socket] = socket.socket
+    ) -> None:
+        self._make = make
         self.address = address
         self.first = first
         self.last = last
@@ -37,9 +44,8 @@ class PortPool:
         Raises:
             StartError: if every port of the range is taken.
         """
-        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
         for port in range(self._next, self.last + 1):
-            holder = socket.socket(family, socket.SOCK_STREAM)
+            holder = self._make(_family(self.address), socket.SOCK_STREAM)
             try:
                 holder.bind((self.address, port))
             except OSError as error:
@@ -61,7 +67,7 @@ class PortPool:
 
     def listening(self) -> list[int]:
         """Ports of this pool that somebody listens on now."""
-        return [port for port in self._held if accepts(self.address, port)]
+        return [port for port in self._held if accepts(self.address, port, self._make)]
 
     def close(self) -> None:
         """Give every port back."""
@@ -69,10 +75,12 @@ class PortPool:
             self._held.popitem()[1].close()
 
 
-def accepts(address: str, port: int, timeout_s: float = 1.0) -> bool:
-    """Whether a TCP connection to ``address:port`` is accepted."""
-    try:
-        with socket.create_connection((address, port), timeout=timeout_s):
-            return True
-    except OSError:
-        return False
+def accepts(address: str, port: int, make: Callable[..., socket.socket] = socket.socket) -> bool:
+    """Whether a TCP connection to ``address:port`` is accepted. ``make``: makes the socket that asks."""
+    with make(_family(address), socket.SOCK_STREAM) as probe:
+        probe.settimeout(ACCEPT_TIMEOUT_S)
+        return probe.connect_ex((address, port)) == 0
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

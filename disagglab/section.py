@@ -42,12 +42,26 @@ class NodeSection(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports")
     host: str = Field("local", description="local, or the SSH host name")
-    address: str = Field(description="address of its data network; servers listen on it")
+    address: str = Field(description="address that its server listens on")
+    data_address: str | None = Field(
+        None, description="address of its data network, for KV transfers; absent: the same"
+    )
+    interface: str | None = Field(
+        None, description="interface of its data network: UCX_NET_DEVICES, and the counters of the wire"
+    )
+    namespace: bool = Field(
+        False, description="run in a network namespace made for the session (two local nodes, root)"
+    )
     role: Literal["prefill", "decode"] = Field(description="its part in disaggregated serving")
     cpus: list[int] = Field(default=[], description="cores that the server is bound to")
     gpus: list[int] = Field(default=[], description="GPUs that the server sees")
     rdma: list[str] = Field(default=[], description="RDMA devices of its data network (mlx5_0, rocep1s0f0 …)")
     env: dict[str, str] = Field(default={}, description="environment of this server alone")
+
+    @property
+    def kv_address(self) -> str:
+        """Where other nodes fetch KV blocks from it."""
+        return self.data_address or self.address
 
 
 class ControllerSection(Section):
@@ -149,6 +163,11 @@ class Lab(Section):
     def decode(self) -> tuple[NodeSection, ...]:
         """The nodes that decode when serving is disaggregated."""
         return tuple(node for node in self.nodes if node.role == "decode")
+
+    def transfer_variables(self, node: NodeSection) -> dict[str, str]:
+        """The environment that decides how NIXL and UCX move data to and from a node."""
+        device = {"UCX_NET_DEVICES": node.interface} if node.interface else {}
+        return {**device, **self.transport.variables}
 
     @property
     def kv_dtype(self) -> str:

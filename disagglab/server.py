@@ -155,11 +155,11 @@ def plan_server(
             "kv_connector_extra_config": {"kv_lease_duration": lab.transport.lease_s},
         }
         argv += ["--kv-transfer-config", json.dumps(transfer)]
-        env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = node.address
+        env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = node.kv_address
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_channel_port)
         if lab.transport.progress_delay_us:
             env[DELAY_VARIABLE] = str(lab.transport.progress_delay_us)
-        env.update(lab.transport.variables)
+        env.update(lab.transfer_variables(node))
     env.update(lab.vllm.env)
     env.update(node.env)
     return ServerPlan(node, served_name, tuple(argv), env, port, side_channel_port is not None)
@@ -181,7 +181,7 @@ class VllmServer:
         Raises:
             StartError: if the command cannot be executed.
         """
-        process = host.start(plan.process_name, plan.argv, plan.env, plan.node.cpus, ports)
+        process = host.start(plan.process_name, plan.argv, plan.env, plan.node.cpus, ports, plan.node.address)
         return cls(plan, process)
 
     @property

@@ -80,7 +80,7 @@ class Deployment:
         started = []
         for node in self.nodes:
             port = self.host.reserve_port(node.address)
-            side_channel = self.host.reserve_port(node.address) if self.connector else None
+            side_channel = self.host.reserve_port(node.kv_address) if self.connector else None
             plan = plan_server(self.lab, node, self.model, self.served_name, port, side_channel)
             ports = [port] if side_channel is None else [port, side_channel]
             started.append(VllmServer.start(self.host, self.lab, plan, ports))

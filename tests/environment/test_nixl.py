@@ -32,7 +32,7 @@ def test_a_buffer_arrives_intact(
     lab's transports) fetches it; no message with the data in it is ever sent by the owner.
     """
     argv = [sys.executable, "-m", "disagglab.nixlprobe", str(size), str(REPEATS)]
-    env = lab.transport.variables
+    env = lab.transfer_variables(lab.decode[0])
     lines = host.run(f"nixlprobe-{size}", argv, env, LIMIT_S)
     result = json.loads(next(line for line in lines if line.startswith("{")))
     assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"

@@ -71,7 +71,7 @@ def test_gpus_of_each_node_exist(host: LocalHost, lab: Lab) -> None:
 def test_data_address_is_on_an_interface(host: LocalHost, lab: Lab) -> None:
     """The address of each node belongs to an interface of its host; its MTU is no less than Ethernet's."""
     for node in lab.nodes:
-        found = facts.network(host.facts, node.address)
+        found = facts.network(host.facts, node.kv_address, host.inside(node.address))
         assert int(found["MTU"]) >= SMALLEST_MTU, f"{node.name}: {found}"
 
 

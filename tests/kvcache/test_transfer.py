@@ -73,8 +73,10 @@ def raw(transfers: Measured, host: LocalHost, lab: Lab, live: Session) -> tuple[
     repeats = SHORT_REPEATS if live.short else REPEATS
     sizes = ",".join(str(size) for size in transfers)
     argv = [sys.executable, "-m", "disagglab.nixlprobe", sizes, str(repeats)]
-    env = lab.transport.variables
-    lines = host.run("nixlprobe-transfer", argv, env, PROBE_LIMIT_S)
+    decode, owner = lab.decode[0], host.namespace_pid(lab.prefill[0])
+    argv += [str(owner)] if owner is not None else []
+    env = lab.transfer_variables(decode)
+    lines = host.run("nixlprobe-transfer", argv, env, PROBE_LIMIT_S, decode.address)
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert all(row["equal"] for row in rows), f"bytes arrived damaged: {rows}"
     command = shlex.join([*(f"{key}={value}" for key, value in env.items()), *argv])

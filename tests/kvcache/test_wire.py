@@ -1,0 +1,109 @@
+"""The third ledger: what the wire between the nodes carried, beside the connector's bytes and the
+scheduler's tokens.
+
+Three counters kept by three parties that do not know of each other: NIXL counts what it was asked to move,
+vLLM's scheduler counts prompt tokens by where they came from, the kernel (or the RDMA adapter) counts what
+passed its interface. The first two are proved equal to arithmetic; the third must hold them, plus protocol
+overhead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from disagglab import client, ledger, wire
+from disagglab.errors import TransferError
+from disagglab.host import LocalHost
+from disagglab.kv import KvShape, tokens_from_prefill
+from disagglab.kvlayout import layout
+from disagglab.ledger import Sent
+from disagglab.recorder import Recorder
+from disagglab.section import Lab
+from disagglab.topology import Topology
+from disagglab.wire import Wire
+
+BLOCKS = (1, 5, 16)
+OUTPUT_TOKENS = 4
+SETTLE_DEADLINE_S = 5.0
+POLL_S = 0.1
+
+Reader = Callable[[], Wire]
+
+
+@pytest.fixture
+def counters(host: LocalHost, disaggregated: Topology, lab: Lab) -> Reader:
+    """Reads the data link of the decode node."""
+    node = lab.decode[0]
+
+    def read() -> Wire:
+        found = wire.read(host, node)
+        if found is None:
+            pytest.skip(
+                "NO-WIRE: the lab file names no interface and no rdma device; KV stays in this machine"
+            )
+        return found
+
+    read()
+    return read
+
+
+def settled(read: Reader, before: Wire, expected: int) -> Wire:
+    """A reading once the wire has carried ``expected`` bytes; at the deadline whatever it has."""
+    deadline = time.monotonic() + SETTLE_DEADLINE_S
+    while (after := read()).received - before.received < expected and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return after
+
+
+def prompt_of(length: int, salt: int) -> list[int]:
+    """A prompt of exactly ``length`` tokens that no other salt shares a block with."""
+    return [800 + salt, *(6000 + position % 977 for position in range(length - 1))]
+
+
+@pytest.mark.parametrize("count", BLOCKS, ids=lambda count: f"{count}-blocks")
+def test_three_ledgers_agree(
+    disaggregated: Topology, counters: Reader, lab: Lab, shape: KvShape, record: Recorder, count: int
+) -> None:
+    """Connector bytes = blocks x bytes, scheduler tokens = prompt, wire = both within protocol overhead."""
+    block = ledger.block_size(disaggregated.decode[0].metrics())
+    length = count * block
+    request = client.body(disaggregated.served_name, prompt_of(length, count), OUTPUT_TOKENS)
+    first, before = counters(), ledger.read(disaggregated)
+    client.complete(disaggregated.router.url, request | {"cache_salt": f"wire-{count}"})
+    after = ledger.settle(disaggregated, before, 1)
+    book = ledger.prove(disaggregated, before, after, [Sent(length, OUTPUT_TOKENS)], shape, lab.vllm.version)
+    assert book.kv_bytes == layout(shape, block).bytes_to_move(length, lab.vllm.version)
+    assert book.external_tokens == tokens_from_prefill(length)
+    last = settled(counters, first, book.kv_bytes)
+    carried = wire.prove(first, last, book.kv_bytes, 1)
+    record.numbers(
+        f"wire, {length} tokens", [carried], "B", arm="disaggregated", what="requests", note=last.source
+    )
+    record.numbers(f"connector, {length} tokens", [book.kv_bytes], "B", arm="disaggregated", what="requests")
+    record.numbers(
+        f"wire / connector, {length} tokens",
+        [carried / book.kv_bytes],
+        "ratio",
+        arm="disaggregated",
+        what="requests",
+        note=f"at most {wire.most(book.kv_bytes, 1, last.mtu) / book.kv_bytes:.3f} at an MTU of {last.mtu} B",
+    )
+
+
+def test_the_wire_tells_a_transfer_that_was_not(
+    disaggregated: Topology, counters: Reader, lab: Lab, shape: KvShape
+) -> None:
+    """A request that decode computes itself leaves the wire idle, and the wire's proof refuses it."""
+    block = ledger.block_size(disaggregated.decode[0].metrics())
+    length = 4 * block
+    request = client.body(disaggregated.served_name, prompt_of(length, 99), OUTPUT_TOKENS)
+    before = counters()
+    client.complete(disaggregated.decode[0].url, request | {"cache_salt": "wire-idle"})
+    after = counters()
+    claimed = layout(shape, block).bytes_to_move(length, lab.vllm.version)
+    with pytest.raises(TransferError, match="the wire carried"):
+        wire.prove(before, after, claimed, 1)
+    assert wire.received(before, after) < wire.REQUEST_BYTES
