@@ -106,7 +106,7 @@ def deployment(live: Session, host: LocalHost, weights: Model, engine: LoadEngin
 @pytest.fixture(scope="session")
 def engine(host: LocalHost, lab: Lab, weights: Model) -> LoadEngine:
     """``vllm bench serve``, imported beside the booting servers, fed jobs."""
-    load_engine = LoadEngine(host, weights.folder, lab.controller.cpus)
+    load_engine = LoadEngine(host, weights.tokenizer, lab.controller.cpus)
     load_engine.start()
     return load_engine
 

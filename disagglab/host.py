@@ -123,14 +123,20 @@ class LocalHost:
         return process.start()
 
     def run(
-        self, name: str, argv: Sequence[str], env: Mapping[str, str], limit_s: float, address: str = ""
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        limit_s: float,
+        address: str = "",
+        cpus: Sequence[int] = (),
     ) -> list[str]:
         """Run an owned program to its end; return what it printed, line by line.
 
         Raises:
             LabError: if it fails or exceeds ``limit_s``; the message holds its last lines.
         """
-        process = self.start(name, argv, env, address=address)
+        process = self.start(name, argv, env, cpus, address=address)
         return process.wait(limit_s)
 
     def memory_available(self) -> int:

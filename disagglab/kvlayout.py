@@ -17,11 +17,11 @@ from disagglab.kv import KvShape, Layer, blocks
 DEFAULT_BLOCK_SIZE = 16  # tokens, on GPUs; 128 on CPUs. The effective one is in vllm:cache_config_info
 PADDING_LIMIT = 1.5  # kinds whose layer counts differ by less share one padded group size (kv_cache_utils.py)
 
-# What NixlConnector moves for a prompt, by vLLM version (major.minor), each as measured. Pull mode reads
-# whole blocks, the last partial one included, and skips those that the decode server holds already. A group
-# with a sliding window moves the blocks of the window and one more (nixl/base_scheduler.py: blocks_per_sw).
-# A block is read in every memory region that more than one group uses, its padding too
-# (nixl/base_worker.py: _compute_desc_ids).
+# What NixlConnector moves for a prompt, by vLLM version (major.minor), each as measured; 0.26 with models
+# of one group only. Pull mode reads whole blocks, the last partial one included, and skips those that the
+# decode server holds already, and those that lie wholly before the window of a sliding group
+# (SlidingWindowManager, get_num_skipped_tokens). A block is read in every memory region that more than one
+# group uses, its padding too (nixl/base_worker.py: _compute_desc_ids).
 WHOLE_BLOCKS = "whole blocks, the last partial one included"
 BLOCK_RULE = {"0.31": WHOLE_BLOCKS, "0.26": WHOLE_BLOCKS}
 
@@ -41,11 +41,13 @@ class Group:
         return sum(self.page_bytes)
 
     def blocks_to_move(self, tokens: int, held: int = 0) -> int:
-        """Blocks read for a prompt of which the decode server holds the first ``held`` blocks."""
-        needed = blocks(tokens, self.block_size) - held
-        if self.window is None:
-            return needed
-        return min(needed, blocks(self.window, self.block_size) + 1)
+        """Blocks read for a prompt of which the decode server holds the first ``held`` blocks.
+
+        The next token looks back ``window`` tokens, itself included; blocks before the first of them are
+        skipped.
+        """
+        skipped = 0 if self.window is None else max(0, tokens - self.window + 1) // self.block_size
+        return blocks(tokens, self.block_size) - max(held, skipped)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ RESERVED_ARGS = {
     "dtype": "[model] dtype",
     "max-model-len": "[model] max_model_len",
     "load-format": "[model] load_format",
+    "tokenizer": "[model] tokenizer",
     "kv-transfer-config": "[transport]",
 }
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,20 @@ CONVERSION_BUDGET_S = 60.0  # shown beside the elapsed time, not enforced
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk. ``name``: how reports call it; ``folder``: what ``vllm serve`` is given."""
+    """A model on disk. ``name``: how reports call it; ``folder``: what ``vllm serve`` is given.
+
+    ``other_tokenizer``: folder of the tokenizer where it is not the model's own.
+    """
 
     name: str
     folder: Path
     config: dict[str, Any]
+    other_tokenizer: Path | None = None
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.other_tokenizer or self.folder
 
     @property
     def max_positions(self) -> int:
@@ -49,31 +58,51 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("disagglab"))
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What a lab file names, under which key."""
+
+    source: str
+    key: str
+    lab: Lab
+
+    def missing(self, where: str, mend: str) -> ConfigError:
+        """The error that it is not on this machine."""
+        wrong = f"{self.source} not found; looked in {where}"
+        return ConfigError([Problem(self.lab.file, self.key, wrong, mend)])
+
+
 def find(lab: Lab, progress: ProgressLine | None = None) -> Model:
-    """The model of a lab, made first if a package ships it in another format.
+    """The model of a lab and its tokenizer, made first if a package ships them in another format.
 
     Raises:
         ConfigError: if it is not on this machine; the message names the folder looked in and the command to
         fetch it.
         LabError: if the conversion fails; the message holds its last lines.
     """
-    source = lab.model.id
+    found = _find(_Wanted(lab.model.id, "model.id", lab), progress)
+    if lab.model.tokenizer is None:
+        return found
+    tokenizer = _find(_Wanted(lab.model.tokenizer, "model.tokenizer", lab), progress)
+    return replace(found, other_tokenizer=tokenizer.folder)
+
+
+def _find(wanted: _Wanted, progress: ProgressLine | None) -> Model:
+    source = wanted.source
     if source.startswith(PACKAGE_PREFIX):
-        return _from_package(source.removeprefix(PACKAGE_PREFIX), lab, progress)
+        return _from_package(wanted, progress)
     folder = Path(source).expanduser()
-    if folder.is_dir():
-        return Model(folder.name, folder.resolve(), modelconfig.read(folder))
+    for place in (folder, Path(wanted.lab.file).parent / folder):
+        if place.is_dir():
+            return Model(place.name, place.resolve(), modelconfig.read(place))
     if source.startswith(("/", ".", "~")):
-        raise _missing(lab, str(folder), "correct the path, or name a Hugging Face id")
-    return _from_hub(source, lab)
+        raise wanted.missing(str(folder), "correct the path, or name a Hugging Face id")
+    return _from_hub(wanted)
 
 
-def _missing(lab: Lab, where: str, mend: str) -> ConfigError:
-    return ConfigError([Problem(lab.file, "model.id", f"{lab.model.id} not found; looked in {where}", mend)])
-
-
-def _from_hub(name: str, lab: Lab) -> Model:
+def _from_hub(wanted: _Wanted) -> Model:
     """A snapshot in the local Hugging Face cache. Nothing is downloaded here."""
+    name, lab = wanted.source, wanted.lab
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     folder = hub / f"models--{name.replace('/', '--')}"
@@ -83,34 +112,33 @@ def _from_hub(name: str, lab: Lab) -> Model:
     snapshot = folder / "snapshots" / commit
     if not (snapshot / "config.json").is_file():
         option = f" --revision {revision}" if lab.model.revision else ""
-        raise _missing(
-            lab,
+        raise wanted.missing(
             str(folder),
             f"hf download {name}{option}   (a gated model reads the token from the variable HF_TOKEN)",
         )
     return Model(name.rpartition("/")[2], snapshot, modelconfig.read(snapshot))
 
 
-def _gguf_of(package: str, lab: Lab) -> Path:
+def _gguf_of(package: str, wanted: _Wanted) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise _missing(
-            lab, "this Python environment", f"{sys.executable} -m pip install --no-deps {package}"
+        raise wanted.missing(
+            "this Python environment", f"{sys.executable} -m pip install --no-deps {package}"
         ) from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
-        raise _missing(
-            lab,
+        raise wanted.missing(
             f"package {package}",
             f"{sys.executable} -m pip install --force-reinstall --no-deps {package}",
         )
     return found[0]
 
 
-def _from_package(package: str, lab: Lab, progress: ProgressLine | None) -> Model:
+def _from_package(wanted: _Wanted, progress: ProgressLine | None) -> Model:
     """Convert a packaged GGUF file to safetensors, once: atomic, checked, safe against a second run."""
-    gguf = _gguf_of(package, lab)
+    package, lab = wanted.source.removeprefix(PACKAGE_PREFIX), wanted.lab
+    gguf = _gguf_of(package, wanted)
     name = gguf.name.split(".")[0]
     version = importlib.metadata.version(package)
     transformers = importlib.metadata.version("transformers")

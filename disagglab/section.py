@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from disagglab.vllm_plugin import DELAY_VARIABLE
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
@@ -22,6 +24,9 @@ class ModelSection(Section):
         "bfloat16", description="dtype of weights, and of the KV cache unless [vllm.args] has kv-cache-dtype"
     )
     max_model_len: int = Field(ge=256, description="longest prompt plus output, tokens")
+    tokenizer: str | None = Field(
+        None, min_length=1, description="whose tokenizer is used, named as id is; absent: the model's own"
+    )
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, speed only")
 
 
@@ -167,7 +172,9 @@ class Lab(Section):
     def transfer_variables(self, node: NodeSection) -> dict[str, str]:
         """The environment that decides how NIXL and UCX move data to and from a node."""
         device = {"UCX_NET_DEVICES": node.interface} if node.interface else {}
-        return {**device, **self.transport.variables}
+        delay_us = self.transport.progress_delay_us
+        delay = {DELAY_VARIABLE: str(delay_us)} if delay_us else {}
+        return {**device, **delay, **self.transport.variables}
 
     @property
     def kv_dtype(self) -> str:

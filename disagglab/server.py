@@ -22,7 +22,7 @@ from disagglab.metrics import Snapshot, scrape
 from disagglab.model import Model
 from disagglab.process import OwnedProcess
 from disagglab.section import Lab, NodeSection
-from disagglab.vllm_plugin import CPUS_VARIABLE, DELAY_VARIABLE
+from disagglab.vllm_plugin import CPUS_VARIABLE
 
 LOG_TAIL_LINES = 40
 POLL_S = 0.25
@@ -130,6 +130,8 @@ def plan_server(
         "--max-model-len",
         str(lab.model.max_model_len),
     ]
+    if model.other_tokenizer is not None:
+        argv += ["--tokenizer", str(model.other_tokenizer)]
     if lab.model.load_format != "auto":
         argv += ["--load-format", lab.model.load_format]
     for key, value in lab.vllm.args.items():
@@ -157,8 +159,6 @@ def plan_server(
         argv += ["--kv-transfer-config", json.dumps(transfer)]
         env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = node.kv_address
         env["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(side_channel_port)
-        if lab.transport.progress_delay_us:
-            env[DELAY_VARIABLE] = str(lab.transport.progress_delay_us)
         env.update(lab.transfer_variables(node))
     env.update(lab.vllm.env)
     env.update(node.env)

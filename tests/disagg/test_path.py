@@ -27,7 +27,9 @@ def prompt_of(length: int, salt: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "blocks_and_more", [(0, 1), (1, -1), (1, 0), (1, 1), (5, 7)], ids=lambda pair: f"{pair[0]}b{pair[1]:+d}"
+    "blocks_and_more",
+    [(0, 1), (1, -1), (1, 0), (1, 1), (5, 7), (12, 0), (20, 1)],
+    ids=lambda pair: f"{pair[0]}b{pair[1]:+d}",
 )
 def test_transferred_bytes_equal_whole_blocks(
     disaggregated: Topology, lab: Lab, shape: KvShape, record: Recorder, blocks_and_more: tuple[int, int]
@@ -53,7 +55,7 @@ def test_transferred_bytes_equal_whole_blocks(
         "B",
         arm="disaggregated",
         what="transfers",
-        note=f"{book.kv_bytes // shape.bytes_per_block(block)} blocks of {block} tokens, as computed",
+        note=f"{blocks(length, block)} blocks of {block} tokens a group of layers, as computed",
     )
     record.numbers(
         f"transfer time, {length} tokens", [book.transfer_s], "s", arm="disaggregated", what="transfers"
@@ -93,15 +95,15 @@ def test_only_missing_blocks_move(
     held = min(earlier // block * block, reusable_tokens(length, block))
     sent = [Sent(length, OUTPUT_TOKENS, held_by_decode=held, held_by_prefill=held)]
     book = ledger.prove(disaggregated, middle, after, sent, shape, lab.vllm.version)
-    moved = book.kv_bytes // shape.bytes_per_block(block)
-    assert moved == blocks(length, block) - held // block >= 1
+    moved = blocks(length, block) - held // block
+    assert moved >= 1, "the block of the last token has to move"
     record.numbers(
         f"KV blocks moved, {length} tokens of which decode holds {held}",
         [moved],
         "blocks",
         arm="disaggregated",
         what="transfers",
-        note=f"{book.kv_bytes:,} B",
+        note=f"{book.kv_bytes:,} B, as computed",
     )
 
 
@@ -117,7 +119,9 @@ def test_what_only_prefill_holds_moves_in_full(disaggregated: Topology, lab: Lab
     after = ledger.settle(disaggregated, before, 1)
     sent = [Sent(length, OUTPUT_TOKENS, held_by_prefill=reusable_tokens(length, block))]
     book = ledger.prove(disaggregated, before, after, sent, shape, lab.vllm.version)
-    assert book.kv_bytes == blocks(length, block) * shape.bytes_per_block(block)
+    assert book.kv_bytes == ledger.expected_bytes(
+        [Sent(length, OUTPUT_TOKENS)], shape, block, lab.vllm.version
+    )
 
 
 def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:
@@ -137,12 +141,19 @@ def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: L
 
 
 def test_a_wrong_byte_count_is_caught(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:
-    """A true transfer, checked against the arithmetic of one layer more, is refused."""
+    """A true transfer, checked against the arithmetic of one KV head more, is refused."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     before = ledger.read(disaggregated)
     request = client.body(disaggregated.served_name, prompt_of(block, 78), OUTPUT_TOKENS)
     client.complete(disaggregated.router.url, request)
     after = ledger.settle(disaggregated, before, 1)
-    deeper = dataclasses.replace(shape, layers=(*shape.layers, shape.layers[0]))
+    wider = tuple(dataclasses.replace(layer, kv_heads=layer.kv_heads + 1) for layer in shape.layers)
     with pytest.raises(TransferError, match=r"bytes moved by the connector: expected [\d,]+, got [\d,]+"):
-        ledger.prove(disaggregated, before, after, [Sent(block, OUTPUT_TOKENS)], deeper, lab.vllm.version)
+        ledger.prove(
+            disaggregated,
+            before,
+            after,
+            [Sent(block, OUTPUT_TOKENS)],
+            dataclasses.replace(shape, layers=wider),
+            lab.vllm.version,
+        )

@@ -6,13 +6,11 @@ that KV transfers are later read against; it has no expectation.
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from collections.abc import Callable
 
 import pytest
 
+from disagglab import nixlprobe
 from disagglab.host import LocalHost
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
@@ -31,16 +29,13 @@ def test_a_buffer_arrives_intact(
     RDMA in one picture: one side says where its memory is, the other side's network card (here: UCX over the
     lab's transports) fetches it; no message with the data in it is ever sent by the owner.
     """
-    argv = [sys.executable, "-m", "disagglab.nixlprobe", str(size), str(REPEATS)]
-    env = lab.transfer_variables(lab.decode[0])
-    lines = host.run(f"nixlprobe-{size}", argv, env, LIMIT_S)
-    result = json.loads(next(line for line in lines if line.startswith("{")))
+    (result,), command = nixlprobe.between_nodes(host, lab, f"nixlprobe-{size}", [size], REPEATS, LIMIT_S)
     assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"
     record.numbers(
         f"NIXL read of {size / 2**20:.0f} MiB between two processes",
         [size / seconds / 1e9 for seconds in result["seconds"]],
         "GB/s",
         what="reads",
-        command=shlex.join([*(f"{key}={value}" for key, value in env.items()), *argv]),
+        command=command,
     )
     timing(result["seconds"], bytes=size)

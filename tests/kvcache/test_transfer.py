@@ -8,14 +8,11 @@ settings.
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from collections.abc import Callable
 
 import pytest
 
-from disagglab import client, ledger, linefit
+from disagglab import client, ledger, linefit, nixlprobe
 from disagglab.host import LocalHost
 from disagglab.kv import KvShape, reusable_tokens
 from disagglab.kvlayout import layout
@@ -71,16 +68,11 @@ def transfers(disaggregated: Topology, lab: Lab, shape: KvShape, live: Session) 
 def raw(transfers: Measured, host: LocalHost, lab: Lab, live: Session) -> tuple[Measured, str]:
     """NIXL reads of the same sizes between two bare processes, and the command."""
     repeats = SHORT_REPEATS if live.short else REPEATS
-    sizes = ",".join(str(size) for size in transfers)
-    argv = [sys.executable, "-m", "disagglab.nixlprobe", sizes, str(repeats)]
-    decode, owner = lab.decode[0], host.namespace_pid(lab.prefill[0])
-    argv += [str(owner)] if owner is not None else []
-    env = lab.transfer_variables(decode)
-    lines = host.run("nixlprobe-transfer", argv, env, PROBE_LIMIT_S, decode.address)
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    rows, command = nixlprobe.between_nodes(
+        host, lab, "nixlprobe-transfer", list(transfers), repeats + 1, PROBE_LIMIT_S
+    )
     assert all(row["equal"] for row in rows), f"bytes arrived damaged: {rows}"
-    command = shlex.join([*(f"{key}={value}" for key, value in env.items()), *argv])
-    return {row["bytes"]: row["seconds"] for row in rows}, command
+    return {row["bytes"]: row["seconds"][1:] for row in rows}, command  # the first read also connects
 
 
 def fitted(measured: Measured) -> LineFit:
