@@ -19,9 +19,14 @@ help:  ## this list
 lab: setup  ## the main job: two real vLLM servers, a router, KV transfer; a report and a table of verdicts
 	$(PYTEST) -m disagg $(ARGS)
 
-test: setup  ## the selftests, then every live module on the embedded lab, short form
+test: setup  ## the selftests, every live module on the embedded lab in short form, then the wire and other models
 	$(PYTEST) selftest $(ARGS)
 	$(PYTEST) tests --short $(ARGS)
+	$(PYTEST) tests/disagg/test_path.py --lab hybrid --short $(ARGS)
+	$(PYTEST) tests/disagg/test_path.py --lab latent --short $(ARGS)
+	@if unshare --net --mount true 2>/dev/null; then \
+		set -x; $(PYTEST) tests/kvcache/test_wire.py tests/kvcache/test_transfer.py --lab namespaces --short $(ARGS); \
+	else echo "test: lab namespaces left out: this user may not make network namespaces (run as root)"; fi
 
 selftest: setup  ## the tests that need no server
 	$(PYTEST) selftest $(ARGS)

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=DTYPE_SHORT.get(arguments.dtype, arguments.dtype),
             tensor_parallel=arguments.tp,
             block_size=arguments.block_size,
-            link_bytes_per_s=kvtable.parse_rate(arguments.link) if arguments.link else None,
+            link_bytes_per_s=None if arguments.link is None else kvtable.parse_rate(arguments.link),
         )
     except ConfigError as error:
         reasons = (f"{p.file}: {p.key}: {p.wrong} (mend: {p.mend})" for p in error.problems)

@@ -74,6 +74,7 @@ REFUSED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^swa_|^cross_attention_layers$", "another cache in some layers"),
     )
 )
+RECURRENT_TYPES = ("rwkv", "mamba", "falcon_mamba", "recurrent_gemma", "xlstm")
 REFUSED_TYPES = {
     "bert": "an encoder keeps no KV cache",
     "roberta": "an encoder keeps no KV cache",
@@ -152,14 +153,32 @@ def _refuse(config: Config) -> None:
         for pattern, what in REFUSED_KEYS:
             if value and pattern.search(key):
                 raise Refused(key, f"{what} is not computed", "use a model whose layers keep keys and values")
-    if any(kind != 1 for kind in config.get("attn_type_list") or ()):
+    if model_type.startswith(RECURRENT_TYPES):
+        raise Refused("model_type", f"{model_type}: recurrent state is not computed", "use another model")
+    if any(kind != 1 for kind in _list(config, "attn_type_list")):
         raise Refused("attn_type_list", "linear-attention state is not computed", "use another model")
+
+
+def _list(config: Config, key: str) -> list[Any]:
+    """A list, empty where the key is missing or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, list | tuple):
+        raise Refused(key, f"{value!r} is not a list")
+    return list(value or ())
 
 
 def _positive(key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise Refused(key, f"{value!r} is not a positive whole number")
     return value
+
+
+def _whole(config: Config, key: str) -> int:
+    """A whole number of 0 or more; 0 where the key is missing or null."""
+    value = config.get(key)
+    if value is None or (value == 0 and not isinstance(value, bool)):
+        return 0
+    return _positive(key, value)
 
 
 def _number(config: Config, names: Sequence[str], default: int | None = None) -> int:
@@ -172,7 +191,7 @@ def _number(config: Config, names: Sequence[str], default: int | None = None) ->
 
 
 def _layers(config: Config) -> tuple[Layer, ...]:
-    if isinstance(config.get("block_configs"), Sequence):
+    if config.get("block_configs") is not None:
         return _block_layers(config)
     count = _number(config, LAYERS)
     if config.get("kv_lora_rank") is not None:
@@ -180,15 +199,20 @@ def _layers(config: Config) -> tuple[Layer, ...]:
     windows = _windows(config, count)
     shapes = [_heads(_of_layer(config, index), index, window is None) for index, window in enumerate(windows)]
     layers = [Layer(kv, dim, dim, window) for (kv, dim), window in zip(shapes, windows, strict=True)]
-    shared = int(config.get("num_kv_shared_layers") or 0)
-    if not 0 <= shared < count:
+    shared = _whole(config, "num_kv_shared_layers")
+    if shared >= count:
         raise Refused("num_kv_shared_layers", f"{shared} of {count} layers")
     return tuple(layers[: count - shared])  # the last ones read the cache of an earlier layer
 
 
 def _of_layer(config: Config, index: int) -> Config:
     """The config as one layer sees it; transformers 5 writes what differs into ``per_layer_config``."""
-    for number, own in (config.get("per_layer_config") or {}).items():
+    layers = config.get("per_layer_config") or {}
+    if not isinstance(layers, Mapping):
+        raise Refused("per_layer_config", f"{layers!r} is not an object")
+    for number, own in layers.items():
+        if not str(number).isdecimal() or not isinstance(own, Mapping):
+            raise Refused("per_layer_config", f"{number!r}: {own!r} is not a layer's number and an object")
         if int(number) == index:
             return {**config, **own}
     return config
@@ -251,7 +275,7 @@ def _latent(config: Config) -> Layer:
 def _block_layers(config: Config) -> tuple[Layer, ...]:
     """Nemotron-NAS: every block has its own number of KV heads, or no attention at all."""
     heads, hidden = _number(config, HEADS), _number(config, HIDDEN)
-    blocks = config["block_configs"]
+    blocks = _list(config, "block_configs")
     count = _number(config, LAYERS)
     if len(blocks) != count:
         raise Refused("block_configs", f"has {len(blocks)} entries for {count} layers")
@@ -271,6 +295,8 @@ def _block_layers(config: Config) -> tuple[Layer, ...]:
             raise Refused("block_configs", f"entry {number}: {group} heads in a group do not divide {heads}")
         dim = _number(config, HEAD_DIM, hidden // heads)
         layers.append(Layer(heads // group, dim, dim))
+    if not layers:
+        raise Refused("block_configs", "no layer keeps a KV cache", "use another model")
     return tuple(layers)
 
 
@@ -285,14 +311,14 @@ def _windows(config: Config, count: int) -> list[int | None]:
         window = None
     else:
         window = _positive("sliding_window", window) + (model_type in WINDOW_EXCLUDES_PRESENT)
-    kinds = config.get("layer_types")
-    if kinds is None:
+    kinds = _list(config, "layer_types")
+    if config.get("layer_types") is None:
         slides = _pattern(config, model_type)
         kinds = [SLIDING if window and slides(index) else FULL for index in range(count)]
     if len(kinds) != count:
         raise Refused("layer_types", f"has {len(kinds)} entries for {count} layers")
     for kind in kinds:
-        if kind not in LAYER_TYPES:
+        if not isinstance(kind, str) or kind not in LAYER_TYPES:
             raise Refused("layer_types", f"{kind} is not computed", f"only {FULL} and {SLIDING} are")
     if SLIDING in kinds and window is None:
         raise Refused("layer_types", f"names {SLIDING}, but sliding_window is missing or off")
@@ -302,7 +328,7 @@ def _windows(config: Config, count: int) -> list[int | None]:
 def _pattern(config: Config, model_type: str) -> Callable[[int], bool]:
     """Which layers slide, by index, where ``layer_types`` does not say so."""
     if model_type in OFF_BY_DEFAULT:
-        first = int(config.get("max_window_layers") or 0)
+        first = _whole(config, "max_window_layers")
         return lambda index: index >= first
     every = config.get("sliding_window_pattern", EVERY_NTH_IS_FULL.get(model_type))
     if every is None:

@@ -40,14 +40,14 @@ class Group:
         """Bytes that this group uses of a block of the pool."""
         return sum(self.page_bytes)
 
-    def blocks_to_move(self, tokens: int, held: int = 0) -> int:
-        """Blocks read for a prompt of which the decode server holds the first ``held`` blocks.
+    def blocks_to_move(self, tokens: int, held_tokens: int = 0) -> int:
+        """Blocks read for a prompt of which the decode server holds the first ``held_tokens``.
 
         The next token looks back ``window`` tokens, itself included; blocks before the first of them are
         skipped.
         """
         skipped = 0 if self.window is None else max(0, tokens - self.window + 1) // self.block_size
-        return blocks(tokens, self.block_size) - max(held, skipped)
+        return blocks(tokens, self.block_size) - max(held_tokens // self.block_size, skipped)
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,20 @@ class KvLayout:
         """Blocks that a memory budget holds."""
         return budget_bytes // self.bytes_per_block
 
-    def bytes_to_move(self, tokens: int, vllm_version: str, held_blocks: int = 0) -> int:
+    def bytes_to_move(self, tokens: int, vllm_version: str, held_tokens: int = 0) -> int:
         """Bytes that the connector reads for a prompt.
 
         Args:
             tokens: prompt tokens.
             vllm_version: decides the block rule.
-            held_blocks: whole blocks of its beginning that the decode server holds.
+            held_tokens: how much of its beginning the decode server holds, in whole blocks of every group.
 
         Raises:
             ConfigError: if the rule of this vLLM version is not known.
         """
         require_rule(vllm_version)
         return sum(
-            group.blocks_to_move(tokens, held_blocks) * self._moved_per_block(group) for group in self.groups
+            group.blocks_to_move(tokens, held_tokens) * self._moved_per_block(group) for group in self.groups
         )
 
     def _moved_per_block(self, group: Group) -> int:

@@ -180,8 +180,7 @@ def expected_bytes(sent: Sequence[Sent], shape: KvShape, block: int, version: st
     """Bytes the connector must move for these prompts: the blocks that the decode server does not hold."""
     blocks = layout(shape, block)
     return sum(
-        blocks.bytes_to_move(request.prompt_tokens, version, request.held_by_decode // block)
-        for request in sent
+        blocks.bytes_to_move(request.prompt_tokens, version, request.held_by_decode) for request in sent
     )
 
 

@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         wrong = "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
         raise _problem(path, wrong, "name a model folder or a config.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _problem(path, f"not JSON: {error}", "fetch the model anew") from error
     if not isinstance(config, Mapping):
         raise _problem(path, f"holds a {type(config).__name__}, not an object", "name a model's config.json")
@@ -54,8 +54,12 @@ def find(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ConfigError: if nothing answers to the name, or several shipped ones do; or see :func:`read`.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, no such user, a null character
+        found = False
+    if found:
         return name, read(path)
     matching = [one for one in shipped() if name.lower() in (one.lower(), one.rpartition("/")[2].lower())]
     if len(matching) == 1:

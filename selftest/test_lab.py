@@ -57,6 +57,18 @@ BROKEN = {
     "argument with dashes": (
         broken(vllm__args={"--enforce-eager": True}), "vllm.args.--enforce-eager", "enforce-eager =",
     ),
+    "one namespace for two nodes": (
+        broken(node__0__namespace=True), "node[0].namespace", "on both, or on none",
+    ),
+    "namespace without a data link": (
+        broken(node__0__namespace=True), "node[0].interface", "add interface",
+    ),
+    "namespace at an address that no host can have": (
+        broken(node__0__namespace=True, node__0__address="198.18.1.0"), "node[0].address", "198.18.1.2",
+    ),
+    "tokenizer in the wrong place": (
+        broken(vllm__args={"tokenizer": "x"}), "vllm.args.tokenizer", "[model] tokenizer",
+    ),
     "cuda without GPUs": (
         broken(transport__kv_buffer_device="cuda"), "transport.kv_buffer_device", '"cpu"',
     ),
@@ -101,6 +113,16 @@ def test_all_mistakes_come_at_once() -> None:
 def test_every_shipped_lab_is_valid(name: str) -> None:
     """The lab files in labs/ are accepted, and carry the name of their file."""
     assert load_lab(name).name == name
+
+
+def test_the_caches_dtype_is_vllms_own_option() -> None:
+    """Without --kv-cache-dtype, or with auto, the cache has the model's dtype; else what the option says."""
+    for args, dtype in (
+        ({}, "bfloat16"),
+        ({"kv-cache-dtype": "auto"}, "bfloat16"),
+        ({"kv-cache-dtype": "fp8"}, "fp8"),
+    ):
+        assert parse_lab(broken(vllm__args=args), "my.toml").kv_dtype == dtype
 
 
 def test_context_length_past_the_models_is_refused() -> None:

@@ -5,7 +5,7 @@ The oracle is a pair of readings that a correct run would leave; every test chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +14,18 @@ import pytest
 
 from disagglab import ledger, metrics
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.kv import KvShape
+from disagglab.kv import KvShape, Layer
 from disagglab.ledger import Reading, Sent
 from disagglab.metrics import Snapshot
 from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
 
-SHAPE = KvShape(layers=30, kv_heads=3, head_dim=64, dtype="bfloat16", max_positions=8192)
+SHAPE = KvShape((Layer(3, 64, 64),) * 30, "bfloat16")
 BLOCK_BYTES = 128 * 23_040
 SENT = [Sent(300, 8), Sent(128, 8)]  # 3 blocks and 1 block
+# The same, but of the first prompt decode holds one block and prefill two: 44 tokens are new to prefill.
+SENT_HELD = [Sent(300, 8, held_by_decode=128, held_by_prefill=256), Sent(128, 8)]
+HELD = "disaggregated, a part held"
 VERSION = "0.31.0"
 
 COUNTERS = {
@@ -66,6 +69,7 @@ TOPOLOGIES: dict[str, Any] = {
     SINGLE: Topology(SINGLE, None, (A,)),  # type: ignore[arg-type]
     REPLICATED: Topology(REPLICATED, None, (A, B)),  # type: ignore[arg-type]
     DISAGGREGATED: Topology(DISAGGREGATED, None, (A, B), (A,), (B,)),  # type: ignore[arg-type]
+    HELD: Topology(DISAGGREGATED, None, (A, B), (A,), (B,)),  # type: ignore[arg-type]
 }
 TRUE: dict[str, dict[str, dict[str, float]]] = {
     SINGLE: {
@@ -88,6 +92,15 @@ TRUE: dict[str, dict[str, dict[str, float]]] = {
         },
     },
 }
+TRUE[HELD] = {
+    "a": {**TRUE[DISAGGREGATED]["a"], "local_compute": 44 + 128, "local_cache_hit": 256},
+    "b": {
+        **TRUE[DISAGGREGATED]["b"],
+        ledger.BYTES: (2 + 1) * BLOCK_BYTES,
+        "external_kv_transfer": (300 - 128) + 128,
+        "local_cache_hit": 128,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -97,10 +110,11 @@ class Story:
     topology: Any
     before: Reading
     after: Reading
+    sent: Sequence[Sent]
 
     def prove(self) -> ledger.Ledger:
         """What the ledger makes of it."""
-        return ledger.prove(self.topology, self.before, self.after, SENT, SHAPE, VERSION)
+        return ledger.prove(self.topology, self.before, self.after, self.sent, SHAPE, VERSION)
 
 
 def story(name: str, **changes: float) -> Story:
@@ -112,14 +126,16 @@ def story(name: str, **changes: float) -> Story:
         grown[owner][getattr(ledger, counter, counter)] = value
     processes = {s.name: Process(100, 1) for s in topology.servers}
     before = Reading({s.name: snapshot(s.name, COUNTERS) for s in topology.servers}, processes)
-    return Story(topology, before, Reading({n: snapshot(n, c) for n, c in grown.items()}, processes))
+    after = Reading({n: snapshot(n, c) for n, c in grown.items()}, processes)
+    return Story(topology, before, after, SENT_HELD if name == HELD else SENT)
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_the_true_story_passes(name: str) -> None:
     """Counters that a correct run leaves are accepted."""
     book = story(name).prove()
-    assert book.kv_bytes == (4 * BLOCK_BYTES if name == DISAGGREGATED else 0)
+    assert book.kv_bytes == {DISAGGREGATED: 4, HELD: 3}.get(name, 0) * BLOCK_BYTES
+    assert book.cached_tokens == (128 if name == HELD else 0)
 
 
 WRONG: list[tuple[str, dict[str, float], type[Exception], str]] = [
@@ -138,6 +154,15 @@ WRONG: list[tuple[str, dict[str, float], type[Exception], str]] = [
     (DISAGGREGATED, {"a__FINISHED": 1}, InvalidRun, "finished by prefill"),
     (DISAGGREGATED, {"b__FINISHED": 1}, InvalidRun, "finished by decode"),
     (DISAGGREGATED, {"b__GENERATED": 15}, InvalidRun, "tokens generated"),
+    (DISAGGREGATED, {"b__local_cache_hit": 1}, TransferError, "decode held already: expected 0, got 1"),
+    (HELD, {"b__BYTES": 4 * BLOCK_BYTES}, TransferError, "bytes moved"),
+    (HELD, {"b__BYTES": 2 * BLOCK_BYTES}, TransferError, "bytes moved"),
+    (HELD, {"b__local_cache_hit": 0}, TransferError, "decode held already: expected 128, got 0"),
+    (HELD, {"b__local_cache_hit": 256}, TransferError, "decode held already: expected 128, got 256"),
+    (HELD, {"b__external_kv_transfer": 428}, TransferError, "took from prefill: expected 300, got 428"),
+    (HELD, {"b__local_compute": 1}, TransferError, "decode computed itself: expected 0, got 1"),
+    (HELD, {"a__local_compute": 428}, InvalidRun, "prefill computed: expected 172, got 428"),
+    (HELD, {"a__local_compute": 171}, InvalidRun, "prefill computed: expected 172, got 171"),
     (SINGLE, {"a__BYTES": 1}, InvalidRun, "bytes moved by the connector: expected 0"),
     (SINGLE, {"a__FINISHED": 3}, InvalidRun, "requests finished"),
     (SINGLE, {"a__GENERATED": 15}, InvalidRun, "tokens generated"),
@@ -153,6 +178,30 @@ def test_every_wrong_number_is_caught(
     """One counter off, and the run is refused with both numbers in the message."""
     with pytest.raises(error, match=message):
         story(name, **changes).prove()
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        (Sent(300, 8, 128, 128), "prefill computed: expected 300, got 172"),
+        (Sent(300, 8, 128, 0), "prefill computed: expected 428, got 172"),
+        (Sent(300, 8, 0, 256), "bytes moved"),
+        (Sent(300, 8, 256, 256), "bytes moved"),
+    ],
+)
+def test_a_wrong_claim_of_held_blocks_is_caught(claim: Sent, message: str) -> None:
+    """Who says that a server holds more or less than it does is contradicted by the counters."""
+    with pytest.raises((TransferError, InvalidRun), match=message):
+        replace(story(HELD), sent=[claim, SENT_HELD[1]]).prove()
+
+
+def test_a_token_that_decode_recomputes_counts_as_its_own() -> None:
+    """Of a prompt of one token the block moves, but decode computes the token."""
+    told = story(
+        DISAGGREGATED, b__FINISHED=1, a__FINISHED=1, b__TRANSFERS=1, b__BYTES=BLOCK_BYTES, a__GENERATED=1,
+        b__GENERATED=8, a__local_compute=1, b__external_kv_transfer=0, b__local_compute=1,
+    )  # fmt: skip
+    assert replace(told, sent=[Sent(1, 8)]).prove().computed_tokens == 1
 
 
 def test_a_missing_metric_is_an_error_that_names_it() -> None:
@@ -179,7 +228,7 @@ def test_a_counter_that_fell_is_invalid() -> None:
     """A reset counter is named, with how far it fell."""
     told = story(SINGLE)
     with pytest.raises(InvalidRun, match="fell by"):
-        Story(told.topology, told.after, told.before).prove()
+        Story(told.topology, told.after, told.before, SENT).prove()
 
 
 def test_the_prometheus_text_format_is_read() -> None:

@@ -110,6 +110,29 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     assert (found.folder, found.max_positions) == (tmp_path, 8192)
 
 
+def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
+    """Weights and tokenizer may come from different places; a missing one is named by its own key."""
+    for name in ("weights", "words"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))
+    lab = lab_with(str(tmp_path / "weights"))
+    assert model.find(lab).tokenizer == tmp_path / "weights"
+    section = lab.model.model_copy(update={"tokenizer": str(tmp_path / "words")})
+    found = model.find(lab.model_copy(update={"model": section}))
+    assert (found.folder, found.tokenizer) == (tmp_path / "weights", tmp_path / "words")
+    section = lab.model.model_copy(update={"tokenizer": "./not/there"})
+    with pytest.raises(ConfigError, match=r"model\.tokenizer: \./not/there not found"):
+        model.find(lab.model_copy(update={"model": section}))
+
+
+def test_a_path_may_start_at_the_lab_file(tmp_path: Path) -> None:
+    """A relative model folder is looked for here, and then beside the lab file."""
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.json").write_text(json.dumps(CONFIG))
+    lab = lab_with("./models/m").model_copy(update={"file": str(tmp_path / "my.toml")})
+    assert model.find(lab).folder == tmp_path / "models" / "m"
+
+
 def test_a_hub_model_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snapshot that the reference names is used; nothing is downloaded."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))

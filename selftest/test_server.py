@@ -50,6 +50,18 @@ def test_roles_and_settings_reach_the_command(lab: Lab) -> None:
         assert "M-1234" in made.argv
 
 
+def test_kv_goes_over_the_data_link() -> None:
+    """A node listens on its address and moves KV over its data link; the tokenizer may be another's."""
+    lab = load_lab("namespaces")
+    lent = Model("M", Path("/models/m"), {}, other_tokenizer=Path("/models/words"))
+    made = plan_server(lab, lab.nodes[1], lent, "M-1234", 21100, 21101)
+    assert made.url == "http://198.18.2.2:21100"
+    assert made.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "198.18.9.2"
+    assert (made.env["UCX_NET_DEVICES"], made.env["UCX_TLS"]) == ("data0", "tcp,self")
+    assert made.argv[made.argv.index("--tokenizer") + 1] == "/models/words"
+    assert "--tokenizer" not in plan(lab, 1).argv
+
+
 def test_a_dedicated_server_has_no_connector(lab: Lab) -> None:
     """Without a side channel there is no trace of a connector in command or environment."""
     made = plan(lab, 0, connector=False)
