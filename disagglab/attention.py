@@ -1,10 +1,10 @@
 """What each layer of a model keeps in its KV cache, read from ``config.json`` alone.
 
 The keys are those of Hugging Face transformers; where a family's configuration class fills in a layer
-pattern that its ``config.json`` leaves out, the pattern is in PATTERNS with its source. Which of the keys
-vLLM follows was read in vllm/transformers_utils/model_arch_config_convertor.py and is held against vLLM
-itself by tests/kvcache/test_accounting.py. What keeps something else than keys and values is refused by
-name.
+pattern that its ``config.json`` leaves out, the pattern is in EVERY_NTH_IS_FULL with its source. Which of
+the keys vLLM follows was read in vllm/transformers_utils/model_arch_config_convertor.py and is held against
+vLLM itself by tests/kvcache/test_accounting.py. What keeps something else than keys and values is refused
+by name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
 HEAD_DIM = ("head_dim", "hidden_size_per_head", "kv_channels")
-KV_HEADS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "kv_n_heads")
+KV_HEADS = (
+    *("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups"),
+    "kv_n_heads",
+)
 NESTED = ("text_config", "language_config", "llm_config")  # the language model inside a multimodal one
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
@@ -46,13 +49,13 @@ EVERY_NTH_IS_FULL = {
 OFF_BY_DEFAULT = {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
 # Cohere's window counts the tokens behind the present one (vllm/model_executor/models/commandr.py).
 WINDOW_EXCLUDES_PRESENT = {"cohere2"}
+MAX_WINDOW_LAYERS = 28  # the default of Qwen's configuration classes
 # Served with one latent vector per token (is_deepseek_mla in model_arch_config_convertor.py).
 LATENT = {
     "deepseek_v2",
     "deepseek_v3",
     "kimi_k2",
     "glm4_moe_lite",
-    "longcat_flash",
     "pangu_ultra_moe",
     "axk1",
 }
@@ -71,17 +74,13 @@ REFUSED_KEYS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"rwkv|^lru_width$|^block_types$|^_block_types$|^conv_L_cache$", "recurrent state"),
         (r"^index_(topk|head_dim|n_heads)$|^compress_ratios?$", "a sparse-attention indexer's own cache"),
         (r"^attention_chunk_size$", "chunked local attention"),
-        (r"^swa_|^cross_attention_layers$", "another cache in some layers"),
+        (r"^swa_|^cross_attention_layers$|^attention_other_setting$", "another cache in some layers"),
+        (r"^use_cla$", "a cache that neighbouring layers share"),
     )
 )
-RECURRENT_TYPES = ("rwkv", "mamba", "falcon_mamba", "recurrent_gemma", "xlstm")
-REFUSED_TYPES = {
-    "bert": "an encoder keeps no KV cache",
-    "roberta": "an encoder keeps no KV cache",
-    "xlm-roberta": "an encoder keeps no KV cache",
-    "modernbert": "an encoder keeps no KV cache",
-    "distilbert": "an encoder keeps no KV cache",
-}
+RECURRENT_TYPES = ("rwkv", "mamba", "falcon_mamba", "recurrent_gemma", "xlstm", "retnet")
+ENCODERS = re.compile(r"bert|electra|mpnet|^vit|clip|^dinov|^t5|^bart$|whisper")
+MOST_LAYERS, MOST = 10_000, 10**9  # beyond them a number is a slip, and its arithmetic no help
 
 
 class Refused(Exception):
@@ -124,6 +123,18 @@ def shape(config: Config, dtype: str = "auto", origin: str = "config.json") -> K
         raise ConfigError([Problem(origin, error.key, error.wrong, error.mend)]) from error
 
 
+def query_heads(config: Config, origin: str = "config.json") -> int:
+    """Attention heads of the language model, which tensor parallelism divides.
+
+    Raises:
+        ConfigError: if the config names none.
+    """
+    try:
+        return _number(text_config(config), HEADS)
+    except Refused as error:
+        raise ConfigError([Problem(origin, error.key, error.wrong, error.mend)]) from error
+
+
 def max_positions(config: Config, origin: str = "config.json") -> int:
     """Longest sequence that the position encoding was made for, tokens.
 
@@ -147,12 +158,14 @@ def text_config(config: Config) -> Config:
 
 def _refuse(config: Config) -> None:
     model_type = str(config.get("model_type", ""))
-    if model_type in REFUSED_TYPES:
-        raise Refused("model_type", f"{model_type}: {REFUSED_TYPES[model_type]}", "use a decoder model")
     for key, value in config.items():
         for pattern, what in REFUSED_KEYS:
             if value and pattern.search(key):
                 raise Refused(key, f"{what} is not computed", "use a model whose layers keep keys and values")
+    if ENCODERS.search(model_type):
+        raise Refused(
+            "model_type", f"{model_type} is no decoder; it keeps no such cache", "use a decoder model"
+        )
     if model_type.startswith(RECURRENT_TYPES):
         raise Refused("model_type", f"{model_type}: recurrent state is not computed", "use another model")
     if any(kind != 1 for kind in _list(config, "attn_type_list")):
@@ -168,8 +181,8 @@ def _list(config: Config, key: str) -> list[Any]:
 
 
 def _positive(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise Refused(key, f"{value!r} is not a positive whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise Refused(key, f"{value!r:.40} is not a whole number from 1 to {MOST:,}")
     return value
 
 
@@ -194,6 +207,8 @@ def _layers(config: Config) -> tuple[Layer, ...]:
     if config.get("block_configs") is not None:
         return _block_layers(config)
     count = _number(config, LAYERS)
+    if count > MOST_LAYERS:
+        raise Refused(LAYERS[0], f"{count:,} layers; more than {MOST_LAYERS:,} are a slip")
     if config.get("kv_lora_rank") is not None:
         return (_latent(config),) * count
     windows = _windows(config, count)
@@ -228,20 +243,22 @@ def _heads(config: Config, index: int, full: bool) -> tuple[int, int]:
         raise Refused("num_key_value_heads", f"{kv_heads} does not divide {heads} attention heads")
     if full and config.get("global_head_dim"):
         return kv_heads, _number(config, ("global_head_dim",))
-    if any(config.get(name) for name in HEAD_DIM):
-        head_dim = _number({k: v for k, v in config.items() if v}, HEAD_DIM)
-    else:
-        hidden = _number(config, HIDDEN)
-        if hidden % heads:
-            raise Refused(
-                "hidden_size",
-                f"{hidden} is not a multiple of {heads} attention heads, and head_dim is missing",
-            )
-        head_dim = hidden // heads
+    head_dim = _head_dim(config, heads)
     value_dim = config.get("v_head_dim")
     if value_dim not in (None, 0, head_dim):
         raise Refused("v_head_dim", f"{value_dim} beside a head_dim of {head_dim} is not computed")
     return kv_heads, head_dim
+
+
+def _head_dim(config: Config, heads: int) -> int:
+    for name in HEAD_DIM:
+        if config.get(name):  # 0 and null: not given (model_arch_config_convertor.py)
+            return _positive(name, config[name])
+    hidden = _number(config, HIDDEN)
+    if hidden % heads:
+        wrong = f"{hidden} is not a multiple of {heads} attention heads, and head_dim is missing"
+        raise Refused("hidden_size", wrong)
+    return hidden // heads
 
 
 def _kv_heads(config: Config, heads: int, index: int) -> int:
@@ -263,7 +280,7 @@ def _kv_heads(config: Config, heads: int, index: int) -> int:
 
 
 def _latent(config: Config) -> Layer:
-    model_type = config.get("model_type", "deepseek_v3")
+    model_type = str(config.get("model_type", "deepseek_v3"))
     if model_type not in LATENT:
         raise Refused(
             "kv_lora_rank", f"how vLLM keeps the cache of {model_type} is not known", "use another model"
@@ -274,7 +291,8 @@ def _latent(config: Config) -> Layer:
 
 def _block_layers(config: Config) -> tuple[Layer, ...]:
     """Nemotron-NAS: every block has its own number of KV heads, or no attention at all."""
-    heads, hidden = _number(config, HEADS), _number(config, HIDDEN)
+    heads = _number(config, HEADS)
+    dim = _head_dim(config, heads)
     blocks = _list(config, "block_configs")
     count = _number(config, LAYERS)
     if len(blocks) != count:
@@ -293,7 +311,6 @@ def _block_layers(config: Config) -> tuple[Layer, ...]:
         )
         if heads % group:
             raise Refused("block_configs", f"entry {number}: {group} heads in a group do not divide {heads}")
-        dim = _number(config, HEAD_DIM, hidden // heads)
         layers.append(Layer(heads // group, dim, dim))
     if not layers:
         raise Refused("block_configs", "no layer keeps a KV cache", "use another model")
@@ -305,6 +322,8 @@ def _windows(config: Config, count: int) -> list[int | None]:
     model_type = str(config.get("model_type", ""))
     window = config.get("sliding_window")
     default_on = model_type not in OFF_BY_DEFAULT
+    if model_type in EVERY_NTH_IS_FULL and "sliding_window" not in config:
+        raise Refused("sliding_window", f"missing, and {model_type} has sliding layers")
     if (
         not config.get("use_sliding_window", default_on) or not window
     ):  # 0 and null: none (vllm/config/model.py)
@@ -313,8 +332,8 @@ def _windows(config: Config, count: int) -> list[int | None]:
         window = _positive("sliding_window", window) + (model_type in WINDOW_EXCLUDES_PRESENT)
     kinds = _list(config, "layer_types")
     if config.get("layer_types") is None:
-        slides = _pattern(config, model_type)
-        kinds = [SLIDING if window and slides(index) else FULL for index in range(count)]
+        slides = _pattern(config, model_type) if window else lambda index: False
+        kinds = [SLIDING if slides(index) else FULL for index in range(count)]
     if len(kinds) != count:
         raise Refused("layer_types", f"has {len(kinds)} entries for {count} layers")
     for kind in kinds:
@@ -327,8 +346,12 @@ def _windows(config: Config, count: int) -> list[int | None]:
 
 def _pattern(config: Config, model_type: str) -> Callable[[int], bool]:
     """Which layers slide, by index, where ``layer_types`` does not say so."""
+    if model_type == "smollm3":
+        raise Refused(
+            "use_sliding_window", "which layers of smollm3 slide is not computed", "use another model"
+        )
     if model_type in OFF_BY_DEFAULT:
-        first = _whole(config, "max_window_layers")
+        first = _whole(config, "max_window_layers") if "max_window_layers" in config else MAX_WINDOW_LAYERS
         return lambda index: index >= first
     every = config.get("sliding_window_pattern", EVERY_NTH_IS_FULL.get(model_type))
     if every is None:
@@ -339,8 +362,32 @@ def _pattern(config: Config, model_type: str) -> Callable[[int], bool]:
     return lambda index: (index + 1) % nth != 0
 
 
+def _quantized(quantization: Any) -> str | None:
+    """dtype of the cache that a quantization_config asks for (get_kv_cache_quant_algo_string in vLLM)."""
+    if not isinstance(quantization, Mapping):
+        return None
+    inner = quantization.get("quantization")
+    for place in (quantization, inner if isinstance(inner, Mapping) else {}):
+        for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            scheme = place.get(key)
+            if not scheme or str(scheme).lower() == "none":
+                continue
+            bits = (scheme.get("num_bits"), scheme.get("type")) if isinstance(scheme, Mapping) else None
+            if bits == (8, "float") or str(scheme).lower() == "fp8":
+                return "fp8"
+            raise Refused(f"quantization_config.{key}", f"{scheme!r:.80} is not computed", "name a dtype")
+    return None
+
+
 def _dtype(config: Config, text: Config) -> str:
-    """What vLLM's "auto" keeps: a checkpoint in float32, or of unsaid dtype, is served in 16 bits."""
+    """What vLLM's "auto" keeps: what the checkpoint's quantization asks for, else the dtype of its weights.
+
+    A checkpoint in float32, or of unsaid dtype, is served in 16 bits.
+    """
+    for source in (config, text):
+        asked = _quantized(source.get("quantization_config"))
+        if asked is not None:
+            return asked
     for source in (text, config):
         for key in DTYPE_KEYS:
             named = str(source.get(key) or "").removeprefix("torch.")

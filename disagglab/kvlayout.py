@@ -47,7 +47,7 @@ class Group:
         skipped.
         """
         skipped = 0 if self.window is None else max(0, tokens - self.window + 1) // self.block_size
-        return blocks(tokens, self.block_size) - max(held_tokens // self.block_size, skipped)
+        return max(0, blocks(tokens, self.block_size) - max(held_tokens // self.block_size, skipped))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from disagglab.errors import ConfigError, Problem
 PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 RATE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(bps|bit/s|b/s|Bps|B/s)\s*$", re.IGNORECASE)
 BITS = 8
+MOST = 10**12  # tokens, ranks
+MOST_BYTES_PER_S = 1e18
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class KvTable:
             (
                 f"per prompt of {self.tokens:,} tokens",
                 f"{self.bytes_per_prompt:,}",
-                f"B in {self.blocks:,} blocks",
+                f"B in {self.blocks:,} block{'s' * (self.blocks > 1)}",
             ),
         ]
         if self.tensor_parallel > 1:
@@ -101,10 +103,15 @@ def table(
         ("tensor parallel size", tensor_parallel),
         ("block size", block_size),
     ):
-        if value < 1:
-            raise ConfigError([Problem("command line", key, f"{value} is not positive", "give at least 1")])
+        if not 1 <= value <= MOST:
+            wrong = f"{value!r:.40} is not between 1 and {MOST:,}"
+            raise ConfigError([Problem("command line", key, wrong, "correct it")])
     shown, config = modelconfig.find(name)
     whole = attention.shape(config, dtype, shown)
+    heads = attention.query_heads(config, shown)
+    if heads % tensor_parallel:
+        wrong = f"{tensor_parallel} does not divide {heads} attention heads"
+        raise ConfigError([Problem("command line", "tensor parallel size", wrong, "choose a divisor")])
     rank = whole.on_rank(tensor_parallel)
     layout = kvlayout.layout(rank, block_size)
     moved = layout.bytes_to_move(tokens, vllm_version) * tensor_parallel
@@ -137,13 +144,10 @@ def parse_rate(text: str) -> float:
         ConfigError: if it is not a positive rate with a unit.
     """
     match = RATE.match(text)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(
-            [
-                Problem(
-                    "command line", "link", f"{text!r} is not a rate", "write 100Gbps, 400Gbit/s or 12.5GB/s"
-                )
-            ]
-        )
-    in_bytes = match[3].startswith("B") and not match[3].lower().startswith("bit")
-    return float(match[1]) * PREFIXES[match[2].lower()] / (1 if in_bytes else BITS)
+    in_bytes = match is not None and match[3].startswith("B") and not match[3].lower().startswith("bit")
+    scale = PREFIXES[match[2].lower()] / (1 if in_bytes else BITS) if match is not None else 0.0
+    rate = float(match[1]) * scale if match is not None else 0.0
+    if not 0 < rate <= MOST_BYTES_PER_S:
+        wrong = f"{text!r:.40} is not a rate"
+        raise ConfigError([Problem("command line", "link", wrong, "write 100Gbps, 400Gbit/s or 12.5GB/s")])
+    return rate

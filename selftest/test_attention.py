@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention
+from disagglab import attention, modelconfig
 from disagglab.errors import ConfigError
 from disagglab.kv import KvShape, Layer
 
@@ -200,3 +200,34 @@ def test_a_16_bit_dtype_is_allowed_where_fp8_is_not() -> None:
     """Falcon and MLA refuse only what they cannot keep (the refusals are in test_attention_refusals.py)."""
     assert attention.shape({**BASE, "model_type": "falcon"}, "float16").dtype == "float16"
     assert attention.shape({**BASE, **MLA}, "fp8").bytes_per_token == 6 * 576
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}},
+        {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"},
+        {"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": "FP8"}},
+    ],
+)
+def test_a_checkpoint_may_ask_for_an_fp8_cache(quantization: dict[str, Any]) -> None:
+    """Left to itself vLLM keeps what the checkpoint's quantization asks for; a dtype that is named wins."""
+    config = {
+        **modelconfig.shipped_config("meta-llama/Llama-3.1-8B-Instruct"),
+        "quantization_config": quantization,
+    }
+    assert attention.shape(config).bytes_per_token == 32 * 2 * 8 * 128
+    assert attention.shape(config, "bfloat16").bytes_per_token == 32 * 2 * 8 * 128 * 2
+    weights_only = {
+        **config,
+        "quantization_config": {"quant_method": "awq", "bits": 4, "kv_cache_scheme": None},
+    }
+    assert attention.shape(weights_only).bytes_per_token == 32 * 2 * 8 * 128 * 2
+
+
+def test_qwens_windows_begin_at_a_layer() -> None:
+    """Where max_window_layers is not said, the configuration class says 28."""
+    config = modelconfig.shipped_config("Qwen/Qwen3-8B") | {"use_sliding_window": True, "sliding_window": 64}
+    config.pop("max_window_layers", None)
+    layers = attention.shape(config).layers
+    assert [index for index, layer in enumerate(layers) if layer.window] == list(range(28, 36))

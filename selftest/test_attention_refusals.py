@@ -97,6 +97,15 @@ def test_every_config_beside_this_file_is_refused() -> None:
         ({"model_type": "bert"}, "model_type"),
         ({"model_type": "roberta"}, "model_type"),
         ({"model_type": "modernbert"}, "model_type"),
+        *[
+            ({"model_type": name}, "model_type")
+            for name in ("albert", "electra", "deberta-v2", "mpnet", "vit")
+        ],
+        *[({"model_type": name}, "model_type") for name in ("clip_text_model", "t5", "whisper", "retnet")],
+        ({"use_cla": True, "cla_share_factor": 2}, "use_cla"),
+        ({"attention_other_setting": {"num_attention_groups": 2}}, "attention_other_setting"),
+        ({**MLA, "model_type": "longcat_flash"}, "kv_lora_rank"),
+        ({"model_type": "smollm3", "use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
     ],
 )
 def test_other_caches_are_refused_by_name(changes: dict[str, Any], key: str) -> None:
@@ -137,6 +146,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"v_head_dim": 8}, "v_head_dim"),
     ({"block_configs": [BLOCK] * 5}, "block_configs"),
     ({"block_configs": [BLOCK] * 7}, "block_configs"),
+    ({"block_configs": [BLOCK] * 6, "hidden_size": 129}, "hidden_size"),
     ({"block_configs": [BLOCK] * 5 + [{"ffn": {}}]}, "block_configs"),
     ({"block_configs": [BLOCK] * 5 + [{"attention": {"n_heads_in_group": 3}}]}, "block_configs"),
     ({"block_configs": [{"attention": {"no_op": True}}] * 6}, "block_configs"),
@@ -159,6 +169,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
         "sliding_window_pattern",
     ),
     ({"num_hidden_layers": ...}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10_001}, "num_hidden_layers"),
+    ({"num_hidden_layers": 10**30}, "num_hidden_layers"),
+    ({"head_dim": 10**30}, "head_dim"),
+    ({"model_type": [], "kv_lora_rank": 8}, "kv_lora_rank"),
+    ({"model_type": "gpt_oss"}, "sliding_window"),
+    ({"model_type": "gemma2"}, "sliding_window"),
+    ({"quantization_config": {"kv_cache_quant_algo": "NVFP4"}}, "quantization_config.kv_cache_quant_algo"),
+    ({"quantization_config": {"kv_cache_scheme": {"num_bits": 4}}}, "quantization_config.kv_cache_scheme"),
     ({"num_attention_heads": ...}, "num_attention_heads"),
     ({"hidden_size": ...}, "hidden_size"),
     ({"torch_dtype": "int3"}, "dtype"),

@@ -242,3 +242,8 @@ def test_held_blocks_within_the_window_are_not_moved(
     one = made.bytes_to_move(16, VERSION)
     assert made.bytes_to_move(whole * 16, VERSION, held * 16) == (whole - held) * one
     assert made.bytes_to_move(whole * 16, VERSION, whole * 16) == 0
+
+
+def test_more_held_than_the_prompt_has_moves_nothing() -> None:
+    """Never a negative number of blocks."""
+    assert layout(KvShape((FULL,) * 2, "bfloat16"), 16).bytes_to_move(16, VERSION, held_tokens=64) == 0

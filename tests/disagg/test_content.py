@@ -50,6 +50,7 @@ PROBES = (
 )
 LONG = "".join(f"{number}, " for number in range(1, 400))
 MULTIBYTE = "東京 北京 서울 Łódź Zürich Ελλάδα Москва 🙂 " * 12
+FOREIGN = PROBES[4] * 2  # no numbers in it, and no shorter than the counting probe
 EDGES = ((1, -1), (1, 0), (1, 1), (4, 0), (4, 1))
 
 Tokenize = Callable[[str], list[int]]
@@ -162,7 +163,10 @@ def test_another_prompts_kv_is_caught(
     The stale-KV hazard in one request. Counters prove how much moved, never what; only content proves
     content.
     """
-    prompt, other = tokenize(PROBES[COUNT]), tokenize(PROBES[0])
+    prompt, other = tokenize(PROBES[COUNT]), tokenize(FOREIGN)
+    assert len(prompt) <= len(other), (
+        "what the wrong reference leaves of a block may be the right prompt's own"
+    )
     right = alone(single, prompt, f"caught-{how}")
     prefill, decode = disaggregated.prefill[0].url, disaggregated.decode[0].url
     request, foreign = (request_of(disaggregated, ids, f"caught-{how}") for ids in (prompt, other))
@@ -171,7 +175,7 @@ def test_another_prompts_kv_is_caught(
     wrong = dict(theirs.kv_transfer_params)
     if how == "a corrupted block id":
         wrong = {**mine.kv_transfer_params, "remote_block_ids": theirs.kv_transfer_params["remote_block_ids"]}
-    fresh = {"cache_salt": f"decode-{how}"}
+    fresh = {"cache_salt": f"decode-{how}"}  # decode holds nothing of either
     answer = client.decode(decode, request | fresh, client.Handshake(wrong, 0.0))
     # the reference that is left goes to the other prompt, so that prefill's lease on its blocks ends
     left = mine if wrong["remote_request_id"] == theirs.kv_transfer_params["remote_request_id"] else theirs
