@@ -23,6 +23,7 @@ PADDING_LIMIT = 1.5  # kinds whose layer counts differ by less share one padded 
 # (SlidingWindowManager, get_num_skipped_tokens). A block is read in every memory region that more than one
 # group uses, its padding too (nixl/base_worker.py: _compute_desc_ids).
 WHOLE_BLOCKS = "whole blocks, the last partial one included"
+RULE_MEND = "add a line for it, and see whether tests/disagg/test_path.py holds on that version"
 BLOCK_RULE = {"0.31": WHOLE_BLOCKS, "0.26": WHOLE_BLOCKS}
 
 
@@ -97,18 +98,23 @@ def require_rule(vllm_version: str) -> None:
     Raises:
         ConfigError: naming the version.
     """
-    release = ".".join(vllm_version.split("+")[0].split(".")[:2])
-    if BLOCK_RULE.get(release) != WHOLE_BLOCKS:
+    if not has_rule(vllm_version):
         raise ConfigError(
             [
                 Problem(
                     "disagglab/kvlayout.py",
                     "BLOCK_RULE",
                     f"no block rule known for vLLM {vllm_version}",
-                    "measure it on that version (tests/disagg/test_path.py), then add a line",
+                    RULE_MEND,
                 )
             ]
         )
+
+
+def has_rule(vllm_version: str) -> bool:
+    """Whether the block rule of a vLLM version is known; patch releases follow that of their minor one."""
+    release = ".".join(vllm_version.split("+")[0].split(".")[:2])
+    return BLOCK_RULE.get(release) == WHOLE_BLOCKS
 
 
 def layout(shape: KvShape, block_size: int, hybrid: bool = True) -> KvLayout:

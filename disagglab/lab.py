@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from disagglab.errors import ConfigError, Problem
+from disagglab.kvlayout import RULE_MEND, has_rule
 from disagglab.netns import control_peer
 from disagglab.section import (
     ControllerSection,
@@ -184,6 +185,11 @@ def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
                 "set by the suite",
                 f"remove it; it comes from {RESERVED_ARGS[name]}",
             )
+    if vllm is not None and not has_rule(vllm.version):
+        wrong = (
+            f"which KV blocks vLLM {vllm.version} moves is not known (BLOCK_RULE in disagglab/kvlayout.py)"
+        )
+        yield Problem(file, "vllm.version", wrong, RULE_MEND)
     ports: PortsSection | None = parts.get("ports")
     if ports is not None:
         have, need = ports.last - ports.first + 1, PORTS_PER_SERVER * len(nodes) + ROUTER_PORTS

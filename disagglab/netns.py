@@ -27,7 +27,11 @@ from disagglab.section import NodeSection
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 CONTROL_INTERFACE = "control0"
 # UCX finds interfaces in /sys, so the holder also has a /sys of its own namespace.
-MOUNT_SYS = 'mount -t sysfs sysfs /sys && exec "$@"'
+# A connection whose process was killed would keep the namespace alive for minutes, sending to nobody.
+SETTINGS = ("net/ipv4/tcp_orphan_retries", "net/ipv4/tcp_fin_timeout")
+MOUNT_SYS = " && ".join(
+    ["mount -t sysfs sysfs /sys", *(f"echo 1 > /proc/sys/{name}" for name in SETTINGS), 'exec "$@"']
+)
 WAIT = "import signal; signal.pause()"
 HOLD = [
     *("unshare", "--net", "--mount", "--propagation", "private", "--"),

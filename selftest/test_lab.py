@@ -66,6 +66,9 @@ BROKEN = {
     "namespace at an address that no host can have": (
         broken(node__0__namespace=True, node__0__address="198.18.1.0"), "node[0].address", "198.18.1.2",
     ),
+    "a vLLM whose block rule nobody knows": (
+        broken(vllm__version="9.9.9"), "vllm.version", "add a line",
+    ),
     "tokenizer in the wrong place": (
         broken(vllm__args={"tokenizer": "x"}), "vllm.args.tokenizer", "[model] tokenizer",
     ),
