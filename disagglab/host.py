@@ -51,10 +51,13 @@ class LocalHost:
     def reserve_port(self, address: str) -> int:
         """A TCP port on ``address`` that is ours until :meth:`close`."""
         if address not in self._pools:
-            namespace = self._namespaces.get(address)
-            make = namespace.socket if namespace else socket.socket
-            self._pools[address] = PortPool(address, *self._range, make)
+            self._pools[address] = self.port_pool(address)
         return self._pools[address].reserve()
+
+    def port_pool(self, address: str) -> PortPool:
+        """A pool of the lab's ports where ``address`` is; its maker closes it."""
+        namespace = self._namespaces.get(address)
+        return PortPool(address, *self._range, namespace.socket if namespace else socket.socket)
 
     def make_network(self, nodes: Sequence[NodeSection]) -> None:
         """Make the network namespaces of two nodes, and the links (disagglab/netns.py).

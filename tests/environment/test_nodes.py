@@ -17,7 +17,6 @@ from disagglab import facts
 from disagglab.host import LocalHost
 from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS
 from disagglab.model import cache_folder
-from disagglab.port import PortPool
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.store import Store
@@ -93,7 +92,7 @@ def test_enough_ports_are_free(host: LocalHost, lab: Lab) -> None:
     A port is reserved here the way a server's is: bound, never listening, so that no other program can take
     it.
     """
-    pool = PortPool(lab.nodes[0].address, lab.ports.first, lab.ports.last)
+    pool = host.port_pool(lab.nodes[0].address)
     try:
         reserved = [pool.reserve() for _ in range(PORTS_PER_SERVER * len(lab.nodes) + ROUTER_PORTS)]
     finally:
