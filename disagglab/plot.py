@@ -8,7 +8,9 @@ import re
 from disagglab.store import Plot
 
 SIZE_INCHES = (6.4, 3.2)
-STYLES = {"points": {"linestyle": "", "marker": "o"}, "line": {"linestyle": "-", "marker": "o"}}
+POINTS, LINE, BARE = ({"linestyle": s, "marker": m} for s, m in (("", "o"), ("-", "o"), ("-", "")))
+# Style of a series by its place: the first one, and the others.
+STYLES = {"points": (POINTS, POINTS), "line": (LINE, LINE), "points over lines": (POINTS, BARE)}
 MARKER_SIZE = 4
 
 
@@ -32,7 +34,8 @@ def render(plot: Plot) -> str:
                 width = 0.8 / len(plot.series)
                 axes.bar([x + number * width for x in xs], ys, width, label=label)
             elif plot.style in STYLES:
-                axes.plot(xs, ys, label=label, markersize=MARKER_SIZE, **STYLES[plot.style])  # type: ignore[arg-type]
+                style = STYLES[plot.style][min(number, 1)]
+                axes.plot(xs, ys, label=label, markersize=MARKER_SIZE, **style)  # type: ignore[arg-type]
             else:
                 raise ValueError(f"{plot.title}: no plot style {plot.style}")
         axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)

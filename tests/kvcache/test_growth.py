@@ -20,6 +20,7 @@ from disagglab.topology import Topology
 
 GROWTH = (1, 2, 5, 9, 17)  # blocks of the prompt, less one token
 OUTPUT_TOKENS = 16  # enough for the poll to see the request at its largest
+STEP = 16  # tokens between points of the computed lines
 REPEATED = (1, 4, 8, 16)  # blocks of the prompt, plus one token
 
 
@@ -45,6 +46,7 @@ def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: 
     expected = [blocks(length + OUTPUT_TOKENS, block) for length in lengths]
     per_block = shape.bytes_per_block(block)
     mebibytes = [count * per_block / 2**20 for count in used]
+    steps = range(1, lengths[-1] + 1, STEP)
     for length, count in zip(lengths, used, strict=True):
         note = f"{count} blocks of {block} tokens"
         record.numbers(
@@ -61,13 +63,17 @@ def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: 
         "MiB",
         {
             "measured": (lengths, mebibytes),
+            "computed: whole blocks": (
+                steps,
+                [blocks(n + OUTPUT_TOKENS, block) * per_block / 2**20 for n in steps],
+            ),
             "tokens x bytes per token": (
-                lengths,
-                [length * shape.bytes_per_token / 2**20 for length in lengths],
+                steps,
+                [(n + OUTPUT_TOKENS) * shape.bytes_per_token / 2**20 for n in steps],
             ),
         },
-        style="points",
-        caption=f"Whole blocks of {block} tokens; {OUTPUT_TOKENS} output tokens come on top.",
+        style="points over lines",
+        caption=f"Blocks of {block} tokens; the {OUTPUT_TOKENS} output tokens are counted in.",
     )
     assert used == expected, (
         f"prompts of {lengths} tokens: expected {expected} blocks, the server used {used}"

@@ -132,21 +132,19 @@ def test_transfer_time_is_latency_plus_bytes_over_bandwidth(
             what="transfers",
             note=f"predicted {line.time_s(size):.4f} s",
         )
+    mebibytes = [size / 2**20 for size in sizes]
     series = {
-        "measured, median": (
-            [size / 2**20 for size in sizes],
-            [percentile(transfers[size], 50) or 0 for size in sizes],
+        "measured": (
+            [size / 2**20 for size, times in transfers.items() for _ in times],
+            [seconds for times in transfers.values() for seconds in times],
         ),
-        "fit": ([size / 2**20 for size in sizes], [line.time_s(size) for size in sizes]),
-        "raw NIXL read, median": (
-            [size / 2**20 for size in sizes],
-            [percentile(by_hand[size], 50) or 0 for size in sizes],
-        ),
+        "predicted: latency + bytes / bandwidth": (mebibytes, [line.time_s(size) for size in sizes]),
+        "raw NIXL read, median": (mebibytes, [percentile(by_hand[size], 50) or 0 for size in sizes]),
     }
     if lab.transport.link_gbit_s is not None:
         rate = lab.transport.link_gbit_s * 1e9 / 8
         series[f"arithmetic, {lab.transport.link_gbit_s:g} Gbit/s"] = (
-            [size / 2**20 for size in sizes],
+            mebibytes,
             [size / rate for size in sizes],
         )
     record.plot(
@@ -154,6 +152,7 @@ def test_transfer_time_is_latency_plus_bytes_over_bandwidth(
         "MiB moved",
         "s",
         series,
+        style="points over lines",
         caption=f"latency {line.latency_s * 1e3:.1f} ms + bytes / {line.bytes_per_s / 1e9:.2f} GB/s.",
     )
     timing(transfers[sizes[-1]], kv_bytes=sizes[-1], command=command)
