@@ -84,7 +84,7 @@ def network(host: Any, address: str, inside: str = "") -> dict[str, str]:
     for row in interfaces:
         if any(entry.get("local") == address for entry in row["addr_info"]):
             name = row["ifname"]
-            speed = host.run("cat /sys/class/net/%s/speed", name).stdout.strip()
+            speed = host.run(f"{inside} cat /sys/class/net/%s/speed", name).stdout.strip()
             known = speed.isdigit() and int(speed) > 0
             return {
                 "interface": name,

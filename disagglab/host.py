@@ -56,7 +56,7 @@ class LocalHost:
 
     def port_pool(self, address: str) -> PortPool:
         """A pool of the lab's ports where ``address`` is; its maker closes it."""
-        namespace = self._namespaces.get(address)
+        namespace = self.namespace_of(address)
         return PortPool(address, *self._range, namespace.socket if namespace else socket.socket)
 
     def make_network(self, nodes: Sequence[NodeSection]) -> None:
@@ -78,17 +78,20 @@ class LocalHost:
 
     def inside(self, address: str) -> str:
         """What a command is prefixed with to run where ``address`` is; empty for this machine itself."""
-        namespace = self._namespaces.get(address)
+        namespace = self.namespace_of(address)
         return shlex.join(namespace.inside([])) if namespace else ""
 
     def network_file(self, node: NodeSection, name: str) -> str:
         """Path of a file of ``/proc/net`` as the node sees it."""
-        namespace = self._namespaces.get(node.address)
-        return f"/proc/{namespace.pid if namespace else 'self'}/net/{name}"
+        return f"/proc/{self.namespace_pid(node) or 'self'}/net/{name}"
+
+    def namespace_of(self, address: str) -> Namespace | None:
+        """The network namespace that an address is in; None for this machine's own."""
+        return self._namespaces.get(address)
 
     def namespace_pid(self, node: NodeSection) -> int | None:
         """A process in the node's network namespace; None where it has none of its own."""
-        namespace = self._namespaces.get(node.address)
+        namespace = self.namespace_of(node.address)
         return namespace.pid if namespace else None
 
     def read_text(self, path: str) -> str:
@@ -109,7 +112,7 @@ class LocalHost:
         ``env`` is added to a minimal environment (PATH, HOME, LANG, and what names caches and tokens). It
         runs in the network namespace that ``address`` belongs to, if one was made.
         """
-        namespace = self._namespaces.get(address)
+        namespace = self.namespace_of(address)
         argv = namespace.inside(argv) if namespace else argv
         scratch = Path(tempfile.mkdtemp(prefix="dl-"))  # short: unix socket paths end at 107 characters
         process = OwnedProcess(

@@ -7,6 +7,7 @@ docs/lab-file.md is the reference of the keys; the field descriptions here are i
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Iterator
@@ -171,6 +172,7 @@ def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
     """What no single section shows: checked on whatever sections are valid in themselves."""
     nodes: tuple[NodeSection, ...] = parts.get("nodes", ())
     yield from _node_problems(nodes, parts.get("controller"), file)
+    yield from _namespace_problems(nodes, parts.get("transport"), file)
     vllm: VllmSection | None = parts.get("vllm")
     for arg in vllm.args if vllm else ():
         name = arg.lstrip("-").replace("_", "-")
@@ -256,8 +258,6 @@ def _node_problems(
                         f"{kind[:-1]} {unit} of {node.host} belongs to {owner} already",
                         "give each node its own, or the comparison is void",
                     )
-        if node.namespace:
-            yield from _namespace_problems(nodes, node, key, file)
         if node.host == "local":
             have = os.cpu_count() or 1
             for cpu in (cpu for cpu in node.cpus if cpu >= have):
@@ -279,24 +279,35 @@ def _node_problems(
 
 
 def _namespace_problems(
-    nodes: tuple[NodeSection, ...], node: NodeSection, key: str, file: str
+    nodes: tuple[NodeSection, ...], transport: TransportSection | None, file: str
 ) -> Iterator[Problem]:
-    if len(nodes) != 2 or any(other.host != "local" or not other.namespace for other in nodes):
-        yield Problem(
-            file,
-            f"{key}.namespace",
-            "namespaces join exactly two local nodes",
-            "set namespace = true on both, or on none",
-        )
-    for name in ("data_address", "interface"):
-        if getattr(node, name) is None:
-            yield Problem(file, f"{key}.{name}", "missing beside namespace", f"add {name} = …")
-    try:
-        control_peer(node)
-    except ValueError as error:
-        yield Problem(
-            file, f"{key}.address", str(error), "write the second usable address, such as 198.18.1.2"
-        )
+    """What is wrong with a lab whose nodes run in network namespaces; nothing where none does."""
+    asked = [index for index, node in enumerate(nodes) if node.namespace]
+    if not asked:
+        return
+    first = f"node[{asked[0]}]"
+    if len(nodes) != 2 or len(asked) != 2 or any(node.host != "local" for node in nodes):
+        wrong = "namespaces join exactly two local nodes"
+        yield Problem(file, f"{first}.namespace", wrong, "set namespace = true on both, or on none")
+    for index in asked:
+        for name in ("data_address", "interface"):
+            if getattr(nodes[index], name) is None:
+                yield Problem(file, f"node[{index}].{name}", "missing beside namespace", f"add {name} = …")
+        try:
+            control_peer(nodes[index])
+        except ValueError as error:
+            mend = "write a usable address of a /30 of its own, such as 198.18.1.2"
+            yield Problem(file, f"node[{index}].address", str(error), mend)
+    for name, bits, joined in (("address", 30, False), ("data_address", 24, True)):
+        given = [getattr(nodes[index], name) for index in asked if getattr(nodes[index], name)]
+        networks = {ipaddress.ip_network(f"{address}/{bits}", strict=False) for address in given}
+        if len(given) == 2 and (len(networks) == 1) != joined:
+            wrong = f"{' and '.join(given)} are {'not ' * joined}in one /{bits}"
+            mend = "put them into one" if joined else "give each control link a network of its own"
+            yield Problem(file, f"{first}.{name}", wrong, mend)
+    if transport is not None and set(transport.ucx_tls or ["any"]) - {"tcp", "self"}:
+        wrong = "shared memory would carry KV past the wire between the namespaces"
+        yield Problem(file, "transport.ucx_tls", wrong, 'set it to ["tcp", "self"]')
 
 
 def check_against_model(lab: Lab, max_positions: int) -> None:

@@ -9,9 +9,12 @@ of a port, are refused.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 from disagglab.errors import StartError
 
@@ -84,3 +87,31 @@ def accepts(address: str, port: int, make: Callable[..., socket.socket] = socket
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+LISTENING = "0A"  # TCP_LISTEN, include/net/tcp_states.h
+
+
+def listening_sockets(pid: int, port: int) -> frozenset[str]:
+    """Inodes of the sockets that listen on ``port`` in the network that process ``pid`` is in."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            rows = Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for row in rows:
+            _, local, _, state, *rest = row.split()
+            if state == LISTENING and int(local.rpartition(":")[2], 16) == port:
+                found.add(rest[5])
+    return frozenset(found)
+
+
+def holds(pid: int, inodes: frozenset[str]) -> bool:
+    """Whether a process has one of these sockets open."""
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(descriptor) in wanted:
+                return True
+    return False

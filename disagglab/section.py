@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from disagglab.vllm_plugin import DELAY_VARIABLE
 
+GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
@@ -27,7 +29,9 @@ class ModelSection(Section):
     tokenizer: str | None = Field(
         None, min_length=1, description="whose tokenizer is used, named as id is; absent: the model's own"
     )
-    load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, speed only")
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy: random weights; speed and bytes are real, the text means nothing"
+    )
 
 
 class VllmSection(Section):
@@ -168,6 +172,12 @@ class Lab(Section):
     def decode(self) -> tuple[NodeSection, ...]:
         """The nodes that decode when serving is disaggregated."""
         return tuple(node for node in self.nodes if node.role == "decode")
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per KV cache block that its servers will use, as vLLM chooses; they report the real one."""
+        by_platform = GPU_BLOCK_SIZE if any(node.gpus for node in self.nodes) else CPU_BLOCK_SIZE
+        return int(self.vllm.args.get("block-size", by_platform))
 
     def transfer_variables(self, node: NodeSection) -> dict[str, str]:
         """The environment that decides how NIXL and UCX move data to and from a node."""

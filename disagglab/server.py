@@ -5,6 +5,7 @@ proved.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -20,6 +21,7 @@ from disagglab.errors import InvalidRun, StartError
 from disagglab.host import LocalHost
 from disagglab.metrics import Snapshot, scrape
 from disagglab.model import Model
+from disagglab.port import holds, listening_sockets
 from disagglab.process import OwnedProcess
 from disagglab.section import Lab, NodeSection
 from disagglab.vllm_plugin import CPUS_VARIABLE
@@ -215,10 +217,12 @@ class VllmServer:
                 f" not as {self.plan.served_name};"
                 f" another server has the port: ss -tlnp 'sport = :{self.plan.port}'"
             )
-        owner = listening_pid(self.plan.port)
-        if owner is not None and owner not in {process.pid for process in self.process.tree()}:
+        ours = [process.pid for process in self.process.tree()]
+        sockets = listening_sockets(ours[0] if ours else os.getpid(), self.plan.port)
+        if sockets and not any(holds(pid, sockets) for pid in ours):
             raise StartError(
-                f"{self.name}: port {self.plan.port} belongs to pid {owner}, which this run did not start"
+                f"{self.name}: port {self.plan.port} belongs to a process which this run did not start;"
+                f" see: ss -tlnp 'sport = :{self.plan.port}'"
             )
         return True
 
@@ -259,16 +263,6 @@ def require_memory(host: LocalHost, lab: Lab, servers: int) -> None:
             f"{have:.1f} GiB available on {host.name}, the lab wants {need:g} GiB before {servers} servers"
             f" start ([memory] floor_gib = {lab.memory.floor_gib:g} each); see: ps aux --sort -rss"
         )
-
-
-def listening_pid(port: int) -> int | None:
-    """The pid that listens on a TCP port of this machine; None if it cannot be seen."""
-    for connection in psutil.net_connections("tcp"):
-        if connection.status != psutil.CONN_LISTEN or not connection.laddr or not connection.pid:
-            continue
-        if connection.laddr.port == port:
-            return int(connection.pid)
-    return None
 
 
 def read_tail(log: Path, lines: int) -> list[str]:

@@ -112,6 +112,30 @@ def test_all_mistakes_come_at_once() -> None:
     assert "5 problems found; nothing was started" in str(caught.value)
 
 
+def wired(section: str, key: str, value: Any, number: int | None = None) -> dict[str, Any]:
+    """The lab with network namespaces, with one thing wrong."""
+    good = tomllib.loads((LABS_FOLDER / "namespaces.toml").read_text())
+    (good[section] if number is None else good[section][number])[key] = value
+    return good
+
+
+@pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        (wired("node", "address", "198.18.2.1", 0), "node[0].address"),
+        (wired("node", "data_address", "198.18.8.1", 0), "node[0].data_address"),
+        (wired("transport", "ucx_tls", ["tcp", "sm", "self"]), "transport.ucx_tls"),
+        (wired("transport", "ucx_tls", []), "transport.ucx_tls"),
+        (wired("node", "namespace", False, 1), "node[0].namespace"),
+    ],
+)
+def test_networks_that_do_not_join_are_refused(raw: dict[str, Any], key: str) -> None:
+    """One /30 for both control links, two networks for the data link, a way around it, one namespace."""
+    with pytest.raises(ConfigError) as caught:
+        parse_lab(raw, "my.toml")
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in LABS_FOLDER.glob("*.toml")))
 def test_every_shipped_lab_is_valid(name: str) -> None:
     """The lab files in labs/ are accepted, and carry the name of their file."""

@@ -14,6 +14,7 @@ from disagglab import netns
 from disagglab.errors import StartError
 from disagglab.host import LocalHost
 from disagglab.lab import load_lab
+from disagglab.port import holds, listening_sockets
 from disagglab.section import NodeSection
 
 MAY = subprocess.run(["unshare", "--net", "--mount", "true"], capture_output=True).returncode == 0
@@ -81,6 +82,24 @@ def test_ports_are_reserved_inside(host: LocalHost) -> None:
     assert host.reserve_port(NODES[0].address) == port + 1
     with socket.socket() as free:
         free.bind(("127.0.0.1", port))
+
+
+@needs_namespaces
+def test_who_listens_is_seen_from_outside(host: LocalHost) -> None:
+    """A socket that listens in a node's namespace is found there, and not in this machine's own."""
+    pid = host.namespace_pid(NODES[0])
+    assert pid is not None
+    namespace = host.namespace_of(NODES[0].address)
+    assert namespace is not None
+    with namespace.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
+        server.bind((NODES[0].address, 0))
+        server.listen()
+        port = server.getsockname()[1]
+        there = listening_sockets(pid, port)
+        assert len(there) == 1
+        assert holds(os.getpid(), there)
+        assert not holds(pid, there)
+        assert not listening_sockets(os.getpid(), port)
 
 
 @needs_namespaces

@@ -1,7 +1,7 @@
 """KV cache sizes by arithmetic, and the running server's own accounting beside them.
 
-Two oracles that share no code: ``disagglab/kv.py`` computes from config.json; vLLM computes from the model it
-loaded. Equality is exact, in blocks and bytes.
+Two oracles that share no code: ``disagglab/attention.py`` and ``kv.py`` compute from config.json; vLLM
+computes from the model it loaded. Equality is exact, in blocks and bytes.
 """
 
 from __future__ import annotations

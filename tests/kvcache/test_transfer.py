@@ -94,11 +94,12 @@ def record_line(record: Recorder, what: str, line: LineFit, command: str = "") -
 
 
 def test_bytes_of_every_length_are_computed(
-    transfers: Measured, disaggregated: Topology, shape: KvShape
+    transfers: Measured, disaggregated: Topology, lab: Lab, shape: KvShape
 ) -> None:
     """The sizes behind the fit are those of the arithmetic."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
-    assert list(transfers) == [count * layout(shape, block).bytes_per_block for count in BLOCKS]
+    blocks = layout(shape, block)
+    assert list(transfers) == [blocks.bytes_to_move(count * block, lab.vllm.version) for count in BLOCKS]
 
 
 def test_transfer_time_is_latency_plus_bytes_over_bandwidth(
