@@ -1,4 +1,6 @@
-"""``python -m disagglab kv CONFIG``: a model's KV cache in bytes, by arithmetic from its config.json."""
+"""What the suite computes without a lab: ``kv CONFIG``, a model's KV cache in bytes; ``gate FILE``, a
+verdict on pairs of figures.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from disagglab import kv, kvlayout, kvtable
@@ -46,6 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     table.add_argument("--link", help="rate for the transfer time: 100Gbps, 12.5GB/s")
     table.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    gate = commands.add_parser(
+        "gate", help="verdict on pairs of figures", description="Print a verdict as JSON."
+    )
+    gate.add_argument(
+        "file", type=Path, help='{"metric": …, "better": "lower", "margin": 0.05, "pairs": [[a, b], …]}'
+    )
     return parser
 
 
@@ -53,20 +62,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 2 if the input cannot be computed."""
     arguments = _parser().parse_args(argv)
     try:
-        result = kvtable.table(
-            arguments.config,
-            tokens=arguments.tokens,
-            dtype=DTYPE_SHORT.get(arguments.dtype, arguments.dtype),
-            tensor_parallel=arguments.tp,
-            block_size=arguments.block_size,
-            link_bytes_per_s=None if arguments.link is None else kvtable.parse_rate(arguments.link),
-        )
+        print(_kv(arguments) if arguments.command == "kv" else _gate(arguments.file))
     except ConfigError as error:
         reasons = (f"{p.file}: {p.key}: {p.wrong} (mend: {p.mend})" for p in error.problems)
         print(" | ".join(" ".join(reason.split()) for reason in reasons), file=sys.stderr)
         return REFUSED
-    print(json.dumps(result.as_dict()) if arguments.json else "\n".join(result.lines()))
     return 0
+
+
+def _gate(path: Path) -> str:
+    from disagglab import gatefile  # needs scipy; the arithmetic does without
+
+    gate = gatefile.read(path)
+    return json.dumps(gatefile.as_dict(gate, gate.judge()))
+
+
+def _kv(arguments: argparse.Namespace) -> str:
+    result = kvtable.table(
+        arguments.config,
+        tokens=arguments.tokens,
+        dtype=DTYPE_SHORT.get(arguments.dtype, arguments.dtype),
+        tensor_parallel=arguments.tp,
+        block_size=arguments.block_size,
+        link_bytes_per_s=None if arguments.link is None else kvtable.parse_rate(arguments.link),
+    )
+    return json.dumps(result.as_dict()) if arguments.json else "\n".join(result.lines())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from disagglab import attention, facts, model, modelconfig
-from disagglab.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.comparison import Comparison, run_rounds, undecided_workloads, verdict_rows
 from disagglab.errors import InvalidRun
 from disagglab.host import LocalHost
 from disagglab.kv import KvShape
@@ -21,7 +22,15 @@ from disagglab.recorder import Recorder, timing_into
 from disagglab.section import Lab
 from disagglab.session import Session, exclusive
 from disagglab.store import Store
-from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Deployment, Topology
+from disagglab.topology import (
+    DISAGGREGATED,
+    REPLICATED,
+    SINGLE,
+    SINGLE_AGAIN,
+    TOPOLOGIES,
+    Deployment,
+    Topology,
+)
 from disagglab.workload import load_workload
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
@@ -143,11 +152,21 @@ def comparison(
     if not live.lab.gates:
         pytest.skip(f"NO-GATES: {live.lab.file} has no [[gate]], so there is nothing to compare")
     topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
+    topologies.append(dataclasses.replace(topologies[0], name=SINGLE_AGAIN))
     workloads = [load_workload(name) for name in dict.fromkeys(gate.workload for gate in live.lab.gates)]
     line = live.progress("comparison")
     with live.uncaptured():
         live.comparison = run_rounds(
-            engine, topologies, workloads, live.rounds, store, shape, live.lab.vllm.version, line.show
+            engine,
+            topologies,
+            workloads,
+            live.rounds,
+            store,
+            shape,
+            live.lab.vllm.version,
+            line.show,
+            cap=live.max_rounds,
+            open_workloads=lambda found: undecided_workloads(found, live.lab),
         )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
     if len(live.comparison.invalid()) == len(live.comparison.runs):

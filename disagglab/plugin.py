@@ -52,6 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})"
     )
     group.addoption(
+        "--max-rounds", type=int, default=0, help="go on to so many rounds while a gate is undecided"
+    )
+    group.addoption(
         "--dedicated", action="store_true", help="also measure on servers without any KV connector"
     )
 
@@ -113,6 +116,7 @@ def _open_session(config: pytest.Config, lab: Lab) -> Session:
         run_id=run_id,
         short=short,
         rounds=rounds,
+        max_rounds=config.getoption("--max-rounds"),
         dedicated=config.getoption("--dedicated"),
         terminal=os.fdopen(os.dup(2), "w"),
         uncaptured=capture.global_and_fixture_disabled if capture else contextlib.nullcontext,

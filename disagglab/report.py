@@ -116,17 +116,21 @@ def _record(record: Record) -> Mapping[str, Any]:
 def verdict_lines(store: Store) -> list[str]:
     """The verdicts as a plain text table for the terminal."""
     rows = [
-        ("workload", "metric", "disaggregated", "baseline", "verdict", "effect [95 % CI]", "rounds", "gate")
+        (
+            *("workload", "metric", "candidate", "baseline", "verdict", "effect [95 % CI]", "noise floor"),
+            *("rounds", "gate"),
+        )
     ]
     for v in store.verdicts:
         rows.append(
             (
                 v.workload,
                 v.metric,
-                f"{number(v.candidate_value)} {v.unit}",
+                f"{v.candidate} {number(v.candidate_value)} {v.unit}",
                 f"{v.baseline} {number(v.baseline_value)} {v.unit}",
                 v.outcome,
                 f"{percent(v.effect)} [{percent(v.low)}, {percent(v.high)}]",
+                "none" if v.noise_floor is None else percent(v.noise_floor).replace("+", "±"),
                 str(v.rounds),
                 v.gate,
             )

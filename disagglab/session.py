@@ -31,6 +31,7 @@ class Session:
     run_id: str
     short: bool
     rounds: int
+    max_rounds: int
     dedicated: bool
     terminal: TextIO
     uncaptured: Callable[[], contextlib.AbstractContextManager[None]]

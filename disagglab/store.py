@@ -55,7 +55,11 @@ class Plot:
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """One verdict as the report shows it. ``gate``: pass, fail, or what keeps it from being either."""
+    """One verdict as the report shows it. ``gate``: pass, fail, or what keeps it from being either.
+
+    ``noise_floor``: half width of the interval between two identical arms, ratio - 1. ``p_adjusted``: of
+    the gate's hypothesis, after Holm; None for a pair that no gate asks for.
+    """
 
     workload: str
     metric: str
@@ -72,6 +76,9 @@ class VerdictRow:
     smallest_detectable: float | None
     gate: str
     reason: str
+    noise_floor: float | None = None
+    p_adjusted: float | None = None
+    p_sign_flip: float | None = None
 
 
 @dataclass

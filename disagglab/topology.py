@@ -20,6 +20,7 @@ from disagglab.server import VllmServer, plan_server, require_memory
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
+SINGLE_AGAIN = "single-again"  # the same servers and router as SINGLE: what differs between the two is noise
 
 
 @dataclass(frozen=True)

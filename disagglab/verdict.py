@@ -8,6 +8,7 @@ afford.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +25,19 @@ Outcome = Literal["better", "worse", "equivalent", "undecided"]
 Direction = Literal["lower", "higher"]
 
 
+Want = Literal["better", "not worse"]
+EXACT_FLIPS = 16  # rounds up to which all 2^n sign patterns are tried
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A comparison of candidate and baseline.
 
-    ``effect``, ``low``, ``high``: candidate / baseline - 1 with its confidence limits.
-    ``smallest_detectable``: the relative difference that this many rounds with this spread would find with 80
-    % power; None below two rounds.
+    ``effect``, ``low``, ``high``: candidate / baseline - 1 with its confidence limits; without a spread
+    (one round) the limits are -1 and infinity. ``smallest_detectable``: the relative difference that this
+    many rounds with this spread would find with 80 % power; None below two rounds. ``p``: two-sided,
+    Student's t, of no difference. ``p_sign_flip``: the same by turning the signs of the log-ratios in all
+    ways; a check that assumes no shape.
     """
 
     outcome: Outcome
@@ -40,7 +47,46 @@ class Verdict:
     rounds: int
     margin: float
     smallest_detectable: float | None
+    p: float
+    p_sign_flip: float
     reason: str
+
+    @property
+    def underpowered(self) -> bool:
+        """Whether a difference of the size of the margin would be missed more often than one time in five."""
+        return self.smallest_detectable is None or self.smallest_detectable > self.margin
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Log-ratios of the rounds: mean, standard error (0 without any spread), and how many."""
+
+    mean: float
+    error: float
+    n: int
+
+    def p_above(self, bound: float) -> float:
+        """One-sided p of the hypothesis that the true mean is at or above ``bound``."""
+        if self.n < 2:
+            return 1.0
+        if self.error == 0:
+            return 0.0 if self.mean < bound else 1.0
+        return float(stats.t.cdf((self.mean - bound) / self.error, self.n - 1))
+
+
+def _log_ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
+    if not pairs:
+        raise InvalidRun("no pair of valid runs to compare")
+    if not all(math.isfinite(value) and value > 0 for pair in pairs for value in pair):
+        raise InvalidRun(f"values must be positive and finite: {pairs}")
+    return [math.log(candidate / baseline) for baseline, candidate in pairs]
+
+
+def _sample(ratios: Sequence[float]) -> _Sample:
+    n = len(ratios)
+    mean = math.fsum(ratios) / n
+    spread = math.fsum((ratio - mean) ** 2 for ratio in ratios)
+    return _Sample(mean, math.sqrt(spread / (n - 1) / n) if n > 1 else 0.0, n)
 
 
 def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float) -> Verdict:
@@ -53,53 +99,104 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
     Raises:
         InvalidRun: if there is no pair, or a value is not a positive finite number.
     """
-    if not pairs:
-        raise InvalidRun("no pair of valid runs to compare")
-    if not all(math.isfinite(value) and value > 0 for pair in pairs for value in pair):
-        raise InvalidRun(f"values must be positive and finite: {pairs}")
-    ratios = [math.log(candidate / baseline) for baseline, candidate in pairs]
-    n = len(ratios)
-    mean = math.fsum(ratios) / n
-    if n < 2:
+    ratios = _log_ratios(pairs)
+    sample = _sample(ratios)
+    if sample.n < 2:
+        reason = "one round has no spread; run more rounds"
         return Verdict(
-            "undecided",
-            math.expm1(mean),
-            -1.0,
-            math.inf,
-            n,
-            margin,
-            None,
-            "one round has no spread; run more rounds",
+            "undecided", math.expm1(sample.mean), -1.0, math.inf, sample.n, margin, None, 1.0, 1.0, reason
         )
-    error = math.sqrt(math.fsum((ratio - mean) ** 2 for ratio in ratios) / (n - 1) / n)
-    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
-    low, high = mean - t * error, mean + t * error
-    detectable = math.expm1((t + float(stats.t.ppf(POWER, n - 1))) * error)
+    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1))
+    low, high = sample.mean - t * sample.error, sample.mean + t * sample.error
+    detectable = math.expm1((t + float(stats.t.ppf(POWER, sample.n - 1))) * sample.error)
     bound = math.log1p(margin)
     outcome: Outcome
     if -bound <= low and high <= bound:
-        outcome, reason = "equivalent", f"the interval lies within the margin of {margin:.0%}"
+        outcome, reason = "equivalent", f"the interval lies within the margin of {margin:.3g}"
     elif high < 0 or low > 0:
         outcome = "better" if (high < 0) == (better == "lower") else "worse"
         reason = "the interval excludes no difference"
     else:
         outcome = "undecided"
-        reason = f"the interval holds both no difference and more than the margin; {n} rounds"
+        reason = f"the interval holds both no difference and more than the margin; {sample.n} rounds"
+    if detectable > margin:
+        reason += f"; underpowered: the smallest detectable difference, {detectable:.3g}, exceeds the margin"
     return Verdict(
-        outcome, math.expm1(mean), math.expm1(low), math.expm1(high), n, margin, detectable, reason
+        outcome=outcome,
+        effect=math.expm1(sample.mean),
+        low=math.expm1(low),
+        high=math.expm1(high),
+        rounds=sample.n,
+        margin=margin,
+        smallest_detectable=detectable,
+        p=min(1.0, 2 * min(sample.p_above(0), 1 - sample.p_above(0))) if sample.error or sample.mean else 1.0,
+        p_sign_flip=sign_flip_p(ratios),
+        reason=reason,
     )
 
 
-def passes(verdict: Verdict, want: Literal["better", "not worse"], better: Direction) -> bool:
-    """Whether a verdict satisfies a gate. ``not worse``: the bad end of the interval is inside the margin."""
-    if want == "better":
-        return verdict.outcome == "better"
-    bound = math.log1p(verdict.margin)
-    worst = (
-        math.log1p(verdict.high)
-        if better == "lower"
-        else -math.log1p(verdict.low)
-        if verdict.low > -1
-        else math.inf
+def sign_flip_p(ratios: Sequence[float]) -> float:
+    """Exact two-sided p that log-ratios whose signs are a matter of chance lie as far from 0 on average.
+
+    Smallest possible value 2 / 2^n, so fewer than six rounds never reach 0.05. From 17 rounds on the first
+    16 are taken: what the check is for, it says by then.
+    """
+    kept = list(ratios)[:EXACT_FLIPS]
+    seen = abs(math.fsum(kept))
+    slack = 1e-12 * math.fsum(map(abs, kept))  # of floating-point sums in another order
+    flips = itertools.product((1, -1), repeat=len(kept))
+    extreme = sum(
+        abs(math.fsum(sign * ratio for sign, ratio in zip(signs, kept, strict=True))) >= seen - slack
+        for signs in flips
     )
-    return worst <= bound
+    return float(extreme / 2 ** len(kept))
+
+
+def gate_p(pairs: Sequence[tuple[float, float]], better: Direction, margin: float, want: Want) -> float:
+    """p of a gate's hypothesis, on the scale of a two-sided test: at 0.05 it says what the 95 % interval
+    says.
+
+    "better": that there is no difference, or one to the worse. "not worse": that the candidate is worse by
+    the margin or more.
+
+    Raises:
+        InvalidRun: see :func:`judge`.
+    """
+    ratios = _log_ratios(pairs)
+    badness = _sample(ratios if better == "lower" else [-ratio for ratio in ratios])
+    bound = 0.0 if want == "better" else math.log1p(margin)
+    return min(1.0, 2 * badness.p_above(bound))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the given order: with all of a family at 0.05, one false alarm in 20
+    families.
+
+    Source: S. Holm, A simple sequentially rejective multiple test procedure, Scand. J. Statist. 6 (1979).
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def passes(verdict: Verdict, want: Want, p_adjusted: float) -> bool:
+    """Whether a gate is met: its hypothesis is refuted within its family; "equivalent" is not "better"."""
+    refuted = p_adjusted <= 1 - CONFIDENCE
+    return refuted and (want == "not worse" or verdict.outcome == "better")
+
+
+def noise_floor(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Half the width of the 95 % interval between two identical arms (A/A), as a ratio - 1; None below two
+    rounds.
+
+    Raises:
+        InvalidRun: see :func:`judge`.
+    """
+    sample = _sample(_log_ratios(pairs))
+    if sample.n < 2:
+        return None
+    return math.expm1(float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1)) * sample.error)

@@ -20,9 +20,11 @@ POLL_S = 0.02
 
 # Plays a pytest session that owns one process. Arguments: the folder it works in, then the command it owns.
 OWNER = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from disagglab.process import OwnedProcess
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it
 
 folder = Path(sys.argv[1])
 log, scratch = folder / "log", folder / "scratch"

@@ -16,10 +16,10 @@ from disagglab.lab import load_lab
 from disagglab.load import Run
 from disagglab.section import Lab
 from disagglab.store import Store
-from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES
+from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
 from disagglab.workload import Workload, load_workload
 
-BASE_S = {SINGLE: 1.0, REPLICATED: 1.0, DISAGGREGATED: 0.5}
+BASE_S = {SINGLE_AGAIN: 1.0, SINGLE: 1.0, REPLICATED: 1.0, DISAGGREGATED: 0.5}
 
 
 def run(topology: str, workload: Workload, number: int, scale: float = 1.0) -> Run:
@@ -82,6 +82,63 @@ def test_gates_become_verdicts(lab: Lab) -> None:
     assert rows[0].outcome == "better"
     assert rows[0].effect == pytest.approx(-0.5)
     assert rows[0].gate.startswith("met")
+    assert rows[0].noise_floor is None, "no A/A pair was measured"
+
+
+def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
+    """The A/A pair of every gated figure has a row of its own and a floor beside the gate's."""
+    runs = [
+        run(name, load_workload(workload), number, scale)
+        for workload in dict.fromkeys(gate.workload for gate in lab.gates)
+        for name in (*TOPOLOGIES, SINGLE_AGAIN)
+        for number, scale in enumerate((1.0, 1.02, 0.99) if name == SINGLE_AGAIN else (1.0,) * 3)
+    ]
+    rows = verdict_rows(Comparison(runs), lab)
+    gated, identical = rows[: len(lab.gates)], rows[len(lab.gates) :]
+    assert [(row.workload, row.metric) for row in identical] == [(g.workload, g.metric) for g in lab.gates]
+    assert {(row.candidate, row.baseline) for row in identical} == {(SINGLE_AGAIN, SINGLE)}
+    assert all(row.p_adjusted is None and row.gate.startswith("A/A") for row in identical)
+    floors = {row.metric: row.noise_floor for row in gated}
+    assert floors["itl_p99"] == pytest.approx(floors["ttft_p50"])
+    assert floors["ttft_p50"] is not None
+    assert 0 < floors["ttft_p50"] < 0.05
+    assert floors["output_tokens_per_s"] == 0, "all made-up runs last as long"
+    assert all(row.p_adjusted is not None for row in gated)
+
+
+def test_a_family_of_gates_is_corrected(lab: Lab) -> None:
+    """A gate that alone would be met with p just below 0.05 is not met among three."""
+    runs = []
+    for gate in lab.gates:
+        for name in TOPOLOGIES:
+            for number in range(3):
+                noise = (1.0, 1.72, 1.0)[number] if name == DISAGGREGATED else 1.0
+                runs.append(run(name, load_workload(gate.workload), number, noise))
+    alone = lab.model_copy(update={"gates": lab.gates[:1]})
+    (row,) = verdict_rows(Comparison(runs), alone)
+    assert row.p_adjusted is not None
+    assert 0.05 / 3 < row.p_adjusted <= 0.2
+    first = verdict_rows(Comparison(runs), lab)[0]
+    assert first.p_adjusted is not None
+    assert first.p_adjusted > row.p_adjusted
+
+
+def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Up to the cap, and of the open workloads only; without a cap never."""
+    monkeypatch.setattr(comparison, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
+    arms: list[Any] = [SimpleNamespace(name=SINGLE)]
+    workloads = [load_workload("chat"), load_workload("one-user")]
+    none: Any = None
+
+    def counts(cap: int, name: str) -> dict[str, int]:
+        store = Store.create(tmp_path, name)
+        options = {"cap": cap, "open_workloads": lambda found: {"chat"} if len(found.runs) < 7 else set()}
+        found = run_rounds(none, arms, workloads, 2, store, none, "0.31.0", lambda _: None, **options)
+        return {w.name: len(found.valid(w.name, SINGLE)) for w in workloads}
+
+    assert counts(0, "none") == {"chat": 2, "one-user": 2}
+    assert counts(4, "capped") == {"chat": 4, "one-user": 2}
+    assert counts(9, "decided") == {"chat": 5, "one-user": 2}
 
 
 def test_invalid_runs_are_kept_and_never_aggregated(lab: Lab) -> None:

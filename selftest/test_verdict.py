@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagglab.errors import InvalidRun
-from disagglab.verdict import judge, passes
+from disagglab.verdict import Direction, Want, gate_p, holm, judge, noise_floor, passes, sign_flip_p
 
 SPREAD = (0.99, 1.01, 0.995, 1.005, 1.0, 1.0)
 
@@ -18,6 +18,11 @@ SPREAD = (0.99, 1.01, 0.995, 1.005, 1.0, 1.0)
 def pairs(ratio: float, spread: tuple[float, ...] = SPREAD) -> list[tuple[float, float]]:
     """Rounds whose candidate is ``ratio`` times the baseline, give or take the spread."""
     return [(100.0 + i, (100.0 + i) * ratio * noise) for i, noise in enumerate(spread)]
+
+
+def met(rounds: list[tuple[float, float]], better: Direction, want: Want) -> bool:
+    """Whether a gate that stands alone is met."""
+    return passes(judge(rounds, better, 0.05), want, gate_p(rounds, better, 0.05, want))
 
 
 @pytest.mark.parametrize(
@@ -40,10 +45,13 @@ def test_clear_cases(ratio: float, better: str, outcome: str) -> None:
 
 def test_noise_wider_than_the_margin_is_undecided() -> None:
     """An interval that holds no difference and more than the margin decides nothing, and passes no gate."""
-    verdict = judge(pairs(1.0, (0.5, 2.0, 0.7, 1.4)), "lower", 0.05)
+    noisy = pairs(1.0, (0.5, 2.0, 0.7, 1.4))
+    verdict = judge(noisy, "lower", 0.05)
     assert verdict.outcome == "undecided"
-    assert not passes(verdict, "better", "lower")
-    assert not passes(verdict, "not worse", "lower")
+    assert verdict.underpowered
+    assert "underpowered" in verdict.reason
+    assert not met(noisy, "lower", "better")
+    assert not met(noisy, "lower", "not worse")
 
 
 def test_one_round_decides_nothing() -> None:
@@ -51,16 +59,27 @@ def test_one_round_decides_nothing() -> None:
     verdict = judge([(1.0, 0.001)], "lower", 0.05)
     assert verdict.outcome == "undecided"
     assert "more rounds" in verdict.reason
-    assert not passes(verdict, "not worse", "lower")
-    assert not passes(verdict, "not worse", "higher")
+    assert (verdict.p, verdict.p_sign_flip, verdict.smallest_detectable) == (1.0, 1.0, None)
+    assert verdict.underpowered
+    assert not met([(1.0, 0.001)], "lower", "not worse")
+    assert not met([(1.0, 0.001)], "higher", "not worse")
 
 
 def test_not_worse_holds_for_better_and_equivalent() -> None:
     """A gate that asks for not worse takes better and equivalent, and refuses worse."""
-    assert passes(judge(pairs(0.5), "lower", 0.05), "not worse", "lower")
-    assert passes(judge(pairs(1.0), "higher", 0.05), "not worse", "higher")
-    assert not passes(judge(pairs(1.5), "lower", 0.05), "not worse", "lower")
-    assert not passes(judge(pairs(0.7), "higher", 0.05), "not worse", "higher")
+    assert met(pairs(0.5), "lower", "not worse")
+    assert met(pairs(1.0), "higher", "not worse")
+    assert not met(pairs(1.5), "lower", "not worse")
+    assert not met(pairs(0.7), "higher", "not worse")
+
+
+def test_equivalent_is_not_better() -> None:
+    """A difference that is certain and smaller than the margin meets no gate that wants a win."""
+    small = pairs(0.98)
+    verdict = judge(small, "lower", 0.05)
+    assert (verdict.outcome, verdict.high < 0) == ("equivalent", True)
+    assert gate_p(small, "lower", 0.05, "better") < 0.05
+    assert not met(small, "lower", "better")
 
 
 @pytest.mark.parametrize("bad", [[], [(0.0, 1.0)], [(1.0, math.nan)], [(1.0, math.inf)], [(-1.0, 1.0)]])
@@ -86,3 +105,93 @@ def test_swapping_the_arms_swaps_the_verdict(rounds: list[tuple[float, float]]) 
     opposite = {"better": "worse", "worse": "better", "equivalent": "equivalent", "undecided": "undecided"}
     forward = judge(rounds, "lower", 0.05).outcome
     assert judge([(b, a) for a, b in rounds], "lower", 0.05).outcome == opposite[forward]
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=8), st.booleans())
+def test_gate_p_says_what_the_interval_says(rounds: list[tuple[float, float]], lower: bool) -> None:
+    """Alone, a gate is met exactly where the 95 % interval excludes its hypothesis."""
+    better: Direction = "lower" if lower else "higher"
+    verdict = judge(rounds, better, 0.05)
+    good, bad = (math.log1p(end) for end in (verdict.low, verdict.high))
+    if not lower:
+        good, bad = -bad, -good
+    for bound, want in ((0.0, "better"), (math.log1p(0.05), "not worse")):
+        if abs(bad - bound) > 1e-9:
+            assert (gate_p(rounds, better, 0.05, want) <= 0.05) == (bad < bound)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "p"),
+    [
+        ([0.1] * 6, 2 / 64),
+        ([-0.1] * 5, 2 / 32),
+        ([0.1, -0.1], 1.0),
+        ([0.0, 0.0], 1.0),
+        ([3.0, 2.0, -1.0], 4 / 8),  # |sum| 4; as far: +++ 6, ++- 4 and their mirrors
+        ([1.0], 1.0),
+    ],
+)
+def test_sign_flips_are_counted(ratios: list[float], p: float) -> None:
+    """All ways to turn the signs, and how many of them lie as far from 0."""
+    assert sign_flip_p(ratios) == pytest.approx(p)
+
+
+def test_holm_corrects_a_family() -> None:
+    """The textbook case; order of the input does not matter, and adjusted values never fall."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.04]) == [0.04]
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_between_the_raw_p_and_bonferroni(p_values: list[float]) -> None:
+    """Never below the raw value, never above that times the size of the family, and in the same order."""
+    adjusted = holm(p_values)
+    for raw, after in zip(p_values, adjusted, strict=True):
+        assert raw <= after <= min(1.0, len(p_values) * raw) + 1e-12
+    assert sorted(adjusted) == [adjusted[i] for i in sorted(range(len(p_values)), key=lambda i: p_values[i])]
+
+
+def test_a_family_of_identical_arms_rarely_alarms() -> None:
+    """Of 200 simulated A/A experiments with four gates each, at most 8 % call any of the four a win."""
+    source = random.Random(5)
+    alarms = 0
+    for _ in range(200):
+        family = [
+            [(source.lognormvariate(0, 0.1), source.lognormvariate(0, 0.1)) for _ in range(6)]
+            for _ in range(4)
+        ]
+        adjusted = holm([gate_p(rounds, "lower", 0.001, "better") for rounds in family])
+        alarms += any(
+            passes(judge(rounds, "lower", 0.001), "better", p)
+            for rounds, p in zip(family, adjusted, strict=True)
+        )
+    assert alarms / 200 <= 0.08
+
+
+def test_a_slowdown_of_a_fifth_is_found() -> None:
+    """With 5 % of noise a round and six rounds, +20 % is called worse in at least 95 of 100 experiments."""
+    source = random.Random(3)
+    found = 0
+    for _ in range(100):
+        rounds = [(source.lognormvariate(0, 0.05), 1.2 * source.lognormvariate(0, 0.05)) for _ in range(6)]
+        found += judge(rounds, "lower", 0.05).outcome == "worse"
+    assert found >= 95
+
+
+def test_the_noise_floor_is_half_the_interval() -> None:
+    """Two identical arms that differ by 1 % from round to round: the floor is that of Student's t."""
+    rounds = [(1.0, 1.01), (1.0, 1 / 1.01), (1.0, 1.01), (1.0, 1 / 1.01)]
+    spread = math.log(1.01) * math.sqrt(4 / 3)
+    assert noise_floor(rounds) == pytest.approx(math.expm1(3.182446 * spread / 2), rel=1e-5)
+    assert noise_floor([(1.0, 1.0)]) is None
+
+
+def test_the_smallest_detectable_difference_is_the_published_one() -> None:
+    """SD of pair log-ratios 5 %, n = 6: 7.4 %; n = 10: 5.1 % (table of the method)."""
+    for n, expected in ((6, 0.074), (10, 0.051)):
+        size = 0.05 * math.sqrt((n - 1) / n)
+        rounds = [(1.0, math.exp(size if number % 2 else -size)) for number in range(n)]
+        detectable = judge(rounds, "lower", 0.5).smallest_detectable
+        assert detectable == pytest.approx(expected, abs=0.0006)

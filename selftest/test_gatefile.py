@@ -1,0 +1,118 @@
+"""``python -m disagglab gate``: verdicts as JSON, and every bad file refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagglab.__main__ import main
+
+GOOD: dict[str, Any] = {
+    "metric": "itl_p99",
+    "better": "lower",
+    "margin": 0.05,
+    "pairs": [[100, 120], [101, 121], [99, 119.5], [100, 120.5], [102, 122], [98, 118]],
+}
+Capture = pytest.CaptureFixture[str]
+
+
+def answer(capsys: Capture, path: Path, raw: Any) -> dict[str, Any]:
+    """The JSON object that the tool prints for a file."""
+    path.write_text(raw if isinstance(raw, str) else json.dumps(raw))
+    assert main(["gate", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "worse"),
+        ({"better": "higher"}, "better"),
+        ({"pairs": [[b, a] for a, b in GOOD["pairs"]]}, "better"),
+        ({"pairs": [[a, a * 1.001] for a, _ in GOOD["pairs"]]}, "equivalent"),
+        ({"pairs": [[1, 1.5], [1, 0.6], [1, 1.4], [1, 0.7]]}, "undecided"),
+        ({"pairs": [[1, 2]]}, "undecided"),
+    ],
+)
+def test_verdicts(capsys: Capture, tmp_path: Path, changes: dict[str, Any], verdict: str) -> None:
+    """The four verdicts, in both directions of better."""
+    assert answer(capsys, tmp_path / "gate.json", GOOD | changes)["verdict"] == verdict
+
+
+def test_numbers_of_a_decided_gate(capsys: Capture, tmp_path: Path) -> None:
+    """Effect and interval are ratios - 1; six rounds of the same sign give a sign-flip p of 2 / 64."""
+    found = answer(capsys, tmp_path / "gate.json", GOOD)
+    assert found["effect"] == pytest.approx(0.202, abs=0.002)
+    low, high = found["ci"]
+    assert 0.19 < low < found["effect"] < high < 0.21
+    assert 0 < found["mde"] < 0.05
+    assert (found["underpowered"], found["rounds"], found["p_sign_flip"]) == (False, 6, 2 / 64)
+    assert found["p"] < 1e-6
+
+
+def test_an_undecided_gate_says_why(capsys: Capture, tmp_path: Path) -> None:
+    """Too much noise for the margin: underpowered, with the smallest difference that would have shown."""
+    noisy = {"pairs": [[1, 1.5], [1, 0.6], [1, 1.4], [1, 0.7]]}
+    found = answer(capsys, tmp_path / "gate.json", GOOD | noisy)
+    assert found["underpowered"]
+    assert "underpowered" in found["reason"]
+    assert found["mde"] > 0.05
+
+
+def test_one_round_has_no_interval(capsys: Capture, tmp_path: Path) -> None:
+    """What one pair cannot tell is null, never a number."""
+    found = answer(capsys, tmp_path / "gate.json", GOOD | {"pairs": [[1, 2]]})
+    assert (found["ci"], found["mde"], found["effect"]) == (None, None, pytest.approx(1.0))
+    assert "more rounds" in found["reason"]
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "not JSON": ("{", "not JSON"),
+    "a list": ([], "not an object"),
+    "no pairs": ({k: v for k, v in GOOD.items() if k != "pairs"}, "pairs"),
+    "empty pairs": (GOOD | {"pairs": []}, "pairs"),
+    "pairs no list": (GOOD | {"pairs": 5}, "pairs"),
+    "three in a pair": (GOOD | {"pairs": [[1, 2, 3]]}, "pairs[0]"),
+    "a zero": (GOOD | {"pairs": [[1, 2], [0, 2]]}, "pairs[1]"),
+    "negative": (GOOD | {"pairs": [[1, -2]]}, "pairs[0]"),
+    "a text": (GOOD | {"pairs": [[1, "2"]]}, "pairs[0]"),
+    "a boolean": (GOOD | {"pairs": [[1, True]]}, "pairs[0]"),
+    "null": (GOOD | {"pairs": [[1, None]]}, "pairs[0]"),
+    "not a number": (json.dumps(GOOD).replace("120,", "NaN,").replace("120]", "NaN]"), "pairs[0]"),
+    "infinite": (json.dumps(GOOD).replace("[100, 120]", "[100, Infinity]"), "pairs[0]"),
+    "too large": (json.dumps(GOOD).replace("[100, 120]", f"[100, {10**400}]"), "pairs[0]"),
+    "margin zero": (GOOD | {"margin": 0}, "margin"),
+    "margin one": (GOOD | {"margin": 1}, "margin"),
+    "margin text": (GOOD | {"margin": "5 %"}, "margin"),
+    "no direction": (GOOD | {"better": "smaller"}, "better"),
+    "direction no text": (GOOD | {"better": ["lower"]}, "better"),
+    "no metric": (GOOD | {"metric": ""}, "metric"),
+    "unknown key": (GOOD | {"alpha": 0.1}, "alpha"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_in_one_line(capsys: Capture, tmp_path: Path, case: str) -> None:
+    """Exit 2, nothing on standard output, one line that names the file and the key."""
+    raw, key = BAD[case]
+    path = tmp_path / "gate.json"
+    path.write_text(raw if isinstance(raw, str) else json.dumps(raw))
+    assert main(["gate", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith(str(path))
+    assert key in err
+
+
+def test_a_file_that_is_not_there(capsys: Capture, tmp_path: Path) -> None:
+    """A missing file and a folder are named."""
+    for path in (tmp_path / "none.json", tmp_path):
+        assert main(["gate", str(path)]) == 2
+        assert str(path) in capsys.readouterr().err
