@@ -54,6 +54,11 @@ class Handshake:
     prefill_s: float
 
 
+def prompt_of(length: int, salt: int) -> list[int]:
+    """Exactly ``length`` token ids that share no KV block with those of another ``salt`` (below 40,000)."""
+    return [1000 + salt, *(2000 + position % 997 for position in range(length - 1))]
+
+
 def body(model: str, prompt: str | list[int], output_tokens: int) -> dict[str, Any]:
     """A greedy completion request of exactly ``output_tokens`` tokens."""
     return {

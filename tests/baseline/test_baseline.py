@@ -164,7 +164,7 @@ def test_kv_memory_in_use_is_the_arithmetic(
     config = ledger.cache_config(server.metrics())
     total, block = int(config["num_gpu_blocks"]), int(config["block_size"])
     prompt_tokens, output_tokens = 4 * block + 1, 24
-    prompt = [100 + position % 1000 for position in range(prompt_tokens)]
+    prompt = client.prompt_of(prompt_tokens, prompt_tokens)
     request = client.body(single.served_name, prompt, output_tokens) | {"cache_salt": "kv-memory"}
     used = peak_blocks(server, single.router.url, request)
     expected = blocks(prompt_tokens + output_tokens, block)

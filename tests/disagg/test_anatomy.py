@@ -20,6 +20,7 @@ from disagglab.topology import Topology
 
 REPEATS = 5
 PROMPT_TOKENS = 700
+ANATOMY_SALT = 30_000  # prompts of this test alone
 OUTPUT_TOKENS = 16
 E2E = "vllm:e2e_request_latency_seconds_sum"
 DECODE = "vllm:request_decode_time_seconds_sum"
@@ -28,7 +29,7 @@ PARTS = ("prefill", "wait for KV", "decode", "router and HTTP")
 
 def anatomy(topology: Topology, number: int, lab: Lab, shape: KvShape) -> tuple[dict[str, float], float]:
     """One request's parts in seconds, and the time of its KV transfer alone."""
-    prompt = [3000 + number, *(4000 + position % 991 for position in range(PROMPT_TOKENS - 1))]
+    prompt = client.prompt_of(PROMPT_TOKENS, ANATOMY_SALT + number)
     before = ledger.read(topology)
     answer = client.complete(topology.router.url, client.body(topology.served_name, prompt, OUTPUT_TOKENS))
     after = ledger.settle(topology, before, 1)

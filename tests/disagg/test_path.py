@@ -21,11 +21,6 @@ from disagglab.topology import Topology
 OUTPUT_TOKENS = 4
 
 
-def prompt_of(length: int, salt: int) -> list[int]:
-    """A prompt of exactly ``length`` tokens that no other salt shares a block with."""
-    return [1000 + salt, *(2000 + position % 997 for position in range(length - 1))]
-
-
 @pytest.mark.parametrize(
     "blocks_and_more",
     [(0, 1), (1, -1), (1, 0), (1, 1), (5, 7), (12, 0), (20, 1)],
@@ -44,7 +39,7 @@ def test_transferred_bytes_equal_whole_blocks(
     before = ledger.read(disaggregated)
     answer = client.complete(
         disaggregated.router.url,
-        client.body(disaggregated.served_name, prompt_of(length, length), OUTPUT_TOKENS),
+        client.body(disaggregated.served_name, client.prompt_of(length, length), OUTPUT_TOKENS),
     )
     after = ledger.settle(disaggregated, before, 1)
     book = ledger.prove(disaggregated, before, after, [Sent(length, OUTPUT_TOKENS)], shape, lab.vllm.version)
@@ -84,7 +79,7 @@ def test_only_missing_blocks_move(
     block = ledger.block_size(disaggregated.decode[0].metrics())
     earlier, length = (blocks * block + more for blocks, more in (first, second))
     salt = {"cache_salt": f"missing-{first}-{second}"}
-    whole = prompt_of(max(earlier, length), 500)
+    whole = client.prompt_of(max(earlier, length), 500)
     request = client.body(disaggregated.served_name, whole[:earlier], OUTPUT_TOKENS) | salt
     before = ledger.read(disaggregated)
     client.complete(disaggregated.router.url, request)
@@ -111,7 +106,7 @@ def test_what_only_prefill_holds_moves_in_full(disaggregated: Topology, lab: Lab
     """A prefix-cache hit on the prefill server saves its computing, and nothing on the wire."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = 3 * block + 1
-    request = client.body(disaggregated.served_name, prompt_of(length, 501), OUTPUT_TOKENS)
+    request = client.body(disaggregated.served_name, client.prompt_of(length, 501), OUTPUT_TOKENS)
     request |= {"cache_salt": "prefill-holds"}
     client.complete(disaggregated.prefill[0].url, request)
     before = ledger.read(disaggregated)
@@ -130,7 +125,7 @@ def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: L
     A proxy that forgets the transfer parameters answers 200 with correct text; only the counters know.
     """
     before = ledger.read(disaggregated)
-    prompt = prompt_of(300, 77)
+    prompt = client.prompt_of(300, 77)
     client.complete(disaggregated.prefill[0].url, client.body(disaggregated.served_name, prompt, 1))
     client.complete(
         disaggregated.decode[0].url, client.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
@@ -144,7 +139,7 @@ def test_a_wrong_byte_count_is_caught(disaggregated: Topology, lab: Lab, shape: 
     """A true transfer, checked against the arithmetic of one KV head more, is refused."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     before = ledger.read(disaggregated)
-    request = client.body(disaggregated.served_name, prompt_of(block, 78), OUTPUT_TOKENS)
+    request = client.body(disaggregated.served_name, client.prompt_of(block, 78), OUTPUT_TOKENS)
     client.complete(disaggregated.router.url, request)
     after = ledger.settle(disaggregated, before, 1)
     wider = tuple(dataclasses.replace(layer, kv_heads=layer.kv_heads + 1) for layer in shape.layers)

@@ -24,11 +24,6 @@ STEP = 16  # tokens between points of the computed lines
 REPEATED = (1, 4, 8, 16)  # blocks of the prompt, plus one token
 
 
-def prompt_of(length: int, salt: int) -> list[int]:
-    """A prompt of exactly ``length`` tokens that no other salt shares a block with."""
-    return [600 + salt, *(3000 + position % 991 for position in range(length - 1))]
-
-
 def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: Recorder) -> None:
     """At every prompt length the server holds ceil(tokens / block size) blocks, no more and no fewer.
 
@@ -41,7 +36,7 @@ def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: 
     lengths = [count * block - 1 for count in GROWTH]
     used = []
     for length in lengths:
-        request = client.body(single.served_name, prompt_of(length, length), OUTPUT_TOKENS)
+        request = client.body(single.served_name, client.prompt_of(length, length), OUTPUT_TOKENS)
         used.append(peak_blocks(server, single.router.url, request | {"cache_salt": f"growth-{length}"}))
     expected = [blocks(length + OUTPUT_TOKENS, block) for length in lengths]
     per_block = shape.bytes_per_block(block)
@@ -92,7 +87,7 @@ def test_a_repeated_prompt_reuses_whole_blocks(single: Topology, record: Recorde
     lengths = [count * block + remainder for count in REPEATED]
     cold, warm = [], []
     for length in lengths:
-        request = client.body(single.served_name, prompt_of(length, 400 + length), 1)
+        request = client.body(single.served_name, client.prompt_of(length, 400 + length), 1)
         request |= {"cache_salt": f"reuse-{length}"}
         cold.append(client.complete(single.router.url, request).ttft_s)
         before = server.metrics()

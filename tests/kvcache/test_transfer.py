@@ -31,16 +31,11 @@ PROBE_LIMIT_S = 300.0
 Measured = dict[int, list[float]]  # bytes: seconds of each transfer
 
 
-def prompt_of(length: int) -> list[int]:
-    """A prompt of exactly ``length`` tokens that no other length shares a block with."""
-    return [700 + length % 997, *(5000 + position % 983 for position in range(length - 1))]
-
-
 def transfer(
     topology: Topology, length: int, number: int, lab: Lab, shape: KvShape, block: int
 ) -> ledger.Ledger:
     """One proved transfer of a prompt that prefill may hold and decode does not."""
-    request = client.body(topology.served_name, prompt_of(length), 1)
+    request = client.body(topology.served_name, client.prompt_of(length, length), 1)
     held = reusable_tokens(length, block) if number else 0
     before = ledger.read(topology)
     handshake = client.prefill(topology.prefill[0].url, request | {"cache_salt": "transfer"})

@@ -58,11 +58,6 @@ def settled(read: Reader, before: Wire, expected: int) -> Wire:
     return after
 
 
-def prompt_of(length: int, salt: int) -> list[int]:
-    """A prompt of exactly ``length`` tokens that no other salt shares a block with."""
-    return [800 + salt, *(6000 + position % 977 for position in range(length - 1))]
-
-
 @pytest.mark.parametrize("count", BLOCKS, ids=lambda count: f"{count}-blocks")
 def test_three_ledgers_agree(
     disaggregated: Topology, counters: Reader, lab: Lab, shape: KvShape, record: Recorder, count: int
@@ -70,7 +65,7 @@ def test_three_ledgers_agree(
     """Connector bytes = blocks x bytes, scheduler tokens = prompt, wire = both within protocol overhead."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = count * block
-    request = client.body(disaggregated.served_name, prompt_of(length, count), OUTPUT_TOKENS)
+    request = client.body(disaggregated.served_name, client.prompt_of(length, count), OUTPUT_TOKENS)
     first, before = counters(), ledger.read(disaggregated)
     client.complete(disaggregated.router.url, request | {"cache_salt": f"wire-{count}"})
     after = ledger.settle(disaggregated, before, 1)
@@ -99,7 +94,7 @@ def test_the_wire_tells_a_transfer_that_was_not(
     """A request that decode computes itself leaves the wire idle, and the wire's proof refuses it."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = 4 * block
-    request = client.body(disaggregated.served_name, prompt_of(length, 99), OUTPUT_TOKENS)
+    request = client.body(disaggregated.served_name, client.prompt_of(length, 99), OUTPUT_TOKENS)
     before = counters()
     client.complete(disaggregated.decode[0].url, request | {"cache_salt": "wire-idle"})
     after = counters()
