@@ -108,8 +108,8 @@ def table(
             raise ConfigError([Problem("command line", key, wrong, "correct it")])
     shown, config = modelconfig.find(name)
     whole = attention.shape(config, dtype, shown)
-    heads = attention.query_heads(config, shown)
-    if heads % tensor_parallel:
+    heads = attention.query_heads(config, shown) if tensor_parallel > 1 else 1
+    if tensor_parallel > 1 and heads % tensor_parallel:
         wrong = f"{tensor_parallel} does not divide {heads} attention heads"
         raise ConfigError([Problem("command line", "tensor parallel size", wrong, "choose a divisor")])
     rank = whole.on_rank(tensor_parallel)

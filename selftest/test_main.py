@@ -164,3 +164,16 @@ def test_the_arithmetic_loads_no_framework() -> None:
     control = json.loads(start("-c", CHILD.format(before="import numpy; kept = b'x' * 200_000_000")).stderr)
     assert control["loaded"] == ["numpy"]
     assert control["peak_kb"] > PEAK_LIMIT_KB
+
+
+def test_latents_need_no_attention_heads(capsys: Capture, tmp_path: Path) -> None:
+    """An MLA config is computable without its number of heads, as long as no rank divides them."""
+    config = {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 61,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert computed(capsys, str(tmp_path))["bytes_per_token"] == 70_272
+    assert "num_attention_heads" in refusal(capsys, "kv", str(tmp_path), "--tp", "2")
