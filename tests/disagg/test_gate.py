@@ -1,0 +1,106 @@
+"""The gate itself is tested: an arm that was made slower by a known share has to be found out.
+
+The slowed arm is single behind a proxy that stretches the time of every answer (disagglab/slowproxy.py): same
+server, same router, same prompts. The oracle is the factor of the proxy, which the verdict does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+
+import pytest
+
+from disagglab.comparison import METRICS, Comparison, run_rounds
+from disagglab.host import LocalHost
+from disagglab.kv import KvShape
+from disagglab.load import LoadEngine
+from disagglab.port import accepts
+from disagglab.recorder import Recorder
+from disagglab.section import Lab
+from disagglab.session import Session
+from disagglab.store import Store
+from disagglab.topology import SINGLE, Topology
+from disagglab.verdict import Verdict, judge
+from disagglab.workload import load_workload
+
+FACTOR = 1.2
+ROUNDS, CAP = 6, 16  # the cap is fixed before the first run
+METRIC, MARGIN = "e2e_p50", 0.05
+SLOWED = "single-slowed"
+WORKLOAD = "one-user"
+READY_DEADLINE_S, POLL_S = 30.0, 0.05
+
+
+@pytest.fixture
+def slowed(host: LocalHost, single: Topology, lab: Lab) -> Topology:
+    """Single, with every answer stretched by FACTOR."""
+    address = lab.controller.address
+    port = host.reserve_port(address)
+    upstream, _, upstream_port = single.router.url.removeprefix("http://").rpartition(":")
+    argv = [
+        sys.executable,
+        "-m",
+        "disagglab.slowproxy",
+        address,
+        str(port),
+        upstream,
+        upstream_port,
+        str(FACTOR),
+    ]
+    process = host.start("slowproxy", argv, {}, lab.controller.cpus, [port])
+    deadline = time.monotonic() + READY_DEADLINE_S
+    while not accepts(address, port):
+        assert process.alive, f"the proxy ended: {process.log.read_text()[-500:]}"
+        assert time.monotonic() < deadline, f"the proxy does not listen on {address}:{port}"
+        time.sleep(POLL_S)
+    router = dataclasses.replace(single.router, name=SLOWED, url=f"http://{address}:{port}")
+    return dataclasses.replace(single, name=SLOWED, router=router)
+
+
+def verdict_on(found: Comparison) -> Verdict:
+    """Slowed against single."""
+    return judge(found.pairs(WORKLOAD, SINGLE, SLOWED, METRIC), METRICS[METRIC][1], MARGIN)
+
+
+def test_a_slowdown_of_a_fifth_is_caught(
+    live: Session,
+    engine: LoadEngine,
+    single: Topology,
+    slowed: Topology,
+    lab: Lab,
+    shape: KvShape,
+    store: Store,
+    record: Recorder,
+) -> None:
+    """An arm whose answers take 1.2 times as long is called worse; the interval holds the injected factor.
+
+    Fault injection for the instrument. Rounds go on while the verdict is open, up to a cap fixed beforehand.
+    """
+    if live.short:
+        pytest.skip("SHORT: twelve runs at least; left out with --short")
+    found = run_rounds(
+        engine,
+        [single, slowed],
+        [load_workload(WORKLOAD)],
+        ROUNDS,
+        store,
+        shape,
+        lab.vllm.version,
+        live.progress("slowed arm").show,
+        cap=CAP,
+        open_workloads=lambda so_far: {WORKLOAD} if verdict_on(so_far).outcome == "undecided" else set(),
+    )
+    assert not found.invalid(), found.invalid()[0].invalid
+    verdict = verdict_on(found)
+    record.numbers(
+        "slowed / single, end to end",
+        [1 + verdict.effect],
+        "ratio",
+        what="geometric mean",
+        note=f"{verdict.outcome} in {verdict.rounds} rounds; injected {FACTOR}; 95 % CI {1 + verdict.low:.3f}"
+        f" to {1 + verdict.high:.3f}; sign-flip p {verdict.p_sign_flip:.3g}",
+    )
+    assert verdict.outcome == "worse", f"+{FACTOR - 1:.0%} was called {verdict.outcome}: {verdict}"
+    assert verdict.low < FACTOR - 1 < verdict.high, f"injected {FACTOR}: {verdict}"
