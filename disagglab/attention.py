@@ -26,6 +26,7 @@ KV_HEADS = (
     *("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num", "num_attention_groups"),
     "kv_n_heads",
 )
+POSITIONS = ("max_position_embeddings", "n_positions", "seq_length")
 NESTED = ("text_config", "language_config", "llm_config")  # the language model inside a multimodal one
 DTYPE_KEYS = ("torch_dtype", "dtype")
 
@@ -129,10 +130,7 @@ def query_heads(config: Config, origin: str = "config.json") -> int:
     Raises:
         ConfigError: if the config names none.
     """
-    try:
-        return _number(text_config(config), HEADS)
-    except Refused as error:
-        raise ConfigError([Problem(origin, error.key, error.wrong, error.mend)]) from error
+    return _number_of(config, HEADS, origin)
 
 
 def max_positions(config: Config, origin: str = "config.json") -> int:
@@ -141,8 +139,12 @@ def max_positions(config: Config, origin: str = "config.json") -> int:
     Raises:
         ConfigError: if the config names none.
     """
+    return _number_of(config, POSITIONS, origin)
+
+
+def _number_of(config: Config, names: Sequence[str], origin: str) -> int:
     try:
-        return _number(text_config(config), ("max_position_embeddings", "n_positions", "seq_length"))
+        return _number(text_config(config), names)
     except Refused as error:
         raise ConfigError([Problem(origin, error.key, error.wrong, error.mend)]) from error
 
