@@ -318,7 +318,7 @@ def test_runner_shows_life_and_keeps_the_output(tmp_path: Path, monkeypatch: pyt
     with only_one(tmp_path / "lock", quiet) as lock:
         result = runner(tmp_path, lock, told.append)([sys.executable, "-c", program])
     assert result == Result(3, "Collecting vllm\nended")
-    assert told[-1] == "  … Collecting vllm"
+    assert "  … Collecting vllm" in told  # a last beat may come between the last line and the end
 
 
 def test_second_set_up_waits_for_the_first(tmp_path: Path) -> None:
