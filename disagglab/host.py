@@ -172,7 +172,11 @@ class LocalHost:
                 process.stop()
             except StartError as error:  # the others must be ended too; the first is raised below
                 errors.append(error)
-        answering = [port for pool in self._pools.values() for port in pool.listening()]
+        answering: list[int] = []
+        try:
+            answering = [port for pool in self._pools.values() for port in pool.listening()]
+        except StartError as error:  # a namespace that was killed takes its ports along
+            errors.append(error)
         for pool in self._pools.values():
             pool.close()
         for holder in holders:  # the namespaces end with them

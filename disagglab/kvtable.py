@@ -109,7 +109,7 @@ def table(
     shown, config = modelconfig.find(name)
     whole = attention.shape(config, dtype, shown)
     heads = attention.query_heads(config, shown) if tensor_parallel > 1 else 1
-    if tensor_parallel > 1 and heads % tensor_parallel:
+    if heads % tensor_parallel:
         wrong = f"{tensor_parallel} does not divide {heads} attention heads"
         raise ConfigError([Problem("command line", "tensor parallel size", wrong, "choose a divisor")])
     rank = whole.on_rank(tensor_parallel)
@@ -144,10 +144,11 @@ def parse_rate(text: str) -> float:
         ConfigError: if it is not a positive rate with a unit.
     """
     match = RATE.match(text)
-    in_bytes = match is not None and match[3].startswith("B") and not match[3].lower().startswith("bit")
-    scale = PREFIXES[match[2].lower()] / (1 if in_bytes else BITS) if match is not None else 0.0
-    rate = float(match[1]) * scale if match is not None else 0.0
-    if not 0 < rate <= MOST_BYTES_PER_S:
-        wrong = f"{text!r:.40} is not a rate"
-        raise ConfigError([Problem("command line", "link", wrong, "write 100Gbps, 400Gbit/s or 12.5GB/s")])
-    return rate
+    if match is not None:
+        number, prefix, unit = match.groups()
+        in_bytes = unit.startswith("B") and unit.lower() != "bit/s"
+        rate = float(number) * PREFIXES[prefix.lower()] / (1 if in_bytes else BITS)
+        if 0 < rate <= MOST_BYTES_PER_S:
+            return rate
+    wrong = f"{text!r:.40} is not a rate"
+    raise ConfigError([Problem("command line", "link", wrong, "write 100Gbps, 400Gbit/s or 12.5GB/s")])

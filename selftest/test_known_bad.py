@@ -97,7 +97,7 @@ def test_6_tokens_that_were_not_made() -> None:
 
 
 def test_7_half_of_the_bytes() -> None:
-    """512 tokens of Llama-3.1-8B as "approximately 32 MB": they are 64 MiB, and half of it is no transfer."""
+    """512 tokens of Llama-3.1-8B as "approximately 32 MB": the ledger expects 64 MiB, to the byte."""
     case = KNOWN_BAD["kv_bytes"]
     whole = ledger.expected_bytes([ledger.Sent(case["tokens"], 1)], LLAMA, 16, "0.31.0")
     assert whole == 64 * 2**20

@@ -112,7 +112,8 @@ def test_gate_p_says_what_the_interval_says(rounds: list[tuple[float, float]], l
     """Alone, a gate is met exactly where the 95 % interval excludes its hypothesis."""
     better: Direction = "lower" if lower else "higher"
     verdict = judge(rounds, better, 0.05)
-    good, bad = (math.log1p(end) for end in (verdict.low, verdict.high))
+    # a lower limit far below is rounded to -1, a ratio of 0
+    good, bad = (math.log1p(end) if end > -1 else -math.inf for end in (verdict.low, verdict.high))
     if not lower:
         good, bad = -bad, -good
     for bound, want in ((0.0, "better"), (math.log1p(0.05), "not worse")):

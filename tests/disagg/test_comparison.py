@@ -75,9 +75,7 @@ def test_every_run_took_the_path_it_claims(comparison: Comparison) -> None:
 
 
 def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, lab: Lab) -> None:
-    """Single against itself gives a noise floor beside every gated figure; it is never called better or worse
-    by more than the verdict on a real difference would need.
-    """
+    """Single against itself gives every gated figure an A/A row, and a noise floor beside it."""
     identical = [row for row in store.verdicts if row.p_adjusted is None]
     assert {(row.workload, row.metric) for row in identical} == {(g.workload, g.metric) for g in lab.gates}
     assert all(row.noise_floor is not None and row.noise_floor >= 0 for row in store.verdicts)
