@@ -9,29 +9,26 @@ from dataclasses import dataclass, field
 
 from disagglab import ledger
 from disagglab.errors import InvalidRun, TransferError
+from disagglab.figures import METRICS, comparable, figures, saturated
 from disagglab.kv import KvShape
-from disagglab.load import LoadEngine, Run, figures
-from disagglab.section import GateSection, Lab
-from disagglab.store import Store, VerdictRow
+from disagglab.load import LoadEngine, Run
+from disagglab.section import GateSection, Lab, SloSection
+from disagglab.store import FigureRow, Store, VerdictRow
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
-from disagglab.verdict import Direction, gate_p, holm, judge, noise_floor, passes
+from disagglab.trace import MAIN, STEADY
+from disagglab.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 from disagglab.workload import Workload
 
 WARM_UP_ROUND = -1
-METRICS: dict[str, tuple[str, Direction]] = {
-    "ttft_p50": ("s", "lower"),
-    "tpot_p50": ("s", "lower"),
-    "itl_p99": ("s", "lower"),
-    "e2e_p50": ("s", "lower"),
-    "output_tokens_per_s": ("tokens/s", "higher"),
-}
+LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file
 
 
 @dataclass
 class Comparison:
-    """All runs of one session's comparison, valid and invalid."""
+    """All runs of one session's comparison, valid and invalid; ``slo`` decides which requests were good."""
 
     runs: list[Run] = field(default_factory=list)
+    slo: SloSection | None = None
 
     def valid(self, workload: str, topology: str) -> list[Run]:
         """The runs that count, by round."""
@@ -46,30 +43,35 @@ class Comparison:
         """The runs that do not count; each carries its reason."""
         return [run for run in self.runs if run.invalid is not None]
 
-    def values(self, workload: str, topology: str, metric: str) -> list[float]:
-        """A run-level figure by round; runs with too few samples for it are left out."""
-        found = (figures(run)[metric] for run in self.valid(workload, topology))
+    def values(self, workload: str, topology: str, metric: str, stream: str = "") -> list[float]:
+        """A run-level figure by round; runs that do not have it (too few samples) are left out."""
+        found = (figures(run, self.slo, stream)[metric] for run in self.valid(workload, topology))
         return [value for value in found if value is not None]
 
-    def pairs(self, workload: str, baseline: str, candidate: str, metric: str) -> list[tuple[float, float]]:
-        """(baseline, candidate) of every round in which both runs are valid."""
-        rounds = {run.round: figures(run)[metric] for run in self.valid(workload, baseline)}
+    def pairs(
+        self, workload: str, baseline: str, candidate: str, metric: str, stream: str = ""
+    ) -> list[tuple[float, float]]:
+        """(baseline, candidate) of every round in which both runs are valid, as a verdict takes them."""
+
+        def value(run: Run) -> float | None:
+            found = figures(run, self.slo, stream)[metric]
+            return None if found is None else comparable(metric, found, len(run.ttft_s))
+
+        rounds = {run.round: value(run) for run in self.valid(workload, baseline)}
         pairs = []
         for run in self.valid(workload, candidate):
-            left, right = rounds.get(run.round), figures(run)[metric]
+            left, right = rounds.get(run.round), value(run)
             if left is not None and right is not None:
                 pairs.append((left, right))
         return pairs
 
+    def saturated(self, workload: str, topology: str) -> int:
+        """How many of the runs that count fell behind their arrivals."""
+        return sum(saturated(run) for run in self.valid(workload, topology))
+
 
 def measure(
-    engine: LoadEngine,
-    topology: Topology,
-    workload: Workload,
-    seed: int,
-    number: int,
-    shape: KvShape,
-    version: str,
+    engine: LoadEngine, topology: Topology, workload: Workload, seed: int, number: int, shape: KvShape
 ) -> Run:
     """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never
     dropped.
@@ -79,12 +81,16 @@ def measure(
         before = ledger.read(topology)
         run = engine.run(topology, workload, seed, number)
         after = ledger.settle(topology, before, len(run.sent))
-        return dataclasses.replace(
-            run, ledger=ledger.prove(topology, before, after, run.sent, shape, version)
-        )
+        sent = run.sent
+        if workload.shared_prefix_tokens:
+            sent = ledger.with_shared_prefix(
+                topology, before, after, sent, workload.shared_prefix_tokens, workload.most_under_way
+            )
+        book = ledger.prove(topology, before, after, sent, shape, topology.version)
+        return dataclasses.replace(run, ledger=book)
     except (InvalidRun, TransferError) as error:
         if run is None:
-            run = Run(topology.name, workload, seed, number, "", 0.0, 0.0, (), (), (), (), ())
+            run = Run(topology.name, workload, seed, number, "", 0.0, None, (), (), (), (), ())
         return dataclasses.replace(run, invalid=str(error))
 
 
@@ -95,10 +101,10 @@ def run_rounds(
     rounds: int,
     store: Store,
     shape: KvShape,
-    version: str,
     progress: Callable[[str], None],
     cap: int = 0,
     open_workloads: Callable[[Comparison], Container[str]] = lambda _: (),
+    slo: SloSection | None = None,
 ) -> Comparison:
     """Warm every topology up, then measure all of them in every round.
 
@@ -106,12 +112,11 @@ def run_rounds(
     drift of the machine cancels; between rounds the prompts change. ``cap``: fixed beforehand; up to so many
     rounds are made of the workloads that ``open_workloads`` names when the planned ones are over.
     """
-    comparison = Comparison()
-    widest = max(workloads, key=lambda workload: workload.concurrency)
-    warm_up = widest.model_copy(update={"requests": widest.concurrency})
+    comparison = Comparison(slo=slo)
+    warm_up = warm_up_of(workloads)
     for topology in topologies:
         progress(f"warm-up, {topology.name}")
-        run = measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape, version)
+        run = measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape)
         store.add_run(run)
         if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
             comparison.runs.append(run)
@@ -122,10 +127,40 @@ def run_rounds(
             seed = random.getrandbits(31)
             for topology in order:
                 progress(f"round {number + 1} of {max(rounds, number + 1)}, {workload.name}, {topology.name}")
-                run = measure(engine, topology, workload, seed, number, shape, version)
+                run = measure(engine, topology, workload, seed, number, shape)
                 store.add_run(run)
                 comparison.runs.append(run)
     return comparison
+
+
+def figure_rows(comparison: Comparison) -> list[FigureRow]:
+    """Every run-level figure of every arm on every workload that was measured."""
+    rows = []
+    for workload in dict.fromkeys(run.workload for run in comparison.runs if run.round != WARM_UP_ROUND):
+        streams = ["", MAIN, STEADY] if workload.steady else [""]
+        for arm in dict.fromkeys(run.topology for run in comparison.runs):
+            for stream in streams:
+                for metric, (unit, better) in METRICS.items():
+                    values = comparison.values(workload.name, arm, metric, stream)
+                    if values and not (stream and metric == "slo_attainment"):
+                        name = f"{metric} ({stream})" if stream else metric
+                        rows.append(FigureRow(workload.name, arm, name, unit, better, tuple(values)))
+    return rows
+
+
+def warm_up_of(workloads: Sequence[Workload]) -> Workload:
+    """As many requests at once as the fullest of the workloads can have, short ones of prompts of its own."""
+    fullest = max(workloads, key=lambda workload: workload.most_under_way)
+    count = fullest.most_under_way
+    return fullest.model_copy(
+        update={
+            "requests": count,
+            "concurrency": count,
+            "rate_per_s": None,
+            "steady": None,
+            "shared_prefix_tokens": 0,
+        }
+    )
 
 
 def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
@@ -135,7 +170,7 @@ def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     Raises:
         InvalidRun: if a gate has no pair of valid runs.
     """
-    families = [_pairs(comparison, gate, gate.baseline, DISAGGREGATED) for gate in lab.gates]
+    families = [_pairs(comparison, gate, gate.baseline or LIMIT, DISAGGREGATED) for gate in lab.gates]
     p_values = [
         gate_p(pairs, METRICS[gate.metric][1], gate.margin, gate.want)
         for gate, pairs in zip(lab.gates, families, strict=True)
@@ -144,6 +179,36 @@ def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
         _row(comparison, gate, pairs, p)
         for gate, pairs, p in zip(lab.gates, families, holm(p_values), strict=True)
     ]
+    return [*rows, *_identical_arms(comparison, lab)]
+
+
+def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRow]:
+    """One row a gated figure and topology that both releases were measured on, the lab's release against
+    ``other``; then the A/A pairs.
+
+    ``gate`` begins with "worse" where an enforced gate finds the lab's release worse, after Holm.
+
+    Raises:
+        InvalidRun: if a figure has no pair of valid runs.
+    """
+    asked = [
+        (gate, kind)
+        for gate in {(gate.workload, gate.figure): gate for gate in lab.gates if gate.limit is None}.values()
+        for kind in (SINGLE, DISAGGREGATED)
+    ]
+    families = [_pairs(comparison, gate, f"{kind}@{other}", kind) for gate, kind in asked]
+    verdicts = [
+        judge(pairs, METRICS[gate.metric][1], gate.margin)
+        for (gate, _), pairs in zip(asked, families, strict=True)
+    ]
+    adjusted = holm([verdict.p for verdict in verdicts])
+    rows = []
+    for (gate, kind), pairs, verdict, p in zip(asked, families, verdicts, adjusted, strict=True):
+        row = _row(comparison, gate, pairs, p, f"{kind}@{other}", kind)
+        state = "no regression found"
+        if verdict.outcome == "worse" and p <= 1 - CONFIDENCE:
+            state = "worse" if gate.enforce else "found worse (not enforced)"
+        rows.append(dataclasses.replace(row, gate=state))
     return [*rows, *_identical_arms(comparison, lab)]
 
 
@@ -156,20 +221,24 @@ def undecided_workloads(comparison: Comparison, lab: Lab) -> set[str]:
 def _pairs(
     comparison: Comparison, gate: GateSection, baseline: str, candidate: str
 ) -> list[tuple[float, float]]:
-    pairs = comparison.pairs(gate.workload, baseline, candidate, gate.metric)
+    pairs = comparison.pairs(gate.workload, baseline, candidate, gate.metric, gate.stream)
+    if gate.limit is not None:
+        found = comparison.values(gate.workload, candidate, gate.metric, gate.stream)
+        pairs = [(gate.limit, value) for value in found]
     if not pairs:
         raise InvalidRun(
-            f"{gate.workload}: no valid pair of runs for {gate.metric}; see the invalid runs in the report"
+            f"{gate.workload}: no valid pair of runs for {gate.figure}; see the invalid runs in the report"
         )
     return pairs
 
 
 def _identical_arms(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     """The A/A pair beside every gated figure; what it shows is noise."""
-    figures_gated = {(gate.workload, gate.metric): gate for gate in reversed(lab.gates)}
+    gates = [gate for gate in lab.gates if gate.limit is None]
+    figures_gated = {(gate.workload, gate.figure): gate for gate in reversed(gates)}
     rows = []
     for gate in reversed(figures_gated.values()):
-        if comparison.values(gate.workload, SINGLE_AGAIN, gate.metric):
+        if comparison.values(gate.workload, SINGLE_AGAIN, gate.metric, gate.stream):
             pairs = _pairs(comparison, gate, SINGLE, SINGLE_AGAIN)
             rows.append(_row(comparison, gate, pairs, None, SINGLE, SINGLE_AGAIN))
     return rows
@@ -184,10 +253,19 @@ def _row(
     candidate: str = DISAGGREGATED,
 ) -> VerdictRow:
     unit, better = METRICS[gate.metric]
-    baseline = baseline or gate.baseline
-    values = {arm: comparison.values(gate.workload, arm, gate.metric) for arm in (baseline, candidate)}
+    baseline = baseline or gate.baseline or LIMIT
+    values = {
+        arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in (baseline, candidate)
+    }
+    if gate.limit is not None:
+        values[LIMIT] = [gate.limit]
     verdict = judge(pairs, better, gate.margin)
-    identical = comparison.pairs(gate.workload, SINGLE, SINGLE_AGAIN, gate.metric)
+    identical = comparison.pairs(gate.workload, SINGLE, SINGLE_AGAIN, gate.metric, gate.stream)
+    late = sum(comparison.saturated(gate.workload, arm) for arm in values)
+    reason = verdict.reason
+    if late:
+        counted = sum(len(comparison.valid(gate.workload, arm)) for arm in values)
+        reason += f"; saturated: {late} of {counted} runs fell behind their arrivals"
     if p_adjusted is None:
         state = "A/A: identical arms"
     else:
@@ -197,7 +275,7 @@ def _row(
         state += "" if gate.enforce else " (not enforced)"
     return VerdictRow(
         workload=gate.workload,
-        metric=gate.metric,
+        metric=gate.figure,
         unit=unit,
         candidate=candidate,
         baseline=baseline,
@@ -210,7 +288,8 @@ def _row(
         rounds=verdict.rounds,
         smallest_detectable=verdict.smallest_detectable,
         gate=state,
-        reason=verdict.reason,
+        reason=reason,
+        saturated=late,
         noise_floor=noise_floor(identical) if identical else None,
         p_adjusted=p_adjusted,
         p_sign_flip=verdict.p_sign_flip,

@@ -54,14 +54,18 @@ def commit() -> str:
     return head + ("+changes" if git("status", "--porcelain") else "")
 
 
-def fingerprint() -> dict[str, Any]:
-    """Hardware and software of this machine, with a short key over both."""
+def fingerprint(served: str) -> dict[str, Any]:
+    """Hardware and software of this machine, with a short key over both.
+
+    Args:
+        served: the vLLM version that the servers run; the client's is among the packages here.
+    """
     facts: dict[str, Any] = {
         "machine": platform.machine(),
         "cpu": cpu_model(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "versions": versions(),
+        "versions": {**versions(), "vllm served": served},
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return {**facts, "key": key}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from disagglab import attention, facts, model, modelconfig
-from disagglab.comparison import Comparison, run_rounds, undecided_workloads, verdict_rows
+from disagglab.comparison import Comparison, figure_rows, run_rounds, undecided_workloads, verdict_rows
 from disagglab.errors import InvalidRun
 from disagglab.host import LocalHost
 from disagglab.kv import KvShape
@@ -31,7 +31,6 @@ from disagglab.topology import (
     Deployment,
     Topology,
 )
-from disagglab.workload import load_workload
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 
@@ -113,9 +112,9 @@ def deployment(live: Session, host: LocalHost, weights: Model, engine: LoadEngin
 
 
 @pytest.fixture(scope="session")
-def engine(host: LocalHost, lab: Lab, weights: Model) -> LoadEngine:
+def engine(host: LocalHost, lab: Lab, weights: Model, store: Store) -> LoadEngine:
     """``vllm bench serve``, imported beside the booting servers, fed jobs."""
-    load_engine = LoadEngine(host, weights.tokenizer, lab.controller.cpus)
+    load_engine = LoadEngine(host, weights.tokenizer, lab.controller.cpus, store.folder / "traces")
     load_engine.start()
     return load_engine
 
@@ -153,7 +152,7 @@ def comparison(
         pytest.skip(f"NO-GATES: {live.lab.file} has no [[gate]], so there is nothing to compare")
     topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
     topologies.append(dataclasses.replace(topologies[0], name=SINGLE_AGAIN))
-    workloads = [load_workload(name) for name in dict.fromkeys(gate.workload for gate in live.lab.gates)]
+    workloads = [live.lab.workload(name) for name in dict.fromkeys(gate.workload for gate in live.lab.gates)]
     line = live.progress("comparison")
     with live.uncaptured():
         live.comparison = run_rounds(
@@ -163,9 +162,9 @@ def comparison(
             live.rounds,
             store,
             shape,
-            live.lab.vllm.version,
             line.show,
             cap=live.max_rounds,
+            slo=live.lab.slo,
             open_workloads=lambda found: undecided_workloads(found, live.lab),
         )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
@@ -173,8 +172,10 @@ def comparison(
         raise InvalidRun(
             f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}"
         )
-    for row in verdict_rows(live.comparison, live.lab):
-        store.add(row)
+    for verdict in verdict_rows(live.comparison, live.lab):
+        store.add(verdict)
+    for figure in figure_rows(live.comparison):
+        store.add(figure)
     return live.comparison
 
 

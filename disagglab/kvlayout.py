@@ -24,7 +24,7 @@ PADDING_LIMIT = 1.5  # kinds whose layer counts differ by less share one padded 
 # group uses, its padding too (nixl/base_worker.py: _compute_desc_ids).
 WHOLE_BLOCKS = "whole blocks, the last partial one included"
 RULE_MEND = "add a line for it, and see whether tests/disagg/test_path.py holds on that version"
-BLOCK_RULE = {"0.31": WHOLE_BLOCKS, "0.26": WHOLE_BLOCKS}
+BLOCK_RULE = {"0.31": WHOLE_BLOCKS, "0.30": WHOLE_BLOCKS, "0.26": WHOLE_BLOCKS}
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,13 @@ from disagglab.section import (
     NodeSection,
     PortsSection,
     RouterSection,
+    ScaleSection,
     Section,
+    SloSection,
     TransportSection,
     VllmSection,
 )
+from disagglab.workload import WORKLOADS_FOLDER, load_workload
 
 LABS_FOLDER = Path(__file__).resolve().parent.parent / "labs"
 PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
@@ -57,7 +60,11 @@ _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "router": (RouterSection, False),
     "ports": (PortsSection, True),
     "memory": (MemorySection, True),
+    "scale": (ScaleSection, False),
 }
+_OPTIONAL: dict[str, type[Section]] = {
+    "slo": SloSection
+}  # without a default: absent is not the same as empty
 _LISTS: dict[str, tuple[type[Section], bool]] = {"node": (NodeSection, True), "gate": (GateSection, False)}
 
 
@@ -104,7 +111,7 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
     """
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
-    known = {"name", "label", *_SECTIONS, *_LISTS}
+    known = {"name", "label", *_SECTIONS, *_OPTIONAL, *_LISTS}
     for key in raw:
         if key not in known:
             problems.append(Problem(file, key, "unknown key", _suggest(key, known)))
@@ -119,6 +126,8 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
             problems.append(Problem(file, f"[{key}]", "section is missing", f"add a [{key}] section"))
         else:
             parts[key] = _parse_section(section, raw.get(key, {}), file, key, problems)
+    for key, section in _OPTIONAL.items():
+        parts[key] = _parse_section(section, raw[key], file, key, problems) if key in raw else None
     for key, (section, required) in _LISTS.items():
         rows = raw.get(key, [])
         if isinstance(rows, dict):
@@ -219,14 +228,48 @@ def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
                 "shared memory without tcp",
                 'add "tcp": NIXL cannot connect without it',
             )
+    yield from _gate_problems(parts, file)
+
+
+def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
+    model: ModelSection | None = parts.get("model")
+    scale: ScaleSection | None = parts.get("scale")
+    seen: set[tuple[str, str, str, str]] = set()
     for index, gate in enumerate(parts.get("gates", ())):
-        if not (LABS_FOLDER.parent / "workloads" / f"{gate.workload}.toml").is_file():
-            yield Problem(
-                file,
-                f"gate[{index}].workload",
-                f"no file workloads/{gate.workload}.toml",
-                "name a workload that exists",
+        where = f"gate[{index}]"
+        known = (gate.workload, gate.figure, str(gate.baseline), str(gate.limit))
+        if known in seen:
+            yield Problem(file, where, "the same gate twice", "remove one of the two")
+        seen.add(known)
+        if (gate.baseline is None) == (gate.limit is None):
+            mend = 'write baseline = "replicated" (or "single"), or limit = 0.1'
+            yield Problem(file, where, "wants either a baseline or a limit", mend)
+        if gate.metric == "transfer_share_of_ttft" and gate.baseline is not None:
+            wrong = "no KV moves in a baseline, so there is nothing to compare with"
+            yield Problem(file, f"{where}.baseline", wrong, "remove it and write limit = 0.1")
+        if gate.metric in ("slo_attainment", "transfer_share_of_ttft") and gate.stream:
+            wrong = f"{gate.metric} is a figure of all requests"
+            yield Problem(file, f"{where}.stream", wrong, "remove it")
+        if gate.metric == "slo_attainment" and parts.get("slo") is None:
+            yield Problem(file, f"{where}.metric", "slo_attainment without [slo]", "add [slo] ttft_s, tpot_s")
+        if not (WORKLOADS_FOLDER / f"{gate.workload}.toml").is_file():
+            wrong = f"no file workloads/{gate.workload}.toml"
+            yield Problem(file, f"{where}.workload", wrong, "name a workload that exists")
+            continue
+        try:
+            full = load_workload(gate.workload)
+        except ConfigError as error:
+            yield from error.problems
+            continue
+        if gate.stream and full.steady is None:
+            wrong = f"{gate.workload} has no steady requests"
+            yield Problem(file, f"{where}.stream", wrong, "remove it, or name another workload")
+        workload = full.scaled(**scale.model_dump()) if scale else full
+        if model is not None and scale is not None and workload.tokens > model.max_model_len:
+            wrong = (
+                f"{gate.workload} takes {workload.tokens} tokens here, max_model_len is {model.max_model_len}"
             )
+            yield Problem(file, f"{where}.workload", wrong, "lower [scale] prompt, output or steady")
 
 
 def _node_problems(

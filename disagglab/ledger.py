@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv import KvShape, tokens_from_prefill
@@ -33,6 +33,21 @@ BY_SOURCE = "vllm:prompt_tokens_by_source_total"
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 CACHE_CONFIG = "vllm:cache_config_info"
+METRICS = (
+    BYTES,
+    TRANSFERS,
+    TRANSFER_TIME,
+    FAILED,
+    FAILED_NOTIFICATIONS,
+    EXPIRED,
+    FINISHED,
+    PROMPT_TOKENS,
+    GENERATED,
+    BY_SOURCE,
+    RUNNING,
+    WAITING,
+    CACHE_CONFIG,
+)  # all that a ledger needs of a server
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Sent:
     """One request as the client saw it, tokens.
 
     ``held_by_decode`` and ``held_by_prefill``: how much of the prompt's beginning that server's prefix cache
-    holds, in whole blocks.
+    holds, in whole blocks; where prefill and decode are one server, ``held_by_decode``.
     """
 
     prompt_tokens: int
@@ -176,6 +191,50 @@ def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
     )
 
 
+def with_shared_prefix(
+    topology: Topology, before: Reading, after: Reading, sent: Sequence[Sent], prefix: int, under_way: int
+) -> list[Sent]:
+    """The requests, with what the prefix caches held of a prefix that all of them share.
+
+    How many find the prefix depends on timing, so it is taken from the counters; that it is found whole or
+    not at all, and by all but the first ones, is checked.
+
+    Args:
+        prefix: length of the shared prefix, tokens.
+        under_way: the most requests that were under way at once.
+
+    Raises:
+        InvalidRun: if the hits are no multiple of the prefix's whole blocks, or too few or too many.
+    """
+    book = compare(topology, before, after)
+    held = prefix // _block(topology, after) * _block(topology, after)
+    fresh = sum(request.prompt_tokens for request in sent)
+
+    def hits(what: str, tokens: int, servers: int) -> int:
+        count, rest = divmod(tokens, held) if held else (0, tokens)
+        misses = len(sent) - count
+        if rest or not min(servers, len(sent)) <= misses <= servers * under_way:
+            raise InvalidRun(
+                f"{topology.name}: {what} found {tokens:,} tokens of a shared prefix in its cache: expected"
+                f" {held} for each request but the first {servers} to {servers * under_way} of {len(sent)}"
+            )
+        return count
+
+    servers = len(topology.decode or topology.servers)
+    by_decode = hits("the server that decodes", book.cached_tokens, servers)
+    by_prefill = 0
+    if topology.prefill:
+        by_prefill = hits("prefill", fresh - book.prefill_computed_tokens, len(topology.prefill))
+    return [
+        replace(
+            request,
+            held_by_decode=held * (number < by_decode),
+            held_by_prefill=held * (number < by_prefill),
+        )
+        for number, request in enumerate(sent)
+    ]
+
+
 def expected_bytes(sent: Sequence[Sent], shape: KvShape, block: int, version: str) -> int:
     """Bytes the connector must move for these prompts: the blocks that the decode server does not hold."""
     blocks = layout(shape, block)
@@ -199,7 +258,7 @@ def prove(
     _equal(where, "expired KV leases", book.expired, 0)
     output = sum(request.output_tokens for request in sent)
     prompt = sum(request.prompt_tokens for request in sent)
-    if topology.name == DISAGGREGATED:
+    if topology.kind == DISAGGREGATED:
         _prove_transfer(topology, book, sent, expected_bytes(sent, shape, _block(topology, after), version))
         # the prefill server adds the one token that it generates to finish its part
         _equal(where, "tokens generated", sum(book.generated.values()), output + len(sent))
@@ -207,9 +266,11 @@ def prove(
     _equal(where, "bytes moved by the connector", book.kv_bytes, 0)
     _equal(where, "requests finished", sum(book.finished.values()), len(sent))
     _equal(where, "prompt tokens", sum(book.prompt_tokens.values()), prompt)
-    _equal(where, "prompt tokens computed", book.computed_tokens, prompt)
+    held = sum(request.held_by_decode for request in sent)
+    _equal(where, "prompt tokens held already", book.cached_tokens, held)
+    _equal(where, "prompt tokens computed", book.computed_tokens, prompt - held)
     _equal(where, "tokens generated", sum(book.generated.values()), output)
-    if topology.name == REPLICATED:
+    if topology.kind == REPLICATED:
         share = sorted(book.finished.values())
         if share[-1] - share[0] > 1:
             raise InvalidRun(

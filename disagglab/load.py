@@ -13,23 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from disagglab import trace
 from disagglab.errors import InvalidRun, StartError
 from disagglab.host import LocalHost
 from disagglab.ledger import Ledger, Sent
+from disagglab.looplag import ClientLoad
 from disagglab.process import OwnedProcess
 from disagglab.server import read_tail
 from disagglab.topology import Topology
-from disagglab.workload import Workload
+from disagglab.trace import MAIN, STEADY, arrivals
+from disagglab.workload import CHUNK, Workload
 
 START_DEADLINE_S = 300.0  # imports of vLLM beside two booting servers
 JOB_DEADLINE_S = 1800.0
 POLL_S = 0.1
-PERCENTILE_SAMPLES = {50: 1, 90: 10, 95: 20, 99: 100}  # fewer samples than this: the percentile is not shown
+CLIENT_BOUND = 0.9  # CPU time over wall time of the load engine, which has one thread
+INTERFERENCE_SHARE = 0.75  # of the other requests have to arrive while a steady one decodes
+HASH_SEED = "0"  # the load engine makes a prompt's pieces from Python's hash of their ids
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a workload on a topology. Per-request lists in the order of sending; seconds, tokens."""
+    """One run of a workload on a topology. Per-request lists in the order of sending; seconds, tokens.
+
+    ``start_s``: when each request was sent, from the first of them. ``streams``: which part of the workload
+    it belongs to. ``client``: how busy the load engine was; None if it was not seen.
+    """
 
     topology: str
     workload: Workload
@@ -37,12 +46,14 @@ class Run:
     round: int
     command: str
     duration_s: float
-    client_cpu_share: float
+    client: ClientLoad | None
     ttft_s: tuple[float, ...]
     e2e_s: tuple[float, ...]
     itl_s: tuple[tuple[float, ...], ...]
     prompt_tokens: tuple[int, ...]
     output_tokens: tuple[int, ...]
+    start_s: tuple[float, ...] = ()
+    streams: tuple[str, ...] = ()
     ledger: Ledger | None = None
     invalid: str | None = None
 
@@ -52,42 +63,17 @@ class Run:
         return [Sent(p, o) for p, o in zip(self.prompt_tokens, self.output_tokens, strict=True)]
 
 
-def percentile(samples: Sequence[float], p: int) -> float | None:
-    """The ``p``-th percentile (linear interpolation); None with fewer samples than it takes to know it."""
-    if len(samples) < PERCENTILE_SAMPLES[p]:
-        return None
-    ordered = sorted(samples)
-    rank = (len(ordered) - 1) * p / 100
-    low = int(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
-
-
-def tpot_s(run: Run) -> list[float]:
-    """Time per output token of each request: (E2E - TTFT) / (output tokens - 1), s."""
-    rows = zip(run.e2e_s, run.ttft_s, run.output_tokens, strict=True)
-    return [(e2e - ttft) / (count - 1) for e2e, ttft, count in rows if count > 1]
-
-
-def figures(run: Run) -> dict[str, float | None]:
-    """Run-level figures by metric name: seconds, tokens per second."""
-    gaps = [gap for request in run.itl_s for gap in request]
-    return {
-        "ttft_p50": percentile(run.ttft_s, 50),
-        "tpot_p50": percentile(tpot_s(run), 50),
-        "itl_p50": percentile(gaps, 50),
-        "itl_p99": percentile(gaps, 99),
-        "e2e_p50": percentile(run.e2e_s, 50),
-        "output_tokens_per_s": sum(run.output_tokens) / run.duration_s,
-    }
-
-
 class LoadEngine:
-    """``vllm bench serve``, kept imported in one owned worker process."""
+    """``vllm bench serve``, kept imported in one owned worker process.
 
-    def __init__(self, host: LocalHost, tokenizer: Path, cpus: Sequence[int]) -> None:
+    Args:
+        traces: folder for the trace files that it replays.
+    """
+
+    def __init__(self, host: LocalHost, tokenizer: Path, cpus: Sequence[int], traces: Path) -> None:
         self._host = host
         self._tokenizer = tokenizer
+        self._traces = traces
         self._cpus = cpus
         self._process: OwnedProcess | None = None
 
@@ -95,24 +81,28 @@ class LoadEngine:
         """Start the worker; :meth:`run` waits until it answers."""
         if self._process is None:
             argv = [sys.executable, "-m", "disagglab.loadworker", "load.sock"]
+            environment = {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": HASH_SEED}
             # relative to TMPDIR, since unix socket paths are short
             argv = ["/bin/sh", "-c", 'cd "$TMPDIR" && exec "$@"', "sh", *argv]
-            self._process = self._host.start("load", argv, {"HF_HUB_OFFLINE": "1"}, self._cpus)
+            self._process = self._host.start("load", argv, environment, self._cpus)
 
     def run(self, topology: Topology, workload: Workload, seed: int, number: int = 0) -> Run:
-        """One run; prompts are random, exact in length, and differ with ``seed``.
+        """One run; prompts are random, exact in length, and differ with ``seed``, as do the arrivals.
 
         Raises:
             InvalidRun: if the engine fails, or a request failed or came back with another length.
             StartError: if the worker does not start.
         """
-        options = bench_options(topology, workload, seed, self._tokenizer, secrets.token_hex(4))
-        command = "vllm bench serve " + shlex.join(options)
+        requests = arrivals(workload, seed)
+        path = self._traces / f"{workload.name}.{seed}.{len(requests)}.jsonl"
+        trace.write(path, requests)
+        options = bench_options(topology, workload, path, self._tokenizer, secrets.token_hex(4))
+        command = f"PYTHONHASHSEED={HASH_SEED} vllm bench serve " + shlex.join(options)
         answer = self._ask(options)
         if "error" in answer:
             raise InvalidRun(f"{topology.name}: load engine: {answer['error']}; command: {command}")
-        result = answer["result"]
-        return run_from(result, topology.name, workload, seed, number, command, answer["client_cpu_share"])
+        client = ClientLoad(**answer["client"]) if answer["client"] else None
+        return run_from(answer["result"], topology.name, workload, seed, number, command, client)
 
     def _ask(self, options: list[str]) -> dict[str, Any]:
         self.start()
@@ -138,49 +128,34 @@ class LoadEngine:
         return answer
 
 
-def bench_options(topology: Topology, workload: Workload, seed: int, tokenizer: Path, salt: str) -> list[str]:
-    """Options of ``vllm bench serve`` for one closed-loop run.
+def bench_options(
+    topology: Topology, workload: Workload, trace_file: Path, tokenizer: Path, salt: str
+) -> list[str]:
+    """Options of ``vllm bench serve`` that replay a trace; a closed loop holds requests back by concurrency.
 
-    Every topology gets the same prompts within a round. ``salt`` keeps one run's prefix cache from serving
+    Every topology gets the same trace within a round. ``salt`` keeps one run's prefix cache from serving
     another's.
     """
-    return [
-        "--backend",
-        "openai",
-        "--base-url",
-        topology.router.url,
-        "--endpoint",
-        "/v1/completions",
-        "--model",
-        topology.served_name,
-        "--tokenizer",
-        str(tokenizer),
-        "--dataset-name",
-        "random",
-        "--random-input-len",
-        str(workload.prompt_tokens),
-        "--random-output-len",
-        str(workload.output_tokens),
-        "--num-prompts",
-        str(workload.requests),
-        "--max-concurrency",
-        str(workload.concurrency),
-        "--seed",
-        str(seed),
-        "--ignore-eos",
-        "--temperature",
-        "0",
-        "--ready-check-timeout-sec",
-        "0",
-        "--disable-tqdm",
-        "--percentile-metrics",
-        "ttft,tpot,itl,e2el",
-        "--metric-percentiles",
-        "50,90,99",
-        "--save-detailed",
-        "--extra-body",
-        json.dumps({"cache_salt": salt}),
-    ]
+    values: dict[str, object] = {
+        "backend": "openai",
+        "base-url": topology.router.url,
+        "endpoint": "/v1/completions",
+        "model": topology.served_name,
+        "tokenizer": tokenizer,
+        "dataset-name": "timed_trace",
+        "dataset-path": trace_file,
+        "timed-trace-chunk-hash-size": CHUNK,
+        "num-prompts": workload.total_requests,
+        "temperature": 0,
+        "ready-check-timeout-sec": 0,
+        "percentile-metrics": "ttft,tpot,itl,e2el",
+        "metric-percentiles": "50,90,99",
+        "extra-body": json.dumps({"cache_salt": salt}),
+    }
+    if workload.concurrency is not None:
+        values["max-concurrency"] = workload.concurrency
+    options = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return [*options, "--ignore-eos", "--disable-tqdm", "--save-detailed"]
 
 
 def run_from(
@@ -190,36 +165,67 @@ def run_from(
     seed: int,
     number: int,
     command: str,
-    cpu_share: float,
+    client: ClientLoad | None,
 ) -> Run:
     """Build a :class:`Run` from the JSON of ``vllm bench serve``.
 
     Raises:
-        InvalidRun: if a request failed, is missing, or has another length than asked for.
+        InvalidRun: if a request failed, is missing, or has another length than asked for; if the steady
+            requests of the workload were over before most of the others came.
     """
+    requests = arrivals(workload, seed)
     errors = [error for error in result["errors"] if error]
-    if errors or result["failed"] or result["completed"] != workload.requests:
+    if errors or result["failed"] or result["completed"] != len(requests):
         raise InvalidRun(
-            f"{topology}: {result['completed']} of {workload.requests} requests completed,"
+            f"{topology}: {result['completed']} of {len(requests)} requests completed,"
             f" {result['failed']} failed;"
             f" first error: {errors[0][:300] if errors else 'none reported'}; command: {command}"
         )
-    wrong = [n for n in result["output_lens"] if n != workload.output_tokens]
-    if wrong:
+    for what, asked, got in (
+        ("prompts", [one.prompt_tokens for one in requests], result["input_lens"]),
+        ("answers", [one.output_tokens for one in requests], result["output_lens"]),
+    ):
+        if asked != list(got):
+            raise InvalidRun(
+                f"{topology}: {what} of {sorted(set(got))} tokens, {sorted(set(asked))} were asked for"
+            )
+    if client is not None and client.cpu_share > CLIENT_BOUND:
         raise InvalidRun(
-            f"{topology}: answers of {sorted(set(wrong))} tokens, {workload.output_tokens} were asked for"
+            f"{topology}: the load engine was busy {client.cpu_share:.0%} of the time, so it is what was"
+            " measured; lower the workload's concurrency or rate, or give it a core of its own"
+            " ([controller] cpus)"
         )
-    return Run(
+    first = min(result["start_times"])
+    run = Run(
         topology=topology,
         workload=workload,
         seed=seed,
         round=number,
         command=command,
         duration_s=float(result["duration"]),
-        client_cpu_share=cpu_share,
+        client=client,
         ttft_s=tuple(result["ttfts"]),
         e2e_s=tuple(result["latencies"]),
         itl_s=tuple(tuple(gaps) for gaps in result["itls"]),
         prompt_tokens=tuple(result["input_lens"]),
         output_tokens=tuple(result["output_lens"]),
+        start_s=tuple(start - first for start in result["start_times"]),
+        streams=tuple(one.stream for one in requests),
     )
+    if workload.steady is not None:
+        _require_interference(run)
+    return run
+
+
+def _require_interference(run: Run) -> None:
+    """Refuse a run whose steady requests did not decode while the others arrived."""
+    rows = list(zip(run.streams, run.start_s, run.ttft_s, run.e2e_s, strict=True))
+    begin = min(start + ttft for stream, start, ttft, _ in rows if stream == STEADY)
+    end = max(start + e2e for stream, start, _, e2e in rows if stream == STEADY)
+    others = [start for stream, start, _, _ in rows if stream == MAIN]
+    met = sum(begin <= start <= end for start in others)
+    if met < INTERFERENCE_SHARE * len(others):
+        raise InvalidRun(
+            f"{run.topology}: {met} of {len(others)} prompts arrived while a steady request decoded"
+            f" ({begin:.1f} to {end:.1f} s); raise [scale] steady or rate in the lab file"
+        )

@@ -2,7 +2,7 @@
 
 Run as a program: ``python -m disagglab.loadworker SOCKET``. It listens on a unix socket; a connection sends
 one JSON line with the options of ``vllm bench serve`` and gets one JSON line back: its result, as vLLM
-computed it.
+computed it, and how busy this process was meanwhile.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import socket
 import sys
-import time
 import traceback
+from collections.abc import Awaitable
+from dataclasses import asdict
 from typing import Any
 
+from disagglab.looplag import LoopLag
 
-def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+
+async def _watched(job: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    async with LoopLag().watch() as lag:
+        result = await job
+    starts = [start for start in result["start_times"] if start]  # perf_counter, as the samples
+    load = lag.between(min(starts), min(starts) + result["duration"]) if starts else None
+    return {"result": result, "client": asdict(load) if load else None}
 
 
 def serve(path: str) -> None:
@@ -40,15 +45,11 @@ def serve(path: str) -> None:
         connection, _ = listener.accept()
         with connection, connection.makefile("rwb") as stream, contextlib.suppress(BrokenPipeError):
             options = json.loads(stream.readline())
-            start, cpu = time.perf_counter(), _cpu_s()
             try:
-                result: dict[str, Any] = asyncio.run(main_async(parser.parse_args(options)))
+                answer: dict[str, Any] = asyncio.run(_watched(main_async(parser.parse_args(options))))
             except (Exception, SystemExit) as error:  # noqa: BLE001 - the answer carries it to who asked
                 traceback.print_exc()
-                answer: dict[str, Any] = {"error": f"{type(error).__name__}: {error}"}
-            else:
-                wall = time.perf_counter() - start
-                answer = {"result": result, "client_cpu_share": (_cpu_s() - cpu) / wall}
+                answer = {"error": f"{type(error).__name__}: {error}"}
             stream.write(json.dumps(answer, default=float).encode() + b"\n")
 
 

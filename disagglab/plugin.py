@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from disagglab import fingerprint, report
-from disagglab.errors import ConfigError, LabError
+from disagglab import fingerprint, release, report
+from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.lab import load_lab
 from disagglab.recorder import VIRTUAL_CLOCK
 from disagglab.report import Claim
@@ -54,6 +54,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-rounds", type=int, default=0, help="go on to so many rounds while a gate is undecided"
     )
+    group.addoption("--vllm", metavar="X.Y.Z", help="serve with this vLLM version instead of the lab's")
+    group.addoption(
+        "--against", metavar="X.Y.Z", help="also serve with this vLLM version, and compare the two"
+    )
     group.addoption(
         "--dedicated", action="store_true", help="also measure on servers without any KV connector"
     )
@@ -77,16 +81,32 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _tests_lab(config):
         return
     try:
-        lab = load_lab(config.getoption("--lab"))
+        lab = _chosen_lab(config)
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[SESSION] = _open_session(config, lab)
 
 
+def _chosen_lab(config: pytest.Config) -> Lab:
+    """The lab file with the releases that were asked for, each of them checked to be here."""
+    lab = load_lab(config.getoption("--lab"))
+    asked, against = config.getoption("--vllm"), config.getoption("--against")
+    if asked:
+        lab = release.with_release(lab, asked)
+        release.require(lab, "--vllm")
+    if against:
+        release.require(release.with_release(lab, against), "--against")
+        release.require_room(lab)
+        if against == lab.vllm.version:
+            wrong = f"{against} is what the lab serves already"
+            raise ConfigError([Problem(lab.file, "--against", wrong, "name another version")])
+    return lab
+
+
 def _open_session(config: pytest.Config, lab: Lab) -> Session:
     run_id = new_run_id()
     store = Store.create(REPORTS_FOLDER, run_id)
-    print_key = fingerprint.fingerprint()
+    print_key = fingerprint.fingerprint(lab.vllm.version)
     options = config.option
     options.htmlpath = options.htmlpath or str(store.folder / "report.html")
     options.self_contained_html = True
@@ -104,6 +124,8 @@ def _open_session(config: pytest.Config, lab: Lab) -> Session:
     store.write_meta(
         command=shlex.join(["pytest", *config.invocation_params.args]),
         lab=lab.name,
+        vllm=lab.vllm.version,
+        against=config.getoption("--against") or "",
         lab_file=Path(lab.file).read_text(),
         model=lab.model.id,
         commit=fingerprint.commit(),
@@ -118,6 +140,7 @@ def _open_session(config: pytest.Config, lab: Lab) -> Session:
         rounds=rounds,
         max_rounds=config.getoption("--max-rounds"),
         dedicated=config.getoption("--dedicated"),
+        against=config.getoption("--against") or "",
         terminal=os.fdopen(os.dup(2), "w"),
         uncaptured=capture.global_and_fixture_disabled if capture else contextlib.nullcontext,
     )

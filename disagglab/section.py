@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from disagglab.vllm_plugin import DELAY_VARIABLE
+from disagglab.workload import Workload, load_workload
 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
 
@@ -38,6 +39,9 @@ class VllmSection(Section):
     """How ``vllm serve`` is started."""
 
     version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="the vLLM version this lab is meant for")
+    environments: dict[str, str] = Field(
+        default={}, description="Python, or environment folder, by vLLM version, for --vllm and --against"
+    )
     args: dict[str, str | int | float | bool] = Field(default={}, description="further options, without --")
     env: dict[str, str] = Field(default={}, description="further environment of every server")
     stall_s: float = Field(
@@ -132,19 +136,53 @@ class MemorySection(Section):
     floor_gib: float = Field(ge=0, description="MemAvailable that one server's start needs, GiB")
 
 
+class ScaleSection(Section):
+    """What the full-size figures of the workloads are multiplied by on this lab."""
+
+    prompt: float = Field(1, gt=0, description="factor of prompt lengths")
+    output: float = Field(1, gt=0, description="factor of answer lengths")
+    requests: float = Field(1, gt=0, description="factor of requests and concurrency")
+    rate: float = Field(1, gt=0, description="factor of arrival rates")
+    steady: float = Field(1, gt=0, description="factor of the answer lengths of steady requests")
+
+
+class SloSection(Section):
+    """The service level objective: a request is good if it meets both limits."""
+
+    ttft_s: float = Field(gt=0, description="longest time to first token, s")
+    tpot_s: float = Field(gt=0, description="longest time per output token, s")
+
+
 class GateSection(Section):
     """A verdict that this lab asks for."""
 
-    metric: Literal["ttft_p50", "tpot_p50", "itl_p99", "e2e_p50", "output_tokens_per_s"] = Field(
-        description="run-level figure that is compared"
+    metric: Literal[
+        "ttft_p50",
+        "tpot_p50",
+        "itl_p99",
+        "e2e_p50",
+        "output_tokens_per_s",
+        "slo_attainment",
+        "transfer_share_of_ttft",
+    ] = Field(description="run-level figure that is compared")
+    stream: Literal["", "main", "steady"] = Field(
+        "", description="whose requests, in a workload with steady ones; empty: all"
     )
     workload: str = Field(description="name of a file in workloads/")
-    baseline: Literal["single", "replicated"] = Field(
-        description="what disaggregated serving is compared with"
+    baseline: Literal["single", "replicated"] | None = Field(
+        None, description="what disaggregated serving is compared with"
+    )
+    limit: float | None = Field(
+        None, gt=0, description="in place of a baseline: a value that is compared with"
     )
     want: Literal["better", "not worse"] = Field(description="what the interval must show")
     margin: float = Field(gt=0, lt=1, description="differences below this share count as equivalent")
     enforce: bool = Field(True, description="false: shown, never a failure")
+
+    @property
+    def figure(self) -> str:
+        """The figure as reports name it."""
+        return f"{self.metric} ({self.stream})" if self.stream else self.metric
 
 
 class Lab(Section):
@@ -161,6 +199,8 @@ class Lab(Section):
     router: RouterSection
     ports: PortsSection
     memory: MemorySection
+    scale: ScaleSection = ScaleSection()
+    slo: SloSection | None = None
     gates: tuple[GateSection, ...]
 
     @property
@@ -178,6 +218,14 @@ class Lab(Section):
         """Tokens per KV cache block that its servers will use, as vLLM chooses; they report the real one."""
         by_platform = GPU_BLOCK_SIZE if any(node.gpus for node in self.nodes) else CPU_BLOCK_SIZE
         return int(self.vllm.args.get("block-size", by_platform))
+
+    def workload(self, name: str) -> Workload:
+        """A file of workloads/, scaled to this lab.
+
+        Raises:
+            ConfigError: with every problem of the file.
+        """
+        return load_workload(name).scaled(**self.scale.model_dump())
 
     def transfer_variables(self, node: NodeSection) -> dict[str, str]:
         """The environment that decides how NIXL and UCX move data to and from a node."""

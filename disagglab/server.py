@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from disagglab import release
 from disagglab.errors import InvalidRun, StartError
 from disagglab.host import LocalHost
 from disagglab.metrics import Snapshot, scrape
@@ -93,6 +93,7 @@ class ServerPlan:
     env: Mapping[str, str]
     port: int
     connector: bool
+    tag: str = ""
 
     @property
     def url(self) -> str:
@@ -102,7 +103,7 @@ class ServerPlan:
     @property
     def process_name(self) -> str:
         """Name of its process, lease and log."""
-        return f"vllm-{self.node.name}" + ("" if self.connector else "-dedicated")
+        return f"vllm-{self.node.name}" + ("" if self.connector else "-dedicated") + self.tag
 
     @property
     def command(self) -> str:
@@ -112,11 +113,22 @@ class ServerPlan:
 
 
 def plan_server(
-    lab: Lab, node: NodeSection, model: Model, served_name: str, port: int, side_channel_port: int | None
+    lab: Lab,
+    node: NodeSection,
+    model: Model,
+    served_name: str,
+    port: int,
+    side_channel_port: int | None,
+    tag: str = "",
 ) -> ServerPlan:
-    """Work out one server's command. ``side_channel_port``: None for a server without any connector."""
+    """Work out one server's command.
+
+    Args:
+        side_channel_port: None for a server without any connector.
+        tag: tells its process from another deployment's.
+    """
     argv = [
-        sys.executable,
+        release.python_of(lab),
         "-m",
         "vllm.entrypoints.cli.main",
         "serve",
@@ -164,7 +176,7 @@ def plan_server(
         env.update(lab.transfer_variables(node))
     env.update(lab.vllm.env)
     env.update(node.env)
-    return ServerPlan(node, served_name, tuple(argv), env, port, side_channel_port is not None)
+    return ServerPlan(node, served_name, tuple(argv), env, port, side_channel_port is not None, tag)
 
 
 @dataclass

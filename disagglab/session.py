@@ -33,6 +33,7 @@ class Session:
     rounds: int
     max_rounds: int
     dedicated: bool
+    against: str
     terminal: TextIO
     uncaptured: Callable[[], contextlib.AbstractContextManager[None]]
     modules: dict[str, Module] = field(default_factory=dict)

@@ -56,6 +56,7 @@ class Plot:
 @dataclass(frozen=True)
 class VerdictRow:
     """One verdict as the report shows it. ``gate``: pass, fail, or what keeps it from being either.
+    ``saturated``: runs of the two arms that fell behind their arrivals.
 
     ``noise_floor``: half width of the interval between two identical arms, ratio - 1. ``p_adjusted``: of
     the gate's hypothesis, after Holm; None for a pair that no gate asks for.
@@ -77,16 +78,30 @@ class VerdictRow:
     gate: str
     reason: str
     noise_floor: float | None = None
+    saturated: int = 0
     p_adjusted: float | None = None
     p_sign_flip: float | None = None
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One run-level figure of one arm, a value a valid round; what trends over sessions are made of."""
+
+    workload: str
+    arm: str
+    metric: str
+    unit: str
+    better: str
+    values: tuple[float, ...]
 
 
 @dataclass
 class Store:
     """The folder of one run.
 
-    ``records.jsonl``, ``plots.jsonl``, ``verdicts.jsonl``: appended as they are made. ``runs/``: raw
-    per-request results. ``logs/``: of every process. ``run.json``: lab, commands, versions, fingerprint.
+    ``records.jsonl``, ``plots.jsonl``, ``verdicts.jsonl``, ``figures.jsonl``: appended as they are made.
+    ``runs/``: raw per-request results. ``traces/``: what the load engine replayed. ``logs/``: of every
+    process. ``run.json``: lab, commands, versions, fingerprint.
     """
 
     folder: Path
@@ -110,8 +125,8 @@ class Store:
         """Folder for the logs of started processes."""
         return self.folder / "logs"
 
-    def add(self, item: Record | Plot | VerdictRow) -> None:
-        """Keep a record, plot or verdict, on disk at once."""
+    def add(self, item: Record | Plot | VerdictRow | FigureRow) -> None:
+        """Keep a record, plot, verdict or figure, on disk at once."""
         match item:
             case Record():
                 self.records.append(item)
@@ -122,6 +137,8 @@ class Store:
             case VerdictRow():
                 self.verdicts.append(item)
                 name = "verdicts"
+            case FigureRow():
+                name = "figures"
         with open(self.folder / f"{name}.jsonl", "a") as stream:
             stream.write(json.dumps(asdict(item)) + "\n")
 

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagglab import boot
+from disagglab import boot, release
 from disagglab.host import LocalHost
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
@@ -25,9 +25,14 @@ SINGLE_AGAIN = "single-again"  # the same servers and router as SINGLE: what dif
 
 @dataclass(frozen=True)
 class Topology:
-    """One way of serving. Requests go to ``router.url``; ``servers`` are those that take part."""
+    """One way of serving. Requests go to ``router.url``; ``servers`` are those that take part.
+
+    ``kind``: one of TOPOLOGIES; ``name``: how this one is told from others of its kind. ``version``: of vLLM.
+    """
 
     name: str
+    kind: str
+    version: str
     router: Router
     servers: tuple[VllmServer, ...]
     prefill: tuple[VllmServer, ...] = ()
@@ -50,6 +55,7 @@ class Deployment:
     Args:
         connector: False starts plain servers without any KV connector (``--dedicated``).
         nodes: the nodes to start; all of the lab's by default.
+        tag: tells its topologies, processes and logs from those of another deployment, as in ``@0.30.0``.
     """
 
     def __init__(
@@ -59,11 +65,13 @@ class Deployment:
         model: Model,
         connector: bool = True,
         nodes: Sequence[NodeSection] | None = None,
+        tag: str = "",
     ) -> None:
         self.host = host
         self.lab = lab
         self.model = model
         self.connector = connector
+        self.tag = tag
         self.nodes = tuple(nodes or lab.nodes)
         self.served_name = f"{model.name}-{secrets.token_hex(4)}"
         self.servers: tuple[VllmServer, ...] = ()
@@ -82,15 +90,17 @@ class Deployment:
         for node in self.nodes:
             port = self.host.reserve_port(node.address)
             side_channel = self.host.reserve_port(node.kv_address) if self.connector else None
-            plan = plan_server(self.lab, node, self.model, self.served_name, port, side_channel)
+            plan = plan_server(self.lab, node, self.model, self.served_name, port, side_channel, self.tag)
             ports = [port] if side_channel is None else [port, side_channel]
             started.append(VllmServer.start(self.host, self.lab, plan, ports))
         self.servers = tuple(started)
         boot.wait_ready(self.servers, self.lab, line)
+        for server in self.servers:
+            release.require_served(server.name, server.url, self.lab.vllm.version)
         return self
 
     def topology(self, name: str) -> Topology:
-        """A topology on these servers; its router is started when first asked for.
+        """A topology on these servers, by its kind; its router is started when first asked for.
 
         Raises:
             StartError: if the router does not come up.
@@ -102,12 +112,14 @@ class Deployment:
     def _route(self, name: str) -> Topology:
         prefill = tuple(server for server in self.servers if server.plan.node.role == "prefill")
         decode = tuple(server for server in self.servers if server.plan.node.role == "decode")
-        label = name if self.connector else f"{name}-dedicated"
+        version = self.lab.vllm.version
+        label = (name if self.connector else f"{name}-dedicated") + self.tag
         if name == DISAGGREGATED:
             router = start_router(self.host, self.lab, label, prefill=prefill, decode=decode)
-            return Topology(name, router, self.servers, prefill, decode)
+            return Topology(name + self.tag, name, version, router, self.servers, prefill, decode)
         servers = prefill[:1] if name == SINGLE else self.servers
-        return Topology(name, start_router(self.host, self.lab, label, workers=servers), servers)
+        router = start_router(self.host, self.lab, label, workers=servers)
+        return Topology(name + self.tag, name, version, router, servers)
 
     def stop(self) -> None:
         """End routers and servers of this deployment."""

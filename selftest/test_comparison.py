@@ -13,27 +13,45 @@ from disagglab import comparison
 from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.errors import InvalidRun
 from disagglab.lab import load_lab
+from disagglab.ledger import Ledger
 from disagglab.load import Run
 from disagglab.section import Lab
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
-from disagglab.workload import Workload, load_workload
+from disagglab.trace import arrivals
+from disagglab.workload import Workload
 
+LAB = load_lab("embedded")
 BASE_S = {SINGLE_AGAIN: 1.0, SINGLE: 1.0, REPLICATED: 1.0, DISAGGREGATED: 0.5}
 
 
 def run(topology: str, workload: Workload, number: int, scale: float = 1.0) -> Run:
     """A run whose every time is the topology's base, a little different from round to round."""
     seconds = BASE_S[topology] * scale * (1 + 0.01 * number)
-    count = workload.requests
+    requests = arrivals(workload, 1)
+    count = len(requests)
+    moved = 0.1 * seconds * count if topology == DISAGGREGATED else 0.0
     return Run(
-        topology, workload, 1, number, "vllm bench serve", 10.0, 0.1,
+        topology, workload, 1, number, "vllm bench serve", 10.0, None,
         ttft_s=(seconds,) * count,
         e2e_s=(2 * seconds,) * count,
         itl_s=((seconds / 10,) * 60,) * count,
-        prompt_tokens=(workload.prompt_tokens,) * count,
-        output_tokens=(workload.output_tokens,) * count,
+        prompt_tokens=tuple(one.prompt_tokens for one in requests),
+        output_tokens=tuple(one.output_tokens for one in requests),
+        start_s=tuple(one.arrival_s for one in requests),
+        streams=tuple(one.stream for one in requests),
+        ledger=book(transfers=count if moved else 0, transfer_s=moved),
     )  # fmt: skip
+
+
+def book(transfers: int, transfer_s: float) -> Ledger:
+    """A ledger of which only the transfers matter."""
+    return Ledger({}, {}, {}, 0, transfers, transfer_s, 0, 0, 0, 0, 0, 0)
+
+
+def gated_workloads(lab: Lab) -> list[Workload]:
+    """The workloads of the lab's gates."""
+    return [lab.workload(name) for name in dict.fromkeys(gate.workload for gate in lab.gates)]
 
 
 @pytest.fixture
@@ -54,7 +72,7 @@ def test_rounds_are_interleaved_and_mirrored(monkeypatch: pytest.MonkeyPatch, tm
     arms: list[Any] = [SimpleNamespace(name=name) for name in TOPOLOGIES]
     store = Store.create(tmp_path, "run")
     none: Any = None
-    found = run_rounds(none, arms, [load_workload("chat")], 2, store, none, "0.31.0", lambda _: None)
+    found = run_rounds(none, arms, [LAB.workload("chat")], 2, store, none, lambda _: None)
     names = [(number, name) for number, name, _ in seen]
     assert names == [
         *((comparison.WARM_UP_ROUND, name) for name in TOPOLOGIES),
@@ -72,13 +90,13 @@ def test_rounds_are_interleaved_and_mirrored(monkeypatch: pytest.MonkeyPatch, tm
 def test_gates_become_verdicts(lab: Lab) -> None:
     """A disaggregated p99 ITL at half of the replicated one, in three rounds, meets the gate."""
     runs = [
-        run(name, load_workload(gate.workload), number)
-        for gate in lab.gates
+        run(name, workload, number)
+        for workload in gated_workloads(lab)
         for name in TOPOLOGIES
         for number in range(3)
     ]
-    rows = verdict_rows(Comparison(runs), lab)
-    assert [row.metric for row in rows] == [gate.metric for gate in lab.gates]
+    rows = verdict_rows(Comparison(runs, LAB.slo), lab)
+    assert [row.metric for row in rows] == [gate.figure for gate in lab.gates]
     assert rows[0].outcome == "better"
     assert rows[0].effect == pytest.approx(-0.5)
     assert rows[0].gate.startswith("met")
@@ -88,18 +106,19 @@ def test_gates_become_verdicts(lab: Lab) -> None:
 def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
     """The A/A pair of every gated figure has a row of its own and a floor beside the gate's."""
     runs = [
-        run(name, load_workload(workload), number, scale)
-        for workload in dict.fromkeys(gate.workload for gate in lab.gates)
+        run(name, workload, number, scale)
+        for workload in gated_workloads(lab)
         for name in (*TOPOLOGIES, SINGLE_AGAIN)
         for number, scale in enumerate((1.0, 1.02, 0.99) if name == SINGLE_AGAIN else (1.0,) * 3)
     ]
-    rows = verdict_rows(Comparison(runs), lab)
+    rows = verdict_rows(Comparison(runs, LAB.slo), lab)
     gated, identical = rows[: len(lab.gates)], rows[len(lab.gates) :]
-    assert [(row.workload, row.metric) for row in identical] == [(g.workload, g.metric) for g in lab.gates]
+    compared = [(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None]
+    assert [(row.workload, row.metric) for row in identical] == compared
     assert {(row.candidate, row.baseline) for row in identical} == {(SINGLE_AGAIN, SINGLE)}
     assert all(row.p_adjusted is None and row.gate.startswith("A/A") for row in identical)
     floors = {row.metric: row.noise_floor for row in gated}
-    assert floors["itl_p99"] == pytest.approx(floors["ttft_p50"])
+    assert floors["itl_p99 (steady)"] == pytest.approx(floors["ttft_p50"])
     assert floors["ttft_p50"] is not None
     assert 0 < floors["ttft_p50"] < 0.05
     assert floors["output_tokens_per_s"] == 0, "all made-up runs last as long"
@@ -109,16 +128,16 @@ def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
 def test_a_family_of_gates_is_corrected(lab: Lab) -> None:
     """A gate that alone would be met with p just below 0.05 is not met among three."""
     runs = []
-    for gate in lab.gates:
+    for workload in gated_workloads(lab):
         for name in TOPOLOGIES:
             for number in range(3):
                 noise = (1.0, 1.72, 1.0)[number] if name == DISAGGREGATED else 1.0
-                runs.append(run(name, load_workload(gate.workload), number, noise))
+                runs.append(run(name, workload, number, noise))
     alone = lab.model_copy(update={"gates": lab.gates[:1]})
-    (row,) = verdict_rows(Comparison(runs), alone)
+    (row,) = verdict_rows(Comparison(runs, LAB.slo), alone)
     assert row.p_adjusted is not None
     assert 0.05 / 3 < row.p_adjusted <= 0.2
-    first = verdict_rows(Comparison(runs), lab)[0]
+    first = verdict_rows(Comparison(runs, LAB.slo), lab)[0]
     assert first.p_adjusted is not None
     assert first.p_adjusted > row.p_adjusted
 
@@ -127,13 +146,13 @@ def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_
     """Up to the cap, and of the open workloads only; without a cap never."""
     monkeypatch.setattr(comparison, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
     arms: list[Any] = [SimpleNamespace(name=SINGLE)]
-    workloads = [load_workload("chat"), load_workload("one-user")]
+    workloads = [LAB.workload("chat"), LAB.workload("one-user")]
     none: Any = None
 
     def counts(cap: int, name: str) -> dict[str, int]:
         store = Store.create(tmp_path, name)
         options = {"cap": cap, "open_workloads": lambda found: {"chat"} if len(found.runs) < 7 else set()}
-        found = run_rounds(none, arms, workloads, 2, store, none, "0.31.0", lambda _: None, **options)
+        found = run_rounds(none, arms, workloads, 2, store, none, lambda _: None, **options)
         return {w.name: len(found.valid(w.name, SINGLE)) for w in workloads}
 
     assert counts(0, "none") == {"chat": 2, "one-user": 2}
@@ -143,10 +162,10 @@ def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_invalid_runs_are_kept_and_never_aggregated(lab: Lab) -> None:
     """An invalid run takes its whole round out of the pairs, and is still listed with its reason."""
-    workload = load_workload("chat")
+    workload = LAB.workload("chat")
     runs = [run(name, workload, number) for name in (REPLICATED, DISAGGREGATED) for number in range(3)]
     runs[1] = replace(run(REPLICATED, workload, 1, scale=1000), invalid="no proof")
-    found = Comparison(runs)
+    found = Comparison(runs, LAB.slo)
     assert len(found.pairs("chat", REPLICATED, DISAGGREGATED, "ttft_p50")) == 2
     assert max(found.values("chat", REPLICATED, "ttft_p50")) < 2
     assert [bad.invalid for bad in found.invalid()] == ["no proof"]
@@ -155,12 +174,12 @@ def test_invalid_runs_are_kept_and_never_aggregated(lab: Lab) -> None:
 def test_no_valid_pair_is_an_error(lab: Lab) -> None:
     """A gate without a single pair of valid runs cannot be answered, and says so."""
     with pytest.raises(InvalidRun, match="no valid pair"):
-        verdict_rows(Comparison([]), lab)
+        verdict_rows(Comparison([], LAB.slo), lab)
 
 
 def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed proof marks the run; the figures that it measured stay with it."""
-    workload = load_workload("chat")
+    workload = LAB.workload("chat")
     whole = run(SINGLE, workload, 0)
 
     def refuse(*_: Any) -> None:
@@ -170,8 +189,62 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(comparison.ledger, "settle", lambda *_: None)
     monkeypatch.setattr(comparison.ledger, "prove", refuse)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
-    topology: Any = SimpleNamespace(name=SINGLE)
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
     none: Any = None
-    measured = comparison.measure(engine, topology, workload, 1, 0, none, "0.31.0")
+    measured = comparison.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid == "counters do not add up"
     assert measured.ttft_s == whole.ttft_s
+
+
+def versions(scale: float) -> Comparison:
+    """Two releases on three workloads in six rounds; the lab's takes ``scale`` times as long."""
+    runs = []
+    for workload in gated_workloads(LAB):
+        for kind in (SINGLE, DISAGGREGATED):
+            for number in range(6):
+                noise = 1 + 0.004 * (number % 3)
+                runs.append(run(kind, workload, number, scale * noise))
+                runs.append(replace(run(kind, workload, number), topology=f"{kind}@0.30.0"))
+    return Comparison(runs, LAB.slo)
+
+
+def test_a_slower_release_is_found_worse() -> None:
+    """+20 % on every time is found on every time, for both topologies, and not on what did not change."""
+    rows = verdict_rows_by_figure(versions(1.2))
+    assert {state for (_, metric), (_, state) in rows.items() if metric == "ttft_p50"} == {
+        "found worse (not enforced)"
+    }
+    assert {outcome for (_, metric), (outcome, _) in rows.items() if "itl" in metric} == {"worse"}
+
+
+def test_an_equal_release_is_no_regression() -> None:
+    """Half a percent of noise is inside every margin."""
+    rows = verdict_rows_by_figure(versions(1.0))
+    assert {state for _, state in rows.values()} == {"no regression found"}
+    assert len(rows) == 2 * len([gate for gate in LAB.gates if gate.limit is None])
+
+
+def verdict_rows_by_figure(found: Comparison) -> dict[tuple[str, str], tuple[str, str]]:
+    """(outcome, gate) by candidate and figure."""
+    rows = comparison.version_rows(found, LAB, "0.30.0")
+    assert all(row.baseline == f"{row.candidate}@0.30.0" for row in rows)
+    return {(row.candidate, row.metric): (row.outcome, row.gate) for row in rows}
+
+
+def test_every_figure_is_kept_for_trends() -> None:
+    """A row a workload, arm and figure, with one value a round; those of a stream under its name."""
+    rows = comparison.figure_rows(versions(1.0))
+    assert {len(row.values) for row in rows} == {6}
+    names = {row.metric for row in rows if row.workload == "long-prompts-into-steady-decode"}
+    assert {"itl_p99", "itl_p99 (steady)", "ttft_p50 (main)", "slo_attainment"} <= names
+    assert "slo_attainment (steady)" not in names
+    shares = {row.arm for row in rows if row.metric == "transfer_share_of_ttft"}
+    assert shares == {DISAGGREGATED, f"{DISAGGREGATED}@0.30.0"}
+
+
+def test_the_warm_up_fills_every_place() -> None:
+    """As many requests at once as the fullest workload has, in a closed loop, with prompts of its own."""
+    warm = comparison.warm_up_of([LAB.workload("one-user"), LAB.workload("long-prompts-into-steady-decode")])
+    assert warm.concurrency == warm.requests == 6
+    assert warm.rate_per_s is None
+    assert warm.steady is None

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, ledger, load, metrics, modelconfig
+from disagglab import attention, figures, ledger, load, metrics, modelconfig
 from disagglab.errors import InvalidRun, LabError
 from disagglab.metrics import parse
 from disagglab.store import Store
@@ -39,6 +39,7 @@ def bench_result(completed: int, failed: int = 0, **changes: Any) -> dict[str, A
         "latencies": [8.0] * count,
         "itls": [[0.07] * 127] * count,
         "input_lens": [256] * count,
+        "start_times": [0.0] * count,
         "output_lens": [128] * count,
     }
     return {**made, **changes}
@@ -47,7 +48,7 @@ def bench_result(completed: int, failed: int = 0, **changes: Any) -> dict[str, A
 def run_from(result: dict[str, Any], requests: int) -> load.Run:
     """What the suite makes of it."""
     workload = Workload(name="w", prompt_tokens=256, output_tokens=128, concurrency=8, requests=requests)
-    return load.run_from(result, "replicated", workload, 1, 0, "vllm bench serve", 0.1)
+    return load.run_from(result, "replicated", workload, 1, 0, "vllm bench serve", None)
 
 
 def test_1_a_server_that_was_ready_at_once() -> None:
@@ -55,7 +56,7 @@ def test_1_a_server_that_was_ready_at_once() -> None:
     case = KNOWN_BAD["ready_at_once"]
     before, after = (ledger.Reading({}, {"a": Process(pid, 1)}) for pid in (case["old_pid"], case["new_pid"]))
     with pytest.raises(InvalidRun, match="processes changed"):
-        ledger.compare(Topology(SINGLE, None, ()), before, after)  # type: ignore[arg-type]
+        ledger.compare(Topology(SINGLE, SINGLE, "0.31.0", None, ()), before, after)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", KNOWN_BAD["throughput_of_errors"], ids=lambda case: case["arm"])
@@ -70,7 +71,7 @@ def test_2_throughput_of_a_run_that_failed(case: dict[str, Any]) -> None:
 
 def test_3_a_percentile_of_one_sample() -> None:
     """TTFT mean = P95 = 612.6 ms, because n = 1: below 20 samples there is no P95."""
-    assert load.percentile([KNOWN_BAD["p95_of_one"]["ttft_ms"]], 95) is None
+    assert figures.percentile([KNOWN_BAD["p95_of_one"]["ttft_ms"]], 95) is None
 
 
 def test_4_a_factor_from_one_run() -> None:
@@ -86,7 +87,7 @@ def test_5_two_definitions_of_latency() -> None:
     batch = bench_result(8, latencies=[case["batch_s"]] * 8, duration=case["batch_s"])
     published = case["batch_s"] / 8 * 1000
     assert published == pytest.approx(case["published_ms"], rel=0.001)
-    assert load.figures(run_from(batch, 8))["e2e_p50"] == case["batch_s"]
+    assert figures.figures(run_from(batch, 8))["e2e_p50"] == case["batch_s"]
 
 
 def test_6_tokens_that_were_not_made() -> None:

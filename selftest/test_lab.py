@@ -82,6 +82,21 @@ BROKEN = {
     "gate on an unknown metric": (
         broken(gate__0__metric="mean"), "gate[0].metric", "correct the value of metric",
     ),
+    "gate without a baseline": (broken(gate__0__baseline=...), "gate[0]", "limit = 0.1"),
+    "gate with baseline and limit": (broken(gate__0__limit=0.5), "gate[0]", "limit = 0.1"),
+    "one gate twice": (
+        broken(gate__1__metric="itl_p99", gate__1__stream="steady", gate__1__baseline="replicated",
+               gate__1__workload="long-prompts-into-steady-decode"), "gate[1]", "remove one",
+    ),
+    "transfer share against a baseline": (
+        broken(gate__4__baseline="single", gate__4__limit=...), "gate[4].baseline", "limit",
+    ),
+    "a stream of a workload that has none": (broken(gate__1__stream="steady"), "gate[1].stream", "remove it"),
+    "goodput of a stream": (broken(gate__3__stream="steady"), "gate[3].stream", "remove it"),
+    "goodput without an objective": (broken(slo=...), "gate[3].metric", "add [slo]"),
+    "objective of half a request": (broken(slo={"ttft_s": 1.0}), "slo.tpot_s", "add tpot_s"),
+    "scale of nothing": (broken(scale__prompt=0), "scale.prompt", "correct the value of prompt"),
+    "workload that does not fit": (broken(scale__prompt=1.0), "gate[0].workload", "lower [scale]"),
     "one bracket for two": (broken(node={"name": "a"}), "[node]", "[[node]]"),
     "no name": (broken(name=...), "name", "at the top"),
     "no nodes": (broken(node=[]), "[[node]]", "add a [[node]]"),

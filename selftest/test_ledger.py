@@ -66,10 +66,10 @@ def server(name: str, role: str) -> Any:
 
 A, B = server("a", "prefill"), server("b", "decode")
 TOPOLOGIES: dict[str, Any] = {
-    SINGLE: Topology(SINGLE, None, (A,)),  # type: ignore[arg-type]
-    REPLICATED: Topology(REPLICATED, None, (A, B)),  # type: ignore[arg-type]
-    DISAGGREGATED: Topology(DISAGGREGATED, None, (A, B), (A,), (B,)),  # type: ignore[arg-type]
-    HELD: Topology(DISAGGREGATED, None, (A, B), (A,), (B,)),  # type: ignore[arg-type]
+    SINGLE: Topology(SINGLE, SINGLE, VERSION, None, (A,)),  # type: ignore[arg-type]
+    REPLICATED: Topology(REPLICATED, REPLICATED, VERSION, None, (A, B)),  # type: ignore[arg-type]
+    DISAGGREGATED: Topology(DISAGGREGATED, DISAGGREGATED, VERSION, None, (A, B), (A,), (B,)),  # type: ignore[arg-type]
+    HELD: Topology(DISAGGREGATED, DISAGGREGATED, VERSION, None, (A, B), (A,), (B,)),  # type: ignore[arg-type]
 }
 TRUE: dict[str, dict[str, dict[str, float]]] = {
     SINGLE: {
@@ -166,7 +166,8 @@ WRONG: list[tuple[str, dict[str, float], type[Exception], str]] = [
     (SINGLE, {"a__BYTES": 1}, InvalidRun, "bytes moved by the connector: expected 0"),
     (SINGLE, {"a__FINISHED": 3}, InvalidRun, "requests finished"),
     (SINGLE, {"a__GENERATED": 15}, InvalidRun, "tokens generated"),
-    (SINGLE, {"a__local_compute": 300, "a__local_cache_hit": 128}, InvalidRun, "prompt tokens computed"),
+    (SINGLE, {"a__local_compute": 300, "a__local_cache_hit": 128}, InvalidRun, "prompt tokens held already"),
+    (SINGLE, {"a__local_compute": 427}, InvalidRun, "prompt tokens computed"),
     (REPLICATED, {"a__FINISHED": 2, "b__FINISHED": 0}, InvalidRun, "did not alternate"),
 ]  # fmt: skip
 
@@ -239,3 +240,55 @@ def test_the_prometheus_text_format_is_read() -> None:
     assert parsed.value("a_total") == 12.0
     with pytest.raises(InvalidRun, match="curl -s http://s/metrics"):
         parsed.value("a_total", source="z")
+
+
+PREFIXED = [Sent(300, 8)] * 4  # of which the first 130 tokens are shared: one whole block of 128
+
+
+def prefixed(a_hits: int, b_hits: int) -> Story:
+    """Disaggregated serving of PREFIXED, where the servers found the shared block so many times."""
+    told = story(
+        DISAGGREGATED,
+        a__FINISHED=4, a__PROMPT_TOKENS=1200, a__GENERATED=4, a__local_compute=1200 - 128 * a_hits,
+        b__FINISHED=4, b__PROMPT_TOKENS=1200, b__GENERATED=32, b__TRANSFERS=4,
+        b__BYTES=(12 - b_hits) * BLOCK_BYTES,
+        b__external_kv_transfer=1200 - 128 * b_hits, b__local_cache_hit=128 * b_hits,
+    )  # fmt: skip
+    return replace(told, sent=PREFIXED)
+
+
+@pytest.mark.parametrize(("a_hits", "b_hits"), [(3, 3), (2, 3), (3, 2)])
+def test_a_shared_prefix_moves_once(a_hits: int, b_hits: int) -> None:
+    """Hits are taken from the counters, and the bytes have to follow from them exactly."""
+    told = prefixed(a_hits, b_hits)
+    sent = ledger.with_shared_prefix(told.topology, told.before, told.after, told.sent, 130, 2)
+    book = replace(told, sent=sent).prove()
+    assert book.cached_tokens == 128 * b_hits
+    assert book.kv_bytes == (12 - b_hits) * BLOCK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("a_hits", "b_hits", "changes"),
+    [(3, 4, {}), (3, 1, {}), (4, 3, {}), (1, 3, {}), (3, 3, {"b__local_cache_hit": 3 * 128 - 1})],
+)
+def test_hits_that_cannot_be_are_refused(a_hits: int, b_hits: int, changes: dict[str, float]) -> None:
+    """All but the first one or two requests find the prefix, whole: nothing else is believed."""
+    told = prefixed(a_hits, b_hits)
+    if changes:
+        wrong = story(DISAGGREGATED, **changes).after.snapshots["b"]
+        told = replace(told, after=replace(told.after, snapshots={**told.after.snapshots, "b": wrong}))
+    with pytest.raises(InvalidRun, match="shared prefix"):
+        ledger.with_shared_prefix(told.topology, told.before, told.after, told.sent, 130, 2)
+
+
+def test_bytes_do_not_follow_from_a_wrong_hit() -> None:
+    """Decode says that it found the block three times, yet the connector moved all twelve blocks."""
+    told = prefixed(3, 3)
+    sent = ledger.with_shared_prefix(told.topology, told.before, told.after, told.sent, 130, 2)
+    moved = prefixed(3, 0).after.snapshots["b"].samples
+    samples = [row for row in told.after.snapshots["b"].samples if row[0] != ledger.BYTES]
+    samples += [row for row in moved if row[0] == ledger.BYTES]
+    after = replace(told.after.snapshots["b"], samples=tuple(samples))
+    told = replace(told, after=replace(told.after, snapshots={**told.after.snapshots, "b": after}), sent=sent)
+    with pytest.raises(TransferError, match="bytes moved"):
+        told.prove()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import load
+from disagglab import figures, load
 from disagglab.errors import InvalidRun
 from disagglab.workload import Workload
 
@@ -21,28 +21,29 @@ RESULT: dict[str, Any] = {
     "itls": [[0.2, 0.2], [0.3, 0.3]],
     "input_lens": [10, 10],
     "output_lens": [3, 3],
+    "start_times": [7.0, 7.6],
 }
 
 
 def run_from(**changes: Any) -> load.Run:
     """The run of RESULT with values changed."""
-    return load.run_from({**RESULT, **changes}, "single", WORKLOAD, 1, 0, "vllm bench serve", 0.1)
+    return load.run_from({**RESULT, **changes}, "single", WORKLOAD, 1, 0, "vllm bench serve", None)
 
 
 def test_figures_follow_their_definitions() -> None:
     """TTFT and E2E medians, TPOT = (E2E - TTFT) / (tokens - 1), throughput = tokens / duration."""
-    figures = load.figures(run_from())
-    assert figures["ttft_p50"] == pytest.approx(0.2)
-    assert figures["e2e_p50"] == pytest.approx(0.7)
-    assert figures["tpot_p50"] == pytest.approx(((0.5 - 0.1) / 2 + (0.9 - 0.3) / 2) / 2)
-    assert figures["output_tokens_per_s"] == pytest.approx(3.0)
+    found = figures.figures(run_from())
+    assert found["ttft_p50"] == pytest.approx(0.2)
+    assert found["e2e_p50"] == pytest.approx(0.7)
+    assert found["tpot_p50"] == pytest.approx(((0.5 - 0.1) / 2 + (0.9 - 0.3) / 2) / 2)
+    assert found["output_tokens_per_s"] == pytest.approx(3.0)
 
 
 def test_a_percentile_needs_its_samples() -> None:
     """p99 of four gaps is not a number; p99 of a hundred is."""
-    assert load.figures(run_from())["itl_p99"] is None
-    assert load.percentile([float(i) for i in range(100)], 99) == pytest.approx(98.01)
-    assert load.percentile([1.0] * 19, 95) is None
+    assert figures.figures(run_from())["itl_p99"] is None
+    assert figures.percentile([float(i) for i in range(100)], 99) == pytest.approx(98.01)
+    assert figures.percentile([1.0] * 19, 95) is None
 
 
 @pytest.mark.parametrize(

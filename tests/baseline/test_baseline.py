@@ -14,15 +14,16 @@ import pytest
 
 from disagglab import client, ledger
 from disagglab.comparison import measure
+from disagglab.figures import figures, percentile, tpot_s
 from disagglab.kv import KvShape, blocks
-from disagglab.load import LoadEngine, Run, figures, percentile, tpot_s
+from disagglab.load import LoadEngine, Run
 from disagglab.occupancy import peak_blocks
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import Topology
-from disagglab.workload import Workload, load_workload
+from disagglab.workload import Workload
 
 SEED = 20_001
 ROUNDING_S = 0.005  # the load engine takes first-token and last-token times by separate clock reads
@@ -38,7 +39,7 @@ def run_once(
     store: Store,
 ) -> Run:
     """A run that counts, or a failure with the reason why it does not."""
-    run = measure(engine, topology, workload, seed, 0, shape, lab.vllm.version)
+    run = measure(engine, topology, workload, seed, 0, shape)
     store.add_run(run)
     assert run.invalid is None, run.invalid
     return run
@@ -47,7 +48,7 @@ def run_once(
 @pytest.fixture(scope="module")
 def warm(engine: LoadEngine, single: Topology, lab: Lab, shape: KvShape, store: Store) -> None:
     """The first requests of a server pay for lazy initialisation; they are sent before measuring."""
-    run_once(engine, single, load_workload("chat"), SEED - 1, lab, shape, store)
+    run_once(engine, single, lab.workload("chat"), SEED - 1, lab, shape, store)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def one_user(
 ) -> list[Run]:
     """The one-user workload, repeated."""
     repeats = 2 if live.short else 3
-    workload = load_workload("one-user")
+    workload = lab.workload("one-user")
     return [run_once(engine, single, workload, SEED + n, lab, shape, store) for n in range(repeats)]
 
 
@@ -95,7 +96,7 @@ def test_throughput_grows_with_concurrency(
     Decode reads all weights for each step, whether one sequence or eight share it: like a bus that costs the
     same with one passenger or eight.
     """
-    chat = load_workload("chat")
+    chat = lab.workload("chat")
     series = {}
     for concurrency in (1, 2, 4, 8):
         workload = chat.model_copy(update={"concurrency": concurrency, "requests": max(3, concurrency)})
@@ -123,7 +124,7 @@ def test_prefill_grows_with_the_prompt_and_decode_hardly(
 
     This asymmetry is what disaggregation bets on: two kinds of work that want different machines.
     """
-    base = load_workload("one-user").model_copy(update={"requests": 2, "output_tokens": 8})
+    base = lab.workload("one-user").model_copy(update={"requests": 2, "output_tokens": 8})
     longest = min(2048, lab.model.max_model_len - base.output_tokens - 1)
     lengths = [64, 256, 1024, longest]
     ttft, tpot = [], []

@@ -12,7 +12,8 @@ import statistics
 
 import pytest
 
-from disagglab.comparison import METRICS, run_rounds
+from disagglab.comparison import run_rounds
+from disagglab.figures import METRICS
 from disagglab.kv import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
@@ -21,7 +22,6 @@ from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Deployment
-from disagglab.workload import load_workload
 
 
 @pytest.mark.dedicated
@@ -40,7 +40,7 @@ def test_servers_without_a_connector(
 
     The shared pair is stopped in between, since two labs on the same cores would measure each other.
     """
-    chat = load_workload("chat")
+    chat = lab.workload("chat")
     line = live.progress("dedicated servers")
     plain = Deployment(deployment.host, lab, weights, connector=False)
     found = {}
@@ -50,9 +50,7 @@ def test_servers_without_a_connector(
                 deployment.stop()
                 plain.start(live.progress("servers without connector"))
             topologies = [servers.topology(name) for name in (SINGLE, REPLICATED)]
-            found[label] = run_rounds(
-                engine, topologies, [chat], live.rounds, store, shape, lab.vllm.version, line.show
-            )
+            found[label] = run_rounds(engine, topologies, [chat], live.rounds, store, shape, line.show)
     plain.stop()
     for comparison in found.values():
         assert not comparison.invalid(), comparison.invalid()[0].invalid

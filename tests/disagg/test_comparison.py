@@ -10,11 +10,14 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab.comparison import METRICS, Comparison
+from disagglab.comparison import Comparison, figure_rows
+from disagglab.figures import METRICS
 from disagglab.recorder import Recorder
 from disagglab.section import GateSection, Lab
 from disagglab.store import Store
-from disagglab.topology import TOPOLOGIES
+from disagglab.topology import DISAGGREGATED, TOPOLOGIES
+
+ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 
 
 @pytest.mark.parametrize("arm", TOPOLOGIES)
@@ -23,44 +26,66 @@ def test_gated_figure_of_each_arm(
 ) -> None:
     """The figure that a gate compares, one value a round, in pytest-benchmark's table and storage.
 
-    pytest-benchmark takes times, lower being better: throughput is stored as seconds per token.
+    pytest-benchmark takes times, lower being better: throughput is stored as seconds per token, and a share
+    as itself.
     """
+    if gate.limit is not None and arm != DISAGGREGATED:
+        pytest.skip(f"NO-SUCH-FIGURE: {gate.metric} is a figure of disaggregated serving alone")
     unit, better = METRICS[gate.metric]
-    values = comparison.values(gate.workload, arm, gate.metric)
-    assert values, f"{gate.workload} has too few samples a run for {gate.metric}; raise its requests"
+    values = comparison.values(gate.workload, arm, gate.metric, gate.stream)
+    assert values, f"{gate.workload} has too few samples a run for {gate.figure}; raise its requests"
+    per_token = gate.metric == "output_tokens_per_s"
     timing(
-        values if better == "lower" else [1 / value for value in values],
-        metric=gate.metric,
+        [1 / value for value in values] if per_token else values,
+        metric=gate.figure,
         workload=gate.workload,
         arm=arm,
-        unit=unit if better == "lower" else "s per token",
+        unit="s per token" if per_token else unit,
+        better="lower" if per_token else better,
         command=comparison.valid(gate.workload, arm)[0].command,
     )
 
 
 def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, record: Recorder) -> None:
-    """TTFT, TPOT, ITL, end-to-end time and throughput of each arm on each workload, with the command."""
-    missing = []
-    for workload in dict.fromkeys(gate.workload for gate in lab.gates):
-        for metric, (unit, _) in METRICS.items():
-            for arm in TOPOLOGIES:
-                values = comparison.values(workload, arm, metric)
-                if not values:  # too few samples for this percentile on this workload
-                    missing.append((workload, metric, arm))
-                    continue
-                command = comparison.valid(workload, arm)[0].command
-                record.numbers(f"{metric}, {workload}", values, unit, arm=arm, command=command)
+    """Every run-level figure of each arm on each workload, with the command.
+
+    Of a workload with steady requests also theirs alone: what the arriving prompts do to them is the point.
+    """
+    rows = figure_rows(comparison)
+    for row in rows:
+        command = comparison.valid(row.workload, row.arm)[0].command
+        record.numbers(f"{row.metric}, {row.workload}", row.values, row.unit, arm=row.arm, command=command)
     for gate in lab.gates:
-        by_arm = {arm: comparison.values(gate.workload, arm, gate.metric) for arm in TOPOLOGIES}
+        arms = TOPOLOGIES if gate.limit is None else (DISAGGREGATED,)
+        by_arm = {arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in arms}
         record.plot(
-            f"{gate.metric}, {gate.workload}",
+            f"{gate.figure}, {gate.workload}",
             "round",
             METRICS[gate.metric][0],
             {arm: (list(range(1, len(values) + 1)), values) for arm, values in by_arm.items()},
             style="points",
             caption="One point a run; within a round all topologies got the same prompts.",
         )
-    assert {metric for _, metric, _ in missing} <= {"itl_p99"}, f"no values for {missing}"
+    found = {(row.workload, row.arm, row.metric) for row in rows}
+    for workload in dict.fromkeys(gate.workload for gate in lab.gates):
+        for arm in TOPOLOGIES:
+            missing = [name for name in ALWAYS_KNOWN if (workload, arm, name) not in found]
+            assert not missing, f"{workload}, {arm}: no values for {missing}"
+
+
+def test_the_client_was_not_what_was_measured(comparison: Comparison, record: Recorder) -> None:
+    """CPU share and event-loop lag of the load engine were watched in every run that counts.
+
+    Each token's time stamp may be late by the lag of the client's event loop. A run whose client was busy for
+    more than nine tenths of the time is invalid.
+    """
+    loads = [run.client for run in comparison.runs if run.invalid is None]
+    assert loads
+    seen = [load for load in loads if load is not None]
+    assert len(seen) == len(loads), "the load engine was not watched in every run"
+    record.numbers("CPU of the load engine / wall time", [load.cpu_share for load in seen], "share")
+    record.numbers("event loop late by, p99 of a run", [load.lag_p99_s for load in seen], "s")
+    record.numbers("event loop late by, most of a run", [load.lag_max_s for load in seen], "s")
 
 
 def test_every_run_took_the_path_it_claims(comparison: Comparison) -> None:
@@ -77,8 +102,10 @@ def test_every_run_took_the_path_it_claims(comparison: Comparison) -> None:
 def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, lab: Lab) -> None:
     """Single against itself gives every gated figure an A/A row, and a noise floor beside it."""
     identical = [row for row in store.verdicts if row.p_adjusted is None]
-    assert {(row.workload, row.metric) for row in identical} == {(g.workload, g.metric) for g in lab.gates}
-    assert all(row.noise_floor is not None and row.noise_floor >= 0 for row in store.verdicts)
+    compared = {(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None}
+    assert {(row.workload, row.metric) for row in identical} == compared
+    beside = [row for row in store.verdicts if (row.workload, row.metric) in compared]
+    assert all(row.noise_floor is not None and row.noise_floor >= 0 for row in beside)
 
 
 def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> None:

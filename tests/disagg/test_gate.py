@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from disagglab.comparison import METRICS, Comparison, run_rounds
+from disagglab.comparison import Comparison, run_rounds
+from disagglab.figures import METRICS
 from disagglab.host import LocalHost
 from disagglab.kv import KvShape
 from disagglab.load import LoadEngine
@@ -23,7 +24,6 @@ from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import SINGLE, Topology
 from disagglab.verdict import Verdict, judge
-from disagglab.workload import load_workload
 
 FACTOR = 1.2
 ROUNDS = 6  # planned; a verdict that is still open then goes on to --max-rounds
@@ -83,11 +83,10 @@ def test_a_slowdown_of_a_fifth_is_caught(
     found = run_rounds(
         engine,
         [single, slowed],
-        [load_workload(WORKLOAD)],
+        [lab.workload(WORKLOAD)],
         ROUNDS,
         store,
         shape,
-        lab.vllm.version,
         live.progress("slowed arm").show,
         cap=live.max_rounds,
         open_workloads=lambda so_far: {WORKLOAD} if verdict_on(so_far).outcome == "undecided" else set(),

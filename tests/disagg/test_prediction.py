@@ -13,7 +13,6 @@ from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
-from disagglab.workload import load_workload
 
 BITS = 8
 CURVE = (128, 512, 2048, 8192)  # prompt tokens
@@ -28,7 +27,7 @@ def bytes_that_stay(shape: KvShape) -> int:
 def test_bytes_that_each_workload_moves(lab: Lab, shape: KvShape, record: Recorder) -> None:
     """Whole blocks of the prompt, for every workload of the lab's gates, as NixlConnector moves them."""
     for name in dict.fromkeys(gate.workload for gate in lab.gates):
-        workload = load_workload(name)
+        workload = lab.workload(name)
         moved = layout(shape, lab.block_size).bytes_to_move(workload.prompt_tokens, lab.vllm.version)
         assert workload.tokens <= lab.model.max_model_len, f"{name} does not fit the lab's max_model_len"
         record.numbers(

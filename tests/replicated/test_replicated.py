@@ -7,7 +7,8 @@ move.
 from __future__ import annotations
 
 from disagglab import client, ledger
-from disagglab.comparison import METRICS, Comparison, run_rounds
+from disagglab.comparison import Comparison, run_rounds
+from disagglab.figures import METRICS
 from disagglab.kv import KvShape
 from disagglab.ledger import Sent
 from disagglab.load import LoadEngine
@@ -17,7 +18,6 @@ from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Topology
 from disagglab.verdict import judge
-from disagglab.workload import load_workload
 
 REQUESTS = 10
 OUTPUT_TOKENS = 4
@@ -69,11 +69,9 @@ def test_throughput_against_single(
     published notebook that this suite grew from shows exactly that (26.5 against 122.5 tokens/s) and never
     asks why.
     """
-    chat = load_workload("chat")
+    chat = lab.workload("chat")
     line = live.progress("replicated against single")
-    found: Comparison = run_rounds(
-        engine, [single, replicated], [chat], live.rounds, store, shape, lab.vllm.version, line.show
-    )
+    found: Comparison = run_rounds(engine, [single, replicated], [chat], live.rounds, store, shape, line.show)
     assert not found.invalid(), found.invalid()[0].invalid
     for arm in (SINGLE, REPLICATED):
         values = found.values(chat.name, arm, "output_tokens_per_s")

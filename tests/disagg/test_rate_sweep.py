@@ -1,0 +1,158 @@
+"""Open-loop arrivals at several rates: up to which rate does each topology keep its promises?
+
+A closed loop waits for answers before it asks again, so it can never show overload. Here requests arrive at
+times that were drawn beforehand, the same for every topology, whether or not earlier ones have been answered.
+The oracle for "on time" is the trace file; for "good" the [slo] of the lab file; good requests are divided by
+those *sent*, so a dropped or late one counts against the topology.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from disagglab.comparison import measure, warm_up_of
+from disagglab.figures import figures, kept_rate, saturated
+from disagglab.kv import KvShape
+from disagglab.load import LoadEngine, Run
+from disagglab.recorder import Recorder
+from disagglab.section import Lab
+from disagglab.session import Session
+from disagglab.store import Store
+from disagglab.topology import REPLICATED, SINGLE, Topology
+from disagglab.trace import arrivals
+from disagglab.workload import Workload
+
+SEED = 61_000
+ATTAINMENT = 0.9  # of the requests sent have to be good for a rate to count as kept
+LATE_S = 0.5  # a request that left the client later than this after its time was held back
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One run of each arm at each offered rate (requests/s); ``capacity``: of replicated, closed loop."""
+
+    capacity: float
+    runs: dict[str, dict[float, Run]]
+
+
+@pytest.fixture(scope="module")
+def sweep(
+    live: Session,
+    lab: Lab,
+    engine: LoadEngine,
+    single: Topology,
+    replicated: Topology,
+    disaggregated: Topology,
+    shape: KvShape,
+    store: Store,
+) -> Sweep:
+    """Capacity first, then every rate on every arm, in mirrored order."""
+    if lab.slo is None:
+        pytest.skip("NO-SLO: the lab file has no [slo], so no request can be called good")
+    workload = lab.workload("rate-sweep")
+    line = live.progress("rate sweep")
+
+    def run(topology: Topology, asked: Workload, seed: int, what: str) -> Run:
+        line.show(f"{topology.name}, {what}")
+        done = measure(engine, topology, asked, seed, 0, shape)
+        store.add_run(done)
+        assert done.invalid is None, done.invalid
+        return done
+
+    with live.uncaptured():
+        order = [single, replicated, disaggregated]
+        for topology in order:
+            run(topology, warm_up_of([workload]), SEED, "warm-up")
+        closed = run(replicated, workload, SEED + 1, "capacity")
+        capacity = workload.requests / closed.duration_s
+        shares = workload.rate_shares[::2] if live.short else workload.rate_shares
+        runs: dict[str, dict[float, Run]] = {topology.kind: {} for topology in order}
+        for number, share in enumerate(shares):
+            rate = share * capacity
+            for topology in order if number % 2 == 0 else reversed(order):
+                done = run(topology, workload.at_rate(rate), SEED + 2 + number, f"{rate:.2f} requests/s")
+                runs[topology.kind][rate] = done
+    return Sweep(capacity, runs)
+
+
+def knee(runs: dict[float, Run], lab: Lab) -> float | None:
+    """The highest rate that was kept: enough good requests, no growing queue. None if not even the lowest."""
+    assert lab.slo is not None
+    kept = [
+        rate
+        for rate, run in runs.items()
+        if (figures(run, lab.slo)["slo_attainment"] or 0.0) >= ATTAINMENT and not saturated(run)
+    ]
+    return max(kept, default=None)
+
+
+def test_requests_are_sent_when_they_are_due(sweep: Sweep) -> None:
+    """No request waits in the client for an earlier answer, not even where the servers fall behind.
+
+    Otherwise the overload would hide in the client ("coordinated omission").
+    """
+    for arm, runs in sweep.runs.items():
+        for rate, run in runs.items():
+            due = [one.arrival_s for one in arrivals(run.workload, run.seed)]
+            late = [sent - at for sent, at in zip(run.start_s, due, strict=True)]
+            spread = max(late) - min(late)
+            assert spread < LATE_S, f"{arm} at {rate:.2f} requests/s: sent up to {spread:.2f} s late"
+
+
+def test_goodput_against_offered_rate(sweep: Sweep, lab: Lab, record: Recorder) -> None:
+    """Share of good requests at each rate, the rate that each topology keeps, and where it falls behind.
+
+    One run a point: the sweep shows where the knee lies, it does not judge small differences.
+    """
+    assert lab.slo is not None
+    note = f"SLO: TTFT {lab.slo.ttft_s:g} s, TPOT {lab.slo.tpot_s:g} s; good / sent"
+    record.numbers(
+        "capacity, closed loop", [sweep.capacity], "requests/s", arm=REPLICATED, note="rates are shares of it"
+    )
+    attainment, ttft = {}, {}
+    for arm, runs in sweep.runs.items():
+        rates = sorted(runs)
+        found = {rate: figures(runs[rate], lab.slo) for rate in rates}
+        for rate in rates:
+            run, share = runs[rate], found[rate]["slo_attainment"]
+            assert share is not None
+            kept = kept_rate(run)
+            state = "saturated" if saturated(run) else "keeps up"
+            record.numbers(
+                f"SLO attainment at {rate:.2f} requests/s",
+                [share],
+                "share of sent",
+                arm=arm,
+                command=run.command,
+                note=f"{len(run.ttft_s)} requests; {state}"
+                + (f", completions / arrivals {kept:.2f}" if kept is not None else ""),
+            )
+        attainment[arm] = (rates, [found[rate]["slo_attainment"] or 0.0 for rate in rates])
+        ttft[arm] = (rates, [found[rate]["ttft_p50"] or 0.0 for rate in rates])
+        best = knee(runs, lab)
+        if best is not None:
+            record.numbers(
+                f"highest of the rates with {ATTAINMENT:.0%} good and no growing queue",
+                [best],
+                "requests/s",
+                arm=arm,
+                note=note,
+            )
+    record.plot(
+        "Good requests against offered rate", "offered requests/s", "good / sent", attainment, caption=note
+    )
+    record.plot(
+        "TTFT against offered rate",
+        "offered requests/s",
+        "median TTFT, s",
+        ttft,
+        caption="Open loop; one run a point; the same arrivals for every topology.",
+    )
+    assert all(set(runs) == set(sweep.runs[SINGLE]) for runs in sweep.runs.values()), "rates differ"
+    most = max(sweep.runs[SINGLE])
+    assert any(saturated(runs[most]) or knee(runs, lab) != most for runs in sweep.runs.values()), (
+        f"every topology keeps {most:.2f} requests/s, {most / sweep.capacity:.0%} of what a closed loop got"
+        " through: the sweep did not reach the knee; raise rate_shares in workloads/rate-sweep.toml"
+    )
