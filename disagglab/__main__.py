@@ -1,5 +1,5 @@
 """What the suite computes without a lab: ``kv CONFIG``, a model's KV cache in bytes; ``gate FILE``, a
-verdict on pairs of figures.
+verdict on pairs of figures; ``history``, figures over many runs and where their level changed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from disagglab import kv, kvlayout, kvtable
-from disagglab.errors import ConfigError
+from disagglab.errors import ConfigError, Problem
 
+LEFT_OUT = 1  # exit status: a part of the input could not be read; the rest was computed
 REFUSED = 2  # exit status: the input cannot be computed
+REPORTS = Path(__file__).resolve().parent.parent / "reports"
 DTYPE_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -55,19 +57,66 @@ def _parser() -> argparse.ArgumentParser:
     gate.add_argument(
         "file", type=Path, help='{"metric": …, "better": "lower", "margin": 0.05, "pairs": [[a, b], …]}'
     )
+    history = commands.add_parser(
+        "history",
+        help="figures over many runs, with change points",
+        description="Print one line a series of run medians, and write a page with a chart of each.",
+    )
+    history.add_argument("--reports", type=Path, default=REPORTS, help="folder of run folders (%(default)s)")
+    history.add_argument("--html", type=Path, help="the page (history.html in the folder of run folders)")
+    for column in ("lab", "workload", "arm", "metric"):
+        history.add_argument(
+            f"--{column}", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
+        )
+    history.add_argument(
+        "--across-fingerprints",
+        action="store_true",
+        help="join runs of different hardware and package versions",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 2 if the input cannot be computed."""
+    """Run one command; the exit status is 2 if the input cannot be computed, and 1 if ``history`` had to
+    leave out a part of it.
+    """
     arguments = _parser().parse_args(argv)
+    left_out: Sequence[Problem] = ()
     try:
-        print(_kv(arguments) if arguments.command == "kv" else _gate(arguments.file))
+        match arguments.command:
+            case "kv":
+                print(_kv(arguments))
+            case "gate":
+                print(_gate(arguments.file))
+            case _:
+                text, left_out = _history(arguments)
+                print(text)
     except ConfigError as error:
-        reasons = (f"{p.file}: {p.key}: {p.wrong} (mend: {p.mend})" for p in error.problems)
-        print(" | ".join(" ".join(reason.split()) for reason in reasons), file=sys.stderr)
+        print(" | ".join(map(_one_line, error.problems)), file=sys.stderr)
         return REFUSED
-    return 0
+    for problem in left_out:
+        print(_one_line(problem), file=sys.stderr)
+    return LEFT_OUT if left_out else 0
+
+
+def _one_line(problem: Problem) -> str:
+    return " ".join(f"{problem.file}: {problem.key}: {problem.wrong} (mend: {problem.mend})".split())
+
+
+def _history(arguments: argparse.Namespace) -> tuple[str, Sequence[Problem]]:
+    from disagglab import history  # needs scipy and matplotlib; the arithmetic does without
+
+    archive = history.read(arguments.reports)
+    filters = history.Filters(
+        **{name: tuple(getattr(arguments, name)) for name in ("lab", "workload", "arm", "metric")}
+    )
+    joined = arguments.across_fingerprints
+    found = history.collect(archive.runs, filters, joined)
+    path = arguments.html or arguments.reports / history.PAGE
+    history.write(path, history.page(archive, found, joined))
+    head = [history.JOINED] if joined else []
+    table = history.lines(found) if found else []
+    return "\n".join([*head, *table, history.summary(archive, found), str(path)]), archive.problems
 
 
 def _gate(path: Path) -> str:

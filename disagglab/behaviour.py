@@ -19,6 +19,11 @@ HTTP_TIMEOUT_S = 30.0
 HELP_LIMIT_S = 180.0  # it imports vLLM
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 OUTPUT_TOKENS = 2
+METRIC_FAMILIES, OPTIONS, HANDSHAKE = (
+    "metric families",
+    "options of vllm serve",
+    "fields of kv_transfer_params",
+)
 CREATED = "_created"  # a time stamp that the client library adds to every counter
 
 
@@ -34,7 +39,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Change:
-    """What appeared, vanished, or is of another kind in the newer of two releases."""
+    """What appeared, vanished, or is of another type in the newer of two releases; options have no type."""
 
     what: str
     appeared: tuple[str, ...]
@@ -80,9 +85,9 @@ def handshake(topology: Topology, prompt: list[int]) -> dict[str, str]:
 def compare(old: Behaviour, new: Behaviour) -> list[Change]:
     """What differs, part by part."""
     parts: list[tuple[str, Mapping[str, str], Mapping[str, str]]] = [
-        ("metric families", old.metrics, new.metrics),
-        ("options of vllm serve", dict.fromkeys(old.options, ""), dict.fromkeys(new.options, "")),
-        ("fields of kv_transfer_params", old.handshake, new.handshake),
+        (METRIC_FAMILIES, old.metrics, new.metrics),
+        (OPTIONS, dict.fromkeys(old.options, ""), dict.fromkeys(new.options, "")),
+        (HANDSHAKE, old.handshake, new.handshake),
     ]
     return [
         Change(

@@ -1,8 +1,9 @@
 """A small streaming client for what the load engine cannot do: single requests, token ids, the handshake by
-hand.
+hand. disagglab/conversation.py holds conversations with it.
 
 Times follow docs/metrics.md: TTFT from just before the request is sent to the first chunk with a choice,
-chunk gaps between such chunks, end to end to the last of them.
+chunk gaps between such chunks, end to end to the last of them. What it costs to make an HTTP client (44 ms
+on a small core, for the certificates that a secure connection would want) lies before that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import httpx
 
 from disagglab.errors import InvalidRun, TransferError
 
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TIMEOUT = httpx.Timeout(300.0, connect=10.0)  # a slow hour may stretch one request to minutes
 REMOTE_DECODE: Mapping[str, Any] = {
     "do_remote_decode": True,
@@ -34,6 +36,8 @@ class Completion:
     """One answer. Seconds from just before the request was sent; ``gaps_s`` between chunks with a choice.
 
     ``top2_gap``: by position, log-probability of the chosen token minus that of the best other one (nats).
+    ``cached_tokens``: of the prompt, as the server says; None where it does not say. ``prompt_ids``: the
+    prompt as the server saw it, where the request asked for token ids.
     """
 
     text: str
@@ -44,6 +48,8 @@ class Completion:
     ttft_s: float
     e2e_s: float
     gaps_s: tuple[float, ...]
+    cached_tokens: int | None = None
+    prompt_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,96 @@ class Handshake:
 
     kv_transfer_params: dict[str, Any]
     prefill_s: float
+
+
+class Stream:
+    """One streamed answer as it arrives: bytes and the times of their arrival in, a :class:`Completion` out.
+
+    Events are split at newlines alone, because text may hold characters that also count as line ends
+    elsewhere. A chat begins with an event that names a role and carries no token; it is no chunk.
+
+    Args:
+        url: whom messages blame.
+        start_s: the clock just before the request was sent.
+    """
+
+    def __init__(self, url: str, start_s: float) -> None:
+        self._url = url
+        self._start_s = start_s
+        self._rest = b""
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+        self._prompt_ids: list[int] = []
+        self._top2: list[float] = []
+        self._times: list[float] = []
+        self._usage: dict[str, Any] | None = None
+
+    def feed(self, data: bytes, now_s: float) -> None:
+        """Take what arrived at ``now_s``.
+
+        Raises:
+            InvalidRun: if it holds an error, or something else than JSON.
+        """
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            event = line.strip().removeprefix(b"data:").strip()
+            if line.startswith(b"data:") and event != b"[DONE]":
+                self._take(event, now_s)
+
+    def _take(self, event: bytes, now_s: float) -> None:
+        try:
+            chunk = json.loads(event)
+        except ValueError as error:
+            raise InvalidRun(f"{self._url} sent an event that is no JSON: {event[:300]!r}") from error
+        if "error" in chunk:
+            raise InvalidRun(f"{self._url} sent an error inside the stream: {chunk['error']}")
+        self._usage = chunk.get("usage") or self._usage
+        self._prompt_ids.extend(chunk.get("prompt_token_ids") or [])
+        for choice in chunk["choices"]:
+            self._prompt_ids.extend(choice.get("prompt_token_ids") or [])
+            ids = choice.get("token_ids") or []
+            delta = choice.get("delta")
+            text = (choice["text"] if delta is None else delta.get("content")) or ""
+            if delta is not None and delta.get("role") and not text and not ids:
+                continue
+            self._times.append(now_s)
+            self._texts.append(text)
+            self._ids.extend(ids)
+            if delta is None:
+                self._top2.extend(_top2_gaps(choice.get("logprobs")))
+
+    def completion(self) -> Completion:
+        """The answer, when the stream has ended.
+
+        Raises:
+            InvalidRun: if it ended without a token or without usage.
+        """
+        if self._usage is None or not self._times:
+            missing = "usage" if self._times else "any token"
+            raise InvalidRun(f"{self._url}: the stream ended without {missing}")
+        details = self._usage.get("prompt_tokens_details") or {}
+        return Completion(
+            text="".join(self._texts),
+            token_ids=tuple(self._ids),
+            top2_gap=tuple(self._top2),
+            prompt_tokens=self._usage["prompt_tokens"],
+            output_tokens=self._usage["completion_tokens"],
+            ttft_s=self._times[0] - self._start_s,
+            e2e_s=self._times[-1] - self._start_s,
+            gaps_s=tuple(late - early for early, late in itertools.pairwise(self._times)),
+            cached_tokens=details.get("cached_tokens"),
+            prompt_ids=tuple(self._prompt_ids),
+        )
+
+
+def _top2_gaps(logprobs: Mapping[str, Any] | None) -> list[float]:
+    if not logprobs:
+        return []
+    gaps = []
+    for chosen, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
+        others = sorted(top.values(), reverse=True)
+        gaps.append(chosen - (others[1] if len(others) > 1 else float("-inf")))
+    return gaps
 
 
 def prompt_of(length: int, salt: int) -> list[int]:
@@ -72,62 +168,63 @@ def body(model: str, prompt: str | list[int], output_tokens: int) -> dict[str, A
     }
 
 
+def _streamed(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {**request, "stream": True, "stream_options": {"include_usage": True}}
+
+
+def _refused(url: str, answer: httpx.Response, text: bytes) -> InvalidRun:
+    return InvalidRun(f"{url} answered {answer.status_code}: {text.decode(errors='replace')[:500]}")
+
+
+def _broken(url: str, start_s: float, error: httpx.HTTPError) -> InvalidRun:
+    return InvalidRun(f"{url}: the request broke off after {time.perf_counter() - start_s:.1f} s: {error!r}")
+
+
 def complete(url: str, request: Mapping[str, Any]) -> Completion:
     """Send one streaming completion request.
 
     Raises:
         InvalidRun: if the answer is not 200, breaks off, or carries no usage.
     """
-    payload = {**request, "stream": True, "stream_options": {"include_usage": True}}
-    texts: list[str] = []
-    ids: list[int] = []
-    gaps: list[float] = []
-    times: list[float] = []
-    usage: dict[str, int] | None = None
+    payload = _streamed(request)
+    with httpx.Client(timeout=TIMEOUT) as sender:
+        start = time.perf_counter()
+        stream = Stream(url, start)
+        try:
+            with sender.stream("POST", f"{url}{COMPLETIONS}", json=payload) as answer:
+                if answer.status_code != 200:
+                    raise _refused(url, answer, answer.read())
+                for data in answer.iter_bytes():
+                    stream.feed(data, time.perf_counter())
+        except httpx.HTTPError as error:
+            raise _broken(url, start, error) from error
+    return stream.completion()
+
+
+async def complete_beside_others(
+    sender: httpx.AsyncClient, url: str, path: str, request: Mapping[str, Any]
+) -> Completion:
+    """Send one streaming request on an event loop that has other ones under way.
+
+    Args:
+        sender: shared with the others, with connections for all of them.
+        path: COMPLETIONS or CHAT.
+
+    Raises:
+        InvalidRun: see :func:`complete`.
+    """
+    payload = _streamed(request)
     start = time.perf_counter()
+    stream = Stream(url, start)
     try:
-        with httpx.stream("POST", f"{url}/v1/completions", json=payload, timeout=TIMEOUT) as answer:
+        async with sender.stream("POST", f"{url}{path}", json=payload) as answer:
             if answer.status_code != 200:
-                raise InvalidRun(f"{url} answered {answer.status_code}: {answer.read().decode()[:500]}")
-            for line in answer.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == line or data == "[DONE]":
-                    continue
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    raise InvalidRun(f"{url} sent an error inside the stream: {chunk['error']}")
-                usage = chunk.get("usage") or usage
-                for choice in chunk["choices"]:
-                    times.append(time.perf_counter())
-                    texts.append(choice["text"])
-                    ids.extend(choice.get("token_ids") or [])
-                    gaps.extend(_top2_gaps(choice.get("logprobs")))
+                raise _refused(url, answer, await answer.aread())
+            async for data in answer.aiter_bytes():
+                stream.feed(data, time.perf_counter())
     except httpx.HTTPError as error:
-        raise InvalidRun(
-            f"{url}: the request broke off after {time.perf_counter() - start:.1f} s: {error!r}"
-        ) from error
-    if usage is None or not times:
-        raise InvalidRun(f"{url}: the stream ended without {'usage' if times else 'any token'}")
-    return Completion(
-        text="".join(texts),
-        token_ids=tuple(ids),
-        top2_gap=tuple(gaps),
-        prompt_tokens=usage["prompt_tokens"],
-        output_tokens=usage["completion_tokens"],
-        ttft_s=times[0] - start,
-        e2e_s=times[-1] - start,
-        gaps_s=tuple(late - early for early, late in itertools.pairwise(times)),
-    )
-
-
-def _top2_gaps(logprobs: Mapping[str, Any] | None) -> list[float]:
-    if not logprobs:
-        return []
-    gaps = []
-    for chosen, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
-        others = sorted(top.values(), reverse=True)
-        gaps.append(chosen - (others[1] if len(others) > 1 else float("-inf")))
-    return gaps
+        raise _broken(url, start, error) from error
+    return stream.completion()
 
 
 def prefill(url: str, request: Mapping[str, Any]) -> Handshake:
@@ -137,9 +234,10 @@ def prefill(url: str, request: Mapping[str, Any]) -> Handshake:
         TransferError: if it does not answer with the place of its blocks.
     """
     payload = {**request, "max_tokens": 1, "stream": False, "kv_transfer_params": dict(REMOTE_DECODE)}
-    start = time.perf_counter()
-    answer = httpx.post(f"{url}/v1/completions", json=payload, timeout=TIMEOUT)
-    elapsed = time.perf_counter() - start
+    with httpx.Client(timeout=TIMEOUT) as sender:
+        start = time.perf_counter()
+        answer = sender.post(f"{url}{COMPLETIONS}", json=payload)
+        elapsed = time.perf_counter() - start
     params = answer.json().get("kv_transfer_params") if answer.status_code == 200 else None
     if not params or not params.get("remote_block_ids"):
         raise TransferError(f"{url} offered no KV blocks: {answer.status_code} {answer.text[:300]}")

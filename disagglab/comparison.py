@@ -81,6 +81,7 @@ def measure(
         before = ledger.read(topology)
         run = engine.run(topology, workload, seed, number)
         after = ledger.settle(topology, before, len(run.sent))
+        run = dataclasses.replace(run, readings=(before, after))
         sent = run.sent
         if workload.shared_prefix_tokens:
             sent = ledger.with_shared_prefix(
@@ -144,7 +145,8 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
                     values = comparison.values(workload.name, arm, metric, stream)
                     if values and not (stream and metric == "slo_attainment"):
                         name = f"{metric} ({stream})" if stream else metric
-                        rows.append(FigureRow(workload.name, arm, name, unit, better, tuple(values)))
+                        found = (workload.name, arm, name, unit, better, tuple(values))
+                        rows.append(FigureRow(*found, workload.definition))
     return rows
 
 
@@ -186,7 +188,8 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     """One row a gated figure and topology that both releases were measured on, the lab's release against
     ``other``; then the A/A pairs.
 
-    ``gate`` begins with "worse" where an enforced gate finds the lab's release worse, after Holm.
+    ``gate`` begins with "worse" where an enforced gate finds the lab's release worse, after Holm; what is
+    undecided says so.
 
     Raises:
         InvalidRun: if a figure has no pair of valid runs.
@@ -205,9 +208,12 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     rows = []
     for (gate, kind), pairs, verdict, p in zip(asked, families, verdicts, adjusted, strict=True):
         row = _row(comparison, gate, pairs, p, f"{kind}@{other}", kind)
-        state = "no regression found"
-        if verdict.outcome == "worse" and p <= 1 - CONFIDENCE:
+        if verdict.outcome in ("better", "equivalent"):
+            state = "no regression"
+        elif verdict.outcome == "worse" and p <= 1 - CONFIDENCE:
             state = "worse" if gate.enforce else "found worse (not enforced)"
+        else:
+            state = "undecided" + (", underpowered" if verdict.underpowered else "")
         rows.append(dataclasses.replace(row, gate=state))
     return [*rows, *_identical_arms(comparison, lab)]
 

@@ -16,7 +16,7 @@ from typing import Any
 from disagglab import trace
 from disagglab.errors import InvalidRun, StartError
 from disagglab.host import LocalHost
-from disagglab.ledger import Ledger, Sent
+from disagglab.ledger import Ledger, Reading, Sent
 from disagglab.looplag import ClientLoad
 from disagglab.process import OwnedProcess
 from disagglab.server import read_tail
@@ -37,7 +37,8 @@ class Run:
     """One run of a workload on a topology. Per-request lists in the order of sending; seconds, tokens.
 
     ``start_s``: when each request was sent, from the first of them. ``streams``: which part of the workload
-    it belongs to. ``client``: how busy the load engine was; None if it was not seen.
+    it belongs to. ``client``: how busy the load engine was; None if it was not seen. ``readings``: the
+    servers' counters before and after.
     """
 
     topology: str
@@ -55,6 +56,7 @@ class Run:
     start_s: tuple[float, ...] = ()
     streams: tuple[str, ...] = ()
     ledger: Ledger | None = None
+    readings: tuple[Reading, Reading] | None = None
     invalid: str | None = None
 
     @property

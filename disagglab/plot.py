@@ -9,8 +9,14 @@ from disagglab.store import Plot
 
 SIZE_INCHES = (6.4, 3.2)
 POINTS, LINE, BARE = ({"linestyle": s, "marker": m} for s, m in (("", "o"), ("-", "o"), ("-", "")))
-# Style of a series by its place: the first one, and the others.
-STYLES = {"points": (POINTS, POINTS), "line": (LINE, LINE), "points over lines": (POINTS, BARE)}
+SPREAD, LEVEL = (BARE | {"color": grey} for grey in ("0.75", "0.25"))
+# Styles of the series by place; the last one holds for all that follow.
+STYLES = {
+    "points": (POINTS,),
+    "line": (LINE,),
+    "points over lines": (POINTS, BARE),
+    "points over spread and level": (SPREAD, LEVEL, POINTS),
+}
 MARKER_SIZE = 4
 
 
@@ -34,7 +40,7 @@ def render(plot: Plot) -> str:
                 width = 0.8 / len(plot.series)
                 axes.bar([x + number * width for x in xs], ys, width, label=label)
             elif plot.style in STYLES:
-                style = STYLES[plot.style][min(number, 1)]
+                style = STYLES[plot.style][: number + 1][-1]
                 axes.plot(xs, ys, label=label, markersize=MARKER_SIZE, **style)  # type: ignore[arg-type]
             else:
                 raise ValueError(f"{plot.title}: no plot style {plot.style}")

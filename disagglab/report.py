@@ -63,13 +63,18 @@ def lesson_html(readme: Path) -> str:
     return html
 
 
-def render(lab: Lab, store: Store, modules: Sequence[Module], invalid: Sequence[Run]) -> str:
-    """The block of HTML that opens the report."""
+def template(name: str) -> jinja2.Template:
+    """A template of ours, with the filters ``number`` and ``percent``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
     )
     environment.filters.update(number=number, percent=percent)
-    return environment.get_template("summary.html").render(
+    return environment.get_template(name)
+
+
+def render(lab: Lab, store: Store, modules: Sequence[Module], invalid: Sequence[Run]) -> str:
+    """The block of HTML that opens the report."""
+    return template("summary.html").render(
         lab=lab,
         meta=store.meta,
         meta_facts=store.facts,
@@ -128,13 +133,18 @@ def verdict_lines(store: Store) -> list[str]:
                 v.metric,
                 f"{v.candidate} {number(v.candidate_value)} {v.unit}",
                 f"{v.baseline} {number(v.baseline_value)} {v.unit}",
-                v.outcome,
+                v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
                 f"{percent(v.effect)} [{percent(v.low)}, {percent(v.high)}]",
                 "none" if v.noise_floor is None else percent(v.noise_floor).replace("+", "±"),
                 str(v.rounds),
                 v.gate,
             )
         )
+    return table_lines(rows)
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equal length as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from disagglab.errors import LabError
+from disagglab.ledger import Reading
 from disagglab.load import Run
+from disagglab.metrics import Snapshot
 
 REPORTS_FOLDER = Path(__file__).resolve().parent.parent / "reports"
 TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -85,7 +88,10 @@ class VerdictRow:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """One run-level figure of one arm, a value a valid round; what trends over sessions are made of."""
+    """One run-level figure of one arm, a value a valid round; what trends over sessions are made of.
+
+    ``definition``: of the workload as it was scaled; figures of two definitions are not compared.
+    """
 
     workload: str
     arm: str
@@ -93,6 +99,23 @@ class FigureRow:
     unit: str
     better: str
     values: tuple[float, ...]
+    definition: str = ""
+
+
+def _counters(readings: tuple[Reading, Reading]) -> dict[str, dict[str, dict[str, float]]]:
+    """Every sample by moment, server and name, as Prometheus writes it."""
+
+    def named(snapshot: Snapshot) -> dict[str, float]:
+        found = {}
+        for name, labels, value in snapshot.samples:
+            inside = ",".join(f'{key}="{text}"' for key, text in sorted(labels))
+            found[f"{name}{{{inside}}}" if inside else name] = value
+        return found
+
+    return {
+        moment: {server: named(snapshot) for server, snapshot in reading.snapshots.items()}
+        for moment, reading in zip(("before", "after"), readings, strict=True)
+    }
 
 
 @dataclass
@@ -143,11 +166,15 @@ class Store:
             stream.write(json.dumps(asdict(item)) + "\n")
 
     def add_run(self, run: Run) -> None:
-        """Keep every request of a run, valid or not."""
-        name = f"{run.workload.name}.{run.round:02d}.{run.topology}.{time.time_ns()}.json"
-        raw = dataclasses.asdict(run)
+        """Keep every request of a run, valid or not, and every counter of its servers before and after."""
+        name = f"{run.workload.name}.{run.round:02d}.{run.topology}.{time.time_ns()}"
+        raw = dataclasses.asdict(dataclasses.replace(run, readings=None))
         raw["workload"] = run.workload.model_dump()
-        (self.folder / "runs" / name).write_text(json.dumps(raw))
+        del raw["readings"]
+        (self.folder / "runs" / f"{name}.json").write_text(json.dumps(raw))
+        if run.readings is not None:
+            path = self.folder / "runs" / f"{name}.metrics.json.gz"
+            path.write_bytes(gzip.compress(json.dumps(_counters(run.readings)).encode()))
 
     def write_meta(self, **values: Any) -> None:
         """Add to ``run.json``."""

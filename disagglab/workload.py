@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from pathlib import Path
 
@@ -52,14 +53,17 @@ class Workload(BaseModel):
         if (self.concurrency is None) == (self.rate_per_s is None):
             raise ValueError("give either concurrency (closed loop) or rate_per_s (open loop)")
         if self.steady is not None and self.rate_per_s is None:
-            raise ValueError(
-                "[steady] wants rate_per_s: the others arrive while the steady ones decode"
-            )
+            raise ValueError("[steady] wants rate_per_s: the others arrive while the steady ones decode")
         if self.shared_prefix_tokens >= self.prompt_tokens:
             raise ValueError("shared_prefix_tokens must be less than prompt_tokens")
         if any(share <= 0 for share in self.rate_shares):
             raise ValueError("rate_shares must be positive")
         return self
+
+    @property
+    def definition(self) -> str:
+        """Short hash of all that a run of it depends on."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
 
     @property
     def tokens(self) -> int:

@@ -74,7 +74,9 @@ def test_verdicts_fit_a_terminal_table(store: Store) -> None:
     assert line.index("worse") == header.index("verdict")
 
 
-@pytest.mark.parametrize("style", ["points", "line", "points over lines", "bars"])
+@pytest.mark.parametrize(
+    "style", ["points", "line", "points over lines", "points over spread and level", "bars"]
+)
 def test_a_plot_is_small_and_deterministic(style: str) -> None:
     """The same data gives the same bytes, below 60 kB, with its labels as text."""
     figure = Plot("m", "title", "tokens", "s", {"a": ((1.0, 2.0), (3.0, 4.0))}, style)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from disagglab import client, ledger
+from disagglab.figures import percentile
 from disagglab.kv import KvShape
 from disagglab.ledger import Sent
-from disagglab.load import percentile
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
 from disagglab.section import Lab

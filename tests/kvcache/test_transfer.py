@@ -13,12 +13,12 @@ from collections.abc import Callable
 import pytest
 
 from disagglab import client, ledger, linefit, nixlprobe
+from disagglab.figures import percentile
 from disagglab.host import LocalHost
 from disagglab.kv import KvShape, reusable_tokens
 from disagglab.kvlayout import layout
 from disagglab.ledger import Sent
 from disagglab.linefit import LineFit
-from disagglab.load import percentile
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session
