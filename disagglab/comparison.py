@@ -143,7 +143,7 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
             for stream in streams:
                 for metric, (unit, better) in METRICS.items():
                     values = comparison.values(workload.name, arm, metric, stream)
-                    if values and not (stream and metric == "slo_attainment"):
+                    if values and not (stream and metric in ("slo_attainment", "goodput_per_s")):
                         name = f"{metric} ({stream})" if stream else metric
                         found = (workload.name, arm, name, unit, better, tuple(values))
                         rows.append(FigureRow(*found, workload.definition))
@@ -194,11 +194,7 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     Raises:
         InvalidRun: if a figure has no pair of valid runs.
     """
-    asked = [
-        (gate, kind)
-        for gate in {(gate.workload, gate.figure): gate for gate in lab.gates if gate.limit is None}.values()
-        for kind in (SINGLE, DISAGGREGATED)
-    ]
+    asked = [(gate, kind) for gate in _by_figure(lab) for kind in (SINGLE, DISAGGREGATED)]
     families = [_pairs(comparison, gate, f"{kind}@{other}", kind) for gate, kind in asked]
     verdicts = [
         judge(pairs, METRICS[gate.metric][1], gate.margin)
@@ -229,8 +225,8 @@ def _pairs(
 ) -> list[tuple[float, float]]:
     pairs = comparison.pairs(gate.workload, baseline, candidate, gate.metric, gate.stream)
     if gate.limit is not None:
-        found = comparison.values(gate.workload, candidate, gate.metric, gate.stream)
-        pairs = [(gate.limit, value) for value in found]
+        again = comparison.pairs(gate.workload, candidate, candidate, gate.metric, gate.stream)
+        pairs = [(gate.limit, value) for _, value in again]
     if not pairs:
         raise InvalidRun(
             f"{gate.workload}: no valid pair of runs for {gate.figure}; see the invalid runs in the report"
@@ -238,12 +234,19 @@ def _pairs(
     return pairs
 
 
+def _by_figure(lab: Lab) -> list[GateSection]:
+    """One gate, the first, for every figure that is compared with a baseline."""
+    found: dict[tuple[str, str], GateSection] = {}
+    for gate in lab.gates:
+        if gate.limit is None:
+            found.setdefault((gate.workload, gate.figure), gate)
+    return list(found.values())
+
+
 def _identical_arms(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     """The A/A pair beside every gated figure; what it shows is noise."""
-    gates = [gate for gate in lab.gates if gate.limit is None]
-    figures_gated = {(gate.workload, gate.figure): gate for gate in reversed(gates)}
     rows = []
-    for gate in reversed(figures_gated.values()):
+    for gate in _by_figure(lab):
         if comparison.values(gate.workload, SINGLE_AGAIN, gate.metric, gate.stream):
             pairs = _pairs(comparison, gate, SINGLE, SINGLE_AGAIN)
             rows.append(_row(comparison, gate, pairs, None, SINGLE, SINGLE_AGAIN))

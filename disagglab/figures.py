@@ -12,14 +12,17 @@ from disagglab.verdict import Direction
 
 PERCENTILE_SAMPLES = {50: 1, 90: 10, 95: 20, 99: 100}  # fewer samples than this: the percentile is not shown
 SATURATED_BELOW = 0.95  # of the offered rate
+LEAST_ANSWERS = 3  # a run in which requests arrive for less than so many median E2E shows no steady state
 
 METRICS: dict[str, tuple[str, Direction]] = {
     "ttft_p50": ("s", "lower"),
     "tpot_p50": ("s", "lower"),
+    "itl_p50": ("s", "lower"),
     "itl_p99": ("s", "lower"),
     "e2e_p50": ("s", "lower"),
     "output_tokens_per_s": ("tokens/s", "higher"),
     "slo_attainment": ("share of sent", "higher"),
+    "goodput_per_s": ("requests/s", "higher"),
     "transfer_share_of_ttft": ("share of TTFT", "lower"),
 }
 
@@ -91,19 +94,22 @@ def comparable(metric: str, value: float, requests: int) -> float:
 
 
 def kept_rate(run: Run) -> float | None:
-    """Rate of completions over rate of arrivals in an open loop; None in a closed one.
+    """Rate of completions over rate of arrivals in an open loop; None in a closed one, and in one that is
+    too short to tell.
 
-    Both rates are taken between the first and the last event of their kind, so that the time which the last
-    answer takes does not count: where answers take equally long the ratio is 1, where a queue grows it is
-    below.
+    The time in which the requests arrived over the time in which they were answered, less one answer's own
+    (the median E2E). Answers that take equally long give 1; where a queue grows, the last ones come late.
     """
     main = [i for i, stream in enumerate(run.streams) if stream == MAIN]
     if run.workload.rate_per_s is None or len(main) < 2:
         return None
     starts = [run.start_s[i] for i in main]
-    ends = [run.start_s[i] + run.e2e_s[i] for i in main]
-    span = max(ends) - min(ends)
-    return (max(starts) - min(starts)) / span if span > 0 else None
+    arriving = max(starts) - min(starts)
+    usual = statistics.median(run.e2e_s[i] for i in main)
+    if arriving < LEAST_ANSWERS * usual:
+        return None
+    answering = max(run.start_s[i] + run.e2e_s[i] for i in main) - min(starts) - usual
+    return arriving / answering
 
 
 def saturated(run: Run) -> bool:

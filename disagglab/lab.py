@@ -88,6 +88,11 @@ def load_lab(name: str) -> Lab:
     return parse_lab(raw, str(path))
 
 
+def ports_needed(nodes: int, releases: int = 1) -> int:
+    """TCP ports that a run takes at most; a second release has no twins and fewer routers."""
+    return PORTS_PER_SERVER * nodes + ROUTER_PORTS + (releases - 1) * (2 * nodes + 4)
+
+
 def find_lab(name: str) -> Path:
     """The path of a lab file.
 
@@ -127,7 +132,8 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
         else:
             parts[key] = _parse_section(section, raw.get(key, {}), file, key, problems)
     for key, section in _OPTIONAL.items():
-        parts[key] = _parse_section(section, raw[key], file, key, problems) if key in raw else None
+        if key in raw:
+            parts[key] = _parse_section(section, raw[key], file, key, problems)
     for key, (section, required) in _LISTS.items():
         rows = raw.get(key, [])
         if isinstance(rows, dict):
@@ -168,6 +174,8 @@ def _explain(section: type[Section], detail: Any) -> tuple[str, str]:
             return "unknown key", _suggest(field, set(section.model_fields))
         case "missing":
             return "missing", f"add {field} = …{meaning}"
+        case _ if not field:
+            return "not a table", f"write a table with these keys: {', '.join(sorted(section.model_fields))}"
         case _:
             return f"{detail['msg']}, got {detail['input']!r}", f"correct the value of {field}{meaning}"
 
@@ -203,7 +211,7 @@ def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
         yield Problem(file, "vllm.version", wrong, RULE_MEND)
     ports: PortsSection | None = parts.get("ports")
     if ports is not None:
-        have, need = ports.last - ports.first + 1, PORTS_PER_SERVER * len(nodes) + ROUTER_PORTS
+        have, need = ports.last - ports.first + 1, ports_needed(len(nodes))
         if have < need:
             yield Problem(
                 file,
@@ -250,7 +258,7 @@ def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
         if gate.metric in ("slo_attainment", "transfer_share_of_ttft") and gate.stream:
             wrong = f"{gate.metric} is a figure of all requests"
             yield Problem(file, f"{where}.stream", wrong, "remove it")
-        if gate.metric == "slo_attainment" and parts.get("slo") is None:
+        if gate.metric == "slo_attainment" and "slo" not in parts:
             yield Problem(file, f"{where}.metric", "slo_attainment without [slo]", "add [slo] ttft_s, tpot_s")
         if not (WORKLOADS_FOLDER / f"{gate.workload}.toml").is_file():
             wrong = f"no file workloads/{gate.workload}.toml"

@@ -208,10 +208,12 @@ def with_shared_prefix(
     """
     book = compare(topology, before, after)
     held = prefix // _block(topology, after) * _block(topology, after)
+    if not held:
+        return list(sent)  # not one whole block: no server can find it
     fresh = sum(request.prompt_tokens for request in sent)
 
     def hits(what: str, tokens: int, servers: int) -> int:
-        count, rest = divmod(tokens, held) if held else (0, tokens)
+        count, rest = divmod(tokens, held)
         misses = len(sent) - count
         if rest or not min(servers, len(sent)) <= misses <= servers * under_way:
             raise InvalidRun(

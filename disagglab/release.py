@@ -12,6 +12,7 @@ import httpx
 from disagglab.environment import environment_python
 from disagglab.errors import ConfigError, Problem, StartError
 from disagglab.kvlayout import RULE_MEND, has_rule
+from disagglab.lab import ports_needed
 from disagglab.section import Lab
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +79,16 @@ def require(lab: Lab, option: str) -> None:
 
 
 def require_room(lab: Lab) -> None:
-    """Refuse a lab whose GPUs cannot hold the servers of two releases at once.
+    """Refuse a lab whose GPUs or ports do not suffice for the servers of two releases at once.
 
     Raises:
         ConfigError: naming the key.
     """
+    have, need = lab.ports.last - lab.ports.first + 1, ports_needed(len(lab.nodes), releases=2)
+    if have < need:
+        mend = f"set last to {lab.ports.first + need - 1} or more"
+        wrong = f"{have} ports, two releases need {need}"
+        raise ConfigError([Problem(lab.file, "ports", wrong, mend)])
     share = float(lab.vllm.args.get("gpu-memory-utilization", GPU_MEMORY))
     if any(node.gpus for node in lab.nodes) and 2 * share > MOST_GPU_MEMORY:
         wrong = f"{share:g} of a GPU's memory for each of two servers"

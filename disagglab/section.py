@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from disagglab.errors import ConfigError, Problem
 from disagglab.vllm_plugin import DELAY_VARIABLE
 from disagglab.workload import Workload, load_workload
 
@@ -223,9 +224,13 @@ class Lab(Section):
         """A file of workloads/, scaled to this lab.
 
         Raises:
-            ConfigError: with every problem of the file.
+            ConfigError: with every problem of the file; if its longest request does not fit max_model_len.
         """
-        return load_workload(name).scaled(**self.scale.model_dump())
+        found = load_workload(name).scaled(**self.scale.model_dump())
+        if found.tokens > self.model.max_model_len:
+            wrong = f"{name} takes {found.tokens} tokens here, max_model_len is {self.model.max_model_len}"
+            raise ConfigError([Problem(self.file, "scale", wrong, "lower prompt, output or steady")])
+        return found
 
     def transfer_variables(self, node: NodeSection) -> dict[str, str]:
         """The environment that decides how NIXL and UCX move data to and from a node."""

@@ -20,7 +20,7 @@ from disagglab.metrics import Snapshot
 
 REPORTS_FOLDER = Path(__file__).resolve().parent.parent / "reports"
 TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
-SCANNED_SUFFIXES = {".html", ".json", ".jsonl", ".log", ".toml", ".txt", ".svg"}
+SCANNED_SUFFIXES = {".gz", ".html", ".json", ".jsonl", ".log", ".toml", ".txt", ".svg"}
 SCANNED_BYTES = 64 * 2**20
 
 
@@ -208,7 +208,8 @@ class Store:
                 or path.stat().st_size > SCANNED_BYTES
             ):
                 continue
-            text = path.read_text(errors="replace")
+            content = path.read_bytes()
+            text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode(errors="replace")
             if TOKEN_PATTERN.search(text) or (len(token) >= 8 and token in text):
                 leaked.append(str(path))
         if leaked:

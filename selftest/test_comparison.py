@@ -240,7 +240,7 @@ def test_every_figure_is_kept_for_trends() -> None:
     assert {len(row.values) for row in rows} == {4}
     names = {row.metric for row in rows if row.workload == "long-prompts-into-steady-decode"}
     assert {"itl_p99", "itl_p99 (steady)", "ttft_p50 (main)", "slo_attainment"} <= names
-    assert "slo_attainment (steady)" not in names
+    assert not {"slo_attainment (steady)", "goodput_per_s (main)"} & names
     shares = {row.arm for row in rows if row.metric == "transfer_share_of_ttft"}
     assert shares == {DISAGGREGATED, f"{DISAGGREGATED}@0.30.0"}
 
@@ -264,3 +264,13 @@ def test_counters_of_a_run_are_kept(tmp_path: Path) -> None:
     assert content["after"]["a"] == {'vllm:x_total{source="a"}': 3.0, "up": 1.0}
     (raw,) = (store.folder / "runs").glob("*.single.*[0-9].json")
     assert len(json.loads(raw.read_text())["ttft_s"]) == LAB.workload("chat").requests
+
+
+def test_a_limit_on_a_share_that_is_zero(lab: Lab) -> None:
+    """No good request at all is a poor result, not an error: the share is corrected before its logarithm."""
+    limit = lab.gates[3].model_copy(update={"baseline": None, "limit": 0.5})
+    slow = [run(DISAGGREGATED, LAB.workload(limit.workload), number, 100.0) for number in range(3)]
+    (row,) = verdict_rows(Comparison(slow, LAB.slo), lab.model_copy(update={"gates": (limit,)}))
+    assert row.candidate_value == 0
+    assert row.outcome == "worse"
+    assert row.baseline == "limit"

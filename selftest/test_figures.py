@@ -61,18 +61,26 @@ def test_a_share_of_nothing_can_be_compared() -> None:
 
 
 def opened(e2e_s: tuple[float, ...]) -> Run:
-    """RUN in an open loop whose answers take so long."""
+    """RUN in an open loop whose answers take so long; arrivals at 0, 1, 2 and 3 s."""
     workload = CLOSED.model_copy(update={"concurrency": None, "rate_per_s": 1.0})
     return dataclasses.replace(RUN, workload=workload, e2e_s=e2e_s, streams=(MAIN,) * 4)
 
 
 def test_a_growing_queue_is_saturation() -> None:
-    """Equally long answers keep the rate, however long; each one longer than the last does not."""
+    """Equally long answers keep the rate; a last one that comes 2.5 s after its kind does not."""
     assert kept_rate(RUN) is None, "a closed loop offers no rate"
-    assert kept_rate(opened((7.0,) * 4)) == pytest.approx(1.0)
-    assert not saturated(opened((7.0,) * 4))
-    assert kept_rate(opened((1.0, 2.0, 3.0, 4.0))) == pytest.approx(0.5)
-    assert saturated(opened((1.0, 2.0, 3.0, 4.0)))
+    assert kept_rate(opened((0.8,) * 4)) == pytest.approx(1.0)
+    assert not saturated(opened((0.8,) * 4))
+    late = opened((0.5, 0.5, 1.5, 3.5))
+    assert kept_rate(late) == pytest.approx(3.0 / (6.5 - 1.0))
+    assert saturated(late)
+
+
+def test_a_short_open_loop_shows_no_steady_state() -> None:
+    """Requests that arrive for less than three answers' time are a burst: neither kept nor saturated."""
+    burst = opened((1.01,) * 4)
+    assert kept_rate(burst) is None
+    assert not saturated(burst)
 
 
 def test_a_blocked_event_loop_is_seen() -> None:

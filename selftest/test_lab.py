@@ -94,6 +94,7 @@ BROKEN = {
     "a stream of a workload that has none": (broken(gate__1__stream="steady"), "gate[1].stream", "remove it"),
     "goodput of a stream": (broken(gate__3__stream="steady"), "gate[3].stream", "remove it"),
     "goodput without an objective": (broken(slo=...), "gate[3].metric", "add [slo]"),
+    "a list in place of a table": (broken(scale=[{}]), "scale", "write a table"),
     "objective of half a request": (broken(slo={"ttft_s": 1.0}), "slo.tpot_s", "add tpot_s"),
     "scale of nothing": (broken(scale__prompt=0), "scale.prompt", "correct the value of prompt"),
     "workload that does not fit": (broken(scale__prompt=1.0), "gate[0].workload", "lower [scale]"),

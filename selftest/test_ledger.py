@@ -292,3 +292,9 @@ def test_bytes_do_not_follow_from_a_wrong_hit() -> None:
     told = replace(told, after=replace(told.after, snapshots={**told.after.snapshots, "b": after}), sent=sent)
     with pytest.raises(TransferError, match="bytes moved"):
         told.prove()
+
+
+def test_a_prefix_below_one_block_is_never_found() -> None:
+    """Blocks are shared whole: the requests count as if they had nothing in common."""
+    told = story(SINGLE)
+    assert ledger.with_shared_prefix(told.topology, told.before, told.after, SENT, 127, 2) == SENT

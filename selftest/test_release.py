@@ -73,11 +73,14 @@ def test_a_release_that_can_be_served(tmp_path: Path) -> None:
     release.require(named("0.30.0", str(python)), "--against")
 
 
-def test_two_releases_have_to_fit_a_gpu() -> None:
-    """Both are resident, so neither may take half of the memory and more."""
+def test_two_releases_have_to_fit() -> None:
+    """Both are resident, so neither may take half of a GPU's memory and more; each takes ports."""
     with pytest.raises(ConfigError, match="gpu-memory-utilization"):
         release.require_room(load_lab("two-gpus"))
     release.require_room(load_lab("spark"))
+    narrow = LAB.model_copy(update={"ports": LAB.ports.model_copy(update={"last": LAB.ports.first + 20})})
+    with pytest.raises(ConfigError, match="21 ports, two releases need 24"):
+        release.require_room(narrow)
     release.require_room(LAB)
 
 

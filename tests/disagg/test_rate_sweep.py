@@ -78,14 +78,17 @@ def sweep(
 
 
 def knee(runs: dict[float, Run], lab: Lab) -> float | None:
-    """The highest rate that was kept: enough good requests, no growing queue. None if not even the lowest."""
-    assert lab.slo is not None
-    kept = [
-        rate
-        for rate, run in runs.items()
-        if (figures(run, lab.slo)["slo_attainment"] or 0.0) >= ATTAINMENT and not saturated(run)
-    ]
-    return max(kept, default=None)
+    """The rate up to which every rate was kept: enough good requests, and certainly no growing queue.
+
+    None if not even the lowest was.
+    """
+    best = None
+    for rate in sorted(runs):
+        good = figures(runs[rate], lab.slo)["slo_attainment"] or 0.0
+        if good < ATTAINMENT or kept_rate(runs[rate]) is None or saturated(runs[rate]):
+            break
+        best = rate
+    return best
 
 
 def test_requests_are_sent_when_they_are_due(sweep: Sweep) -> None:
@@ -119,7 +122,7 @@ def test_goodput_against_offered_rate(sweep: Sweep, lab: Lab, record: Recorder) 
             run, share = runs[rate], found[rate]["slo_attainment"]
             assert share is not None
             kept = kept_rate(run)
-            state = "saturated" if saturated(run) else "keeps up"
+            state = "too short to tell" if kept is None else "saturated" if saturated(run) else "keeps up"
             record.numbers(
                 f"SLO attainment at {rate:.2f} requests/s",
                 [share],

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from disagglab import facts
+from disagglab import facts, release
 from disagglab.host import LocalHost
 from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS
 from disagglab.model import cache_folder
@@ -50,9 +50,10 @@ def test_memory_is_above_the_floor(host: LocalHost, lab: Lab) -> None:
 
 def test_versions_are_those_of_the_lab(host: LocalHost, lab: Lab) -> None:
     """vLLM and the router are the versions that the lab file names; NIXL is installed."""
-    found = facts.versions(host.facts, sys.executable)
+    found = facts.versions(host.facts, release.python_of(lab))
     assert found["vllm"].partition("+")[0] == lab.vllm.version
-    assert found["vllm-router"] == lab.router.version
+    ours = facts.versions(host.facts, sys.executable)
+    assert ours["vllm-router"] == lab.router.version
     assert "nixl-cu13" in found or "nixl" in found, f"no NIXL among {sorted(found)}"
 
 

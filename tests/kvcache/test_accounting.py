@@ -9,16 +9,16 @@ Equality is exact.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from disagglab import attention, modelconfig
+from disagglab import attention, modelconfig, release
 from disagglab.host import LocalHost
 from disagglab.kvlayout import KvLayout, layout
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
 
 BUDGET = 4 * 2**30  # bytes; a block of the largest model here takes 64 MiB
 TP_SIZES = (1, 2, 4, 8)
@@ -58,7 +58,7 @@ def variant(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def accounts(host: LocalHost) -> dict[str, Account]:
+def accounts(host: LocalHost, lab: Lab) -> dict[str, Account]:
     """What vLLM makes of every config, from one program run."""
     configs = {name: modelconfig.shipped_config(name) for name in MODELS}
     jobs = [{"name": name, "config": config, "tp": TP_SIZES} for name, config in configs.items()]
@@ -69,7 +69,7 @@ def accounts(host: LocalHost) -> dict[str, Account]:
         job.update(budget=BUDGET, dtype=SHARED_DTYPE)
     path = host.logs / "kvprobe-jobs.json"
     path.write_text(json.dumps(jobs))
-    argv = [sys.executable, "-m", "disagglab.kvprobe", str(path)]
+    argv = [release.python_of(lab), "-m", "disagglab.kvprobe", str(path)]
     env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     rows = [json.loads(line) for line in host.run("kvprobe", argv, env, LIMIT_S) if line.startswith("{")]
     return {row["name"]: row for row in rows}
