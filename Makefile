@@ -1,7 +1,7 @@
 # Each target that needs packages makes .venv first; when nothing has changed that takes a fraction of a second.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lab versions test selftest lint lock clean
+.PHONY: help setup lab versions test selftest lint lock offline-pack clean
 
 # The Python that .venv was made with, or else the first that runs and is 3.11 to 3.13. A command that exists need not
 # run (pyenv has one for every version, active or not). Should none fit, python3 is asked, and set-up says what is wrong.
@@ -14,7 +14,7 @@ UV ?= uv
 
 help:  ## this list
 	@echo "make TARGET [PYTHON=python3.12] [VLLM=0.30.0] [ARGS='options for pytest, or for uv in make lock']"
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
 lab: setup  ## the main job: two real vLLM servers, a router, KV transfer; a report and a table of verdicts
 	$(PYTEST) -m disagg $(ARGS)
@@ -50,6 +50,9 @@ setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also an environment f
 
 lock:  ## compile the main locks again, or with VLLM=X.Y.Z those of that version; needs uv (UV=PATH)
 	"$(PYTHON)" requirements/lock.py "$(UV)" $(if $(VLLM),--vllm "$(VLLM)") $(ARGS)
+
+offline-pack:  ## what a GPU host without registry needs, in pieces: OUT=FOLDER
+	PYTHON="$(PYTHON)" offline/pack.sh "$(or $(OUT),$(error where to? as in: make offline-pack OUT=parts))"
 
 clean:  ## delete .venv
 	rm -rf .venv
