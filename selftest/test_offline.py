@@ -1,0 +1,57 @@
+"""The pack for a host without registry: its pins fit its lab, and a part that broke on its way is refused."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from disagglab.lab import load_lab
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = ROOT / "offline"
+LIMIT_S = 60
+
+
+def pins(path: Path) -> dict[str, str]:
+    """Version by normalised name."""
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)(?:\[[^]]+\])?==([^ ;]+)(?: ;.*)?", line)
+            assert match, f"{path.name}: not a pin: {line}"
+            name = re.sub(r"[-_.]+", "-", match[1]).lower()
+            assert name not in found or ";" in line, f"{name} is pinned twice"
+            found[name] = match[2]
+    return found
+
+
+def test_the_lab_serves_what_is_packed() -> None:
+    """vLLM of the pack is the lab's; NIXL and router are those of the other environments."""
+    packed, main = pins(OFFLINE / "requirements.txt"), pins(ROOT / "requirements" / "cuda.txt")
+    assert packed["vllm"] == load_lab("two-h200").vllm.version
+    assert packed["vllm-router"] == main["vllm-router"] == load_lab("two-h200").router.version
+    assert packed["nixl-cu13"] == main["nixl-cu13"]
+
+
+@pytest.mark.parametrize("script", ["pack.sh", "install.sh"])
+def test_the_scripts_parse_and_explain_themselves(script: str) -> None:
+    """Without arguments each says how it is called."""
+    done = subprocess.run([OFFLINE / script], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode != 0
+    assert f"usage: offline/{script}" in done.stderr
+
+
+def test_a_part_that_changed_on_its_way_is_refused(tmp_path: Path) -> None:
+    """The sums are checked before anything is made."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "part.00").write_text("torn")
+    (parts / "SHA256SUMS").write_text(f"{'0' * 64}  part.00\n")
+    argv = [OFFLINE / "install.sh", parts, tmp_path / "venv"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode != 0
+    assert "part.00" in done.stderr + done.stdout
+    assert not (tmp_path / "venv").exists()
