@@ -40,7 +40,7 @@ if [[ -z $model ]]; then
     echo "pack: no tokenizer found; run make lab once on this machine, then pack again" >&2
     exit 1
 fi
-tar cf "$out/tokenizer.tar" -C "$model" tokenizer.json tokenizer_config.json chat_template.jinja
+tar cf "$out/tokenizer.tar" -C "$model" config.json tokenizer.json tokenizer_config.json chat_template.jinja
 cd "$out"
 sha256sum part.* tokenizer.tar >SHA256SUMS
 ls -l
