@@ -134,7 +134,10 @@ def collect(
     cards = gpus(host)
     for node in lab.nodes:
         title = f"node {node.name} ({node.role})"
-        everything[title] = {**cpu(host, node), **network(host, node.kv_address, inside(node.address))}
+        link = {"address": node.kv_address, "interface": "not known: no ip command (iproute2) on this host"}
+        if host.exists("ip"):
+            link = network(host, node.kv_address, inside(node.address))
+        everything[title] = {**cpu(host, node), **link}
         for number in node.gpus:
             card = cards[number] if number < len(cards) else {}
             everything[title].update({f"GPU {number} {key}": value for key, value in card.items()})

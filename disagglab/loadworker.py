@@ -21,6 +21,34 @@ from typing import Any
 from disagglab.looplag import LoopLag
 
 
+class _Undecoded:
+    """Stands for a tokenizer; leaves token ids as they are where they would be turned into text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, token_ids: list[int], *_: Any, **__: Any) -> list[int]:
+        """The ids themselves."""
+        return token_ids
+
+
+def keep_token_ids(dataset: Any) -> None:
+    """Let a trace's prompts be sent as token ids.
+
+    vLLM 0.26 replays a trace as text, which its server cuts into another number of tokens; later releases
+    send the ids. Where they do, nothing changes.
+    """
+    stock = dataset.sample
+
+    def sample(self: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock(self, _Undecoded(tokenizer), *args, **kwargs)
+
+    dataset.sample = sample
+
+
 async def _watched(job: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     async with LoopLag().watch() as lag:
         result = await job
@@ -31,11 +59,13 @@ async def _watched(job: Awaitable[dict[str, Any]]) -> dict[str, Any]:
 
 def serve(path: str) -> None:
     """Import vLLM's load engine, then answer jobs until ended from outside."""
+    from vllm.benchmarks.datasets.datasets import TimedTrace
     from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser: Any = FlexibleArgumentParser()
     add_cli_args(parser)
+    keep_token_ids(TimedTrace)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     temporary = f"{path}.new"
     listener.bind(temporary)

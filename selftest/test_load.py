@@ -8,6 +8,7 @@ import pytest
 
 from disagglab import figures, load
 from disagglab.errors import InvalidRun
+from disagglab.loadworker import keep_token_ids
 from disagglab.workload import Workload
 
 WORKLOAD = Workload(name="w", prompt_tokens=10, output_tokens=3, concurrency=1, requests=2)
@@ -59,3 +60,26 @@ def test_a_run_that_is_not_whole_is_refused(changes: dict[str, Any]) -> None:
     """Failed, missing and short answers make the run invalid; nothing of it is aggregated."""
     with pytest.raises(InvalidRun):
         run_from(**changes)
+
+
+class TextTrace:
+    """A trace dataset that makes text of token ids, as that of vLLM 0.26."""
+
+    def sample(self, tokenizer: Any, num_requests: int) -> list[Any]:
+        """Prompts of ids that the tokenizer's vocabulary holds."""
+        return [tokenizer.decode(sorted(tokenizer.get_vocab().values())) for _ in range(num_requests)]
+
+
+def test_a_trace_is_sent_as_token_ids() -> None:
+    """Where the load engine would decode the ids of a prompt, they stay; all else is the tokenizer's."""
+
+    class Tokenizer:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 1, "b": 2}
+
+        def decode(self, ids: list[int]) -> str:
+            return " ".join("ab"[i - 1] for i in ids)
+
+    assert TextTrace().sample(Tokenizer(), num_requests=1) == ["a b"]
+    keep_token_ids(TextTrace)
+    assert TextTrace().sample(tokenizer=Tokenizer(), num_requests=2) == [[1, 2], [1, 2]]
