@@ -104,19 +104,23 @@ def _one_line(problem: Problem) -> str:
 
 
 def _history(arguments: argparse.Namespace) -> tuple[str, Sequence[Problem]]:
-    from disagglab import history  # needs scipy and matplotlib; the arithmetic does without
+    from disagglab import (  # needs scipy and matplotlib; the arithmetic does without
+        archive,
+        history,
+        historypage,
+    )
 
-    archive = history.read(arguments.reports)
+    found_runs = archive.read(arguments.reports)
     filters = history.Filters(
         **{name: tuple(getattr(arguments, name)) for name in ("lab", "workload", "arm", "metric")}
     )
     joined = arguments.across_fingerprints
-    found = history.collect(archive.runs, filters, joined)
-    path = arguments.html or arguments.reports / history.PAGE
-    history.write(path, history.page(archive, found, joined))
-    head = [history.JOINED] if joined else []
+    found = history.collect(found_runs.runs, filters, joined)
+    path = arguments.html or arguments.reports / historypage.NAME
+    historypage.write(path, historypage.render(found_runs, found, joined))
+    head = [historypage.JOINED] if joined else []
     table = history.lines(found) if found else []
-    return "\n".join([*head, *table, history.summary(archive, found), str(path)]), archive.problems
+    return "\n".join([*head, *table, history.summary(found_runs, found), str(path)]), found_runs.problems
 
 
 def _gate(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import history
+from disagglab import archive, history, historypage
 from disagglab.__main__ import main
 
 OLD, NEW = "a" * 12, "b" * 12
@@ -115,7 +115,7 @@ def test_fingerprints_are_kept_apart(capsys: Capture, tmp_path: Path) -> None:
     assert all(line.endswith("none") for line in lines[1:3])
     assert "<td>versions.torch</td><td>2.13.0</td><td>2.14.0</td>" in page
     assert "<td>versions.vllm</td><td>0.31.0</td></tr>" in page
-    assert history.JOINED not in page
+    assert historypage.JOINED not in page
 
 
 def test_fingerprints_are_joined_on_request(capsys: Capture, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_fingerprints_are_joined_on_request(capsys: Capture, tmp_path: Path) -> 
     assert head == "different fingerprints joined on request"
     assert f"{OLD}+{NEW}" in line
     assert "20261108-120000-0008: " in line
-    assert f"<h1>History: {history.JOINED}</h1>" in page
+    assert f"<h1>History: {historypage.JOINED}</h1>" in page
     assert f"fingerprint {OLD} → {NEW}" in page
     assert f">fingerprint {OLD}</text>" in page
     assert f">fingerprint {NEW}</text>" in page
@@ -138,7 +138,7 @@ def test_models_units_and_labs_are_kept_apart(tmp_path: Path) -> None:
     for day, meta in enumerate(({}, {"lab": "hybrid"}, {"model": "N"}, {"key": NEW}), 1):
         add_run(tmp_path, day, figure(), **meta)
     add_run(tmp_path, 9, figure(unit="ms"))
-    runs = history.read(tmp_path).runs
+    runs = archive.read(tmp_path).runs
     assert len(history.collect(runs)) == 5
     joined = history.collect(runs, across_fingerprints=True)
     assert sorted(len(series.points) for series in joined) == [1, 1, 1, 2]
@@ -205,11 +205,11 @@ def test_a_bad_line_is_left_out(tmp_path: Path, case: str) -> None:
     """The problem names file and line; the other lines of the run count."""
     bad, named = BAD_LINES[case]
     folder = add_run(tmp_path, 1, GOOD, bad, figure(arm="replicated"))
-    archive = history.read(tmp_path)
-    (problem,) = archive.problems
+    found = archive.read(tmp_path)
+    (problem,) = found.problems
     assert (problem.file, problem.key) == (str(folder / "figures.jsonl"), "line 2")
     assert named in problem.wrong
-    assert [f.arm for f in archive.runs[0].figures] == ["single", "replicated"]
+    assert [f.arm for f in found.runs[0].figures] == ["single", "replicated"]
 
 
 def test_what_is_left_out_is_said(capsys: Capture, tmp_path: Path) -> None:
@@ -244,11 +244,11 @@ def test_a_run_with_a_bad_run_json_is_left_out(tmp_path: Path, case: str) -> Non
     add_run(tmp_path, 1, figure())
     path = add_run(tmp_path, 2, figure()) / "run.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    archive = history.read(tmp_path)
-    (problem,) = archive.problems
+    found = archive.read(tmp_path)
+    (problem,) = found.problems
     assert problem.file == str(path)
     assert named in f"{problem.key}: {problem.wrong}"
-    assert [run.run_id[:8] for run in archive.runs] == ["20261101"]
+    assert [run.run_id[:8] for run in found.runs] == ["20261101"]
 
 
 def test_figures_without_their_run_json(capsys: Capture, tmp_path: Path) -> None:
@@ -309,5 +309,5 @@ def test_another_definition_of_a_workload_is_another_series(tmp_path: Path) -> N
     """A workload whose lengths changed under its old name does not continue the old figures."""
     for day in range(1, 9):
         add_run(tmp_path, day, figure(definition="a" if day < 5 else "b", values=[float(day < 5) + 1] * 3))
-    found = history.collect(history.read(tmp_path).runs)
+    found = history.collect(archive.read(tmp_path).runs)
     assert [len(series.points) for series in found] == [4, 4]

@@ -1,0 +1,226 @@
+"""Run folders as they lie on disk, read for their history: what each session was, and its figures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from disagglab.errors import ConfigError, Problem
+from disagglab.verdict import Direction
+
+RUN_ID = re.compile(r"\d{8}-\d{6}")
+META, FIGURES, COMMITTED = "run.json", "figures.jsonl", "reference"
+NOT_RECORDED = "not recorded"
+LAB_FILE_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of one arm in one session: ``values`` has one a valid round, in ``unit``. ``definition``:
+    a hash of the workload's settings; empty where it was not recorded.
+    """
+
+    workload: str
+    arm: str
+    metric: str
+    unit: str
+    better: Direction
+    values: tuple[float, ...]
+    definition: str = ""
+
+
+@dataclass(frozen=True)
+class HistoryRun:
+    """One session as its folder tells it.
+
+    ``fingerprint``: name → value, with a package's version as ``versions.NAME``. ``lab_file``: a short hash
+    of the lab file's text. ``copy_gb_per_s``: the speed probe before the session, None where there was none.
+    """
+
+    run_id: str
+    lab: str
+    model: str
+    commit: str
+    command: str
+    lab_file: str
+    key: str
+    fingerprint: Mapping[str, str]
+    copy_gb_per_s: float | None
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What a reports folder holds. ``passed_over``: sessions without figures. ``problems``: what could not
+    be read and is left out.
+    """
+
+    runs: tuple[HistoryRun, ...]
+    passed_over: int
+    problems: tuple[Problem, ...]
+
+
+def read(reports: Path) -> Archive:
+    """All sessions of a reports folder and of its ``reference`` folder, oldest first.
+
+    A session without ``figures.jsonl`` is counted and passed over. One whose ``run.json`` cannot be read is
+    left out, and so is a line of figures that is malformed; both are among the problems. A session that is
+    in both folders counts once.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    if not reports.is_dir():
+        problem = Problem(str(reports), "--reports", "no such folder", "name the folder of the run folders")
+        raise ConfigError([problem])
+    found = {path.name: path for path in [*_run_folders(reports / COMMITTED), *_run_folders(reports)]}
+    runs, problems, passed_over = [], [], 0
+    for run_id in sorted(found):
+        folder = found[run_id]
+        try:
+            meta = _meta(folder / META)
+            if (folder / FIGURES).exists():
+                figures, bad = _figures(folder / FIGURES)
+                problems += bad
+                runs.append(_run(run_id, folder / META, meta, figures))
+            else:
+                passed_over += 1
+        except ConfigError as error:
+            problems += error.problems
+    return Archive(tuple(runs), passed_over, tuple(problems))
+
+
+def _run_folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    return [path for path in parent.iterdir() if RUN_ID.match(path.name) and path.is_dir()]
+
+
+def _meta(path: Path) -> Mapping[str, Any]:
+    """The session's ``run.json``; a session that was killed before it wrote one and has no figures has
+    nothing to tell.
+    """
+    mend = "mend the file, or move the run folder away"
+    if not path.exists() and not (path.parent / FIGURES).exists():
+        return {}
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([Problem(str(path), "(whole file)", reason(error), mend)]) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([Problem(str(path), "(whole file)", f"not JSON: {error}", mend)]) from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError([Problem(str(path), "(whole file)", "not an object", mend)])
+    return raw
+
+
+def reason(error: OSError) -> str:
+    """Why a file could not be read or written, in a few words."""
+    return str(error.strerror or error)
+
+
+def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[Figure]) -> HistoryRun:
+    facts = meta.get("fingerprint")
+    facts = facts if isinstance(facts, Mapping) else {}
+    named = {"lab": meta.get("lab"), "model": meta.get("model"), "fingerprint.key": facts.get("key")}
+    missing = [
+        Problem(str(path), key, "missing, or no text", "a session writes it; move the run folder away")
+        for key, value in named.items()
+        if not isinstance(value, str) or not value
+    ]
+    if missing:
+        raise ConfigError(missing)
+    text = meta.get("lab_file")
+    return HistoryRun(
+        run_id=run_id,
+        lab=str(named["lab"]),
+        model=str(named["model"]),
+        commit=str(meta.get("commit", NOT_RECORDED)),
+        command=str(meta.get("command", NOT_RECORDED)),
+        lab_file=hashlib.sha256(text.encode(errors="replace")).hexdigest()[:LAB_FILE_DIGITS]
+        if isinstance(text, str)
+        else NOT_RECORDED,
+        key=str(named["fingerprint.key"]),
+        fingerprint=dict(_flat({key: value for key, value in facts.items() if key != "key"})),
+        copy_gb_per_s=_copy_speed(meta.get("speed")),
+        figures=tuple(figures),
+    )
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _copy_speed(speed: Any) -> float | None:
+    before = speed.get("before") if isinstance(speed, Mapping) else None
+    value = before.get("copy_gb_per_s") if isinstance(before, Mapping) else None
+    return float(value) if value is not None and _is_figure(value) else None
+
+
+def _figures(path: Path) -> tuple[list[Figure], list[Problem]]:
+    """The figures of a session, and what is wrong with the lines that are left out."""
+    figures: dict[tuple[str, str, str], Figure] = {}
+    problems = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        wrong = reason(error) if isinstance(error, OSError) else f"not UTF-8: {error}"
+        return [], [Problem(str(path), "(whole file)", wrong, "mend the file, or move the run folder away")]
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            figure = _figure(line)
+            name = (figure.workload, figure.arm, figure.metric)
+            if name in figures:
+                raise ValueError("repeats a figure of a line above")
+        except (ValueError, RecursionError) as error:
+            problems.append(Problem(str(path), f"line {number}", str(error), "mend or delete the line"))
+            continue
+        figures[name] = figure
+    return [figure for figure in figures.values() if figure.values], problems
+
+
+def _figure(line: str) -> Figure:
+    """One line of ``figures.jsonl``; keys that are not asked for are ignored.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    try:
+        raw = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(raw, Mapping):
+        raise ValueError("not an object")
+    texts: dict[str, Any] = {key: raw.get(key) for key in ("workload", "arm", "metric", "unit")}
+    for key, text in texts.items():
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{key}: missing, or no text")
+    better: Any = raw.get("better")
+    if better not in get_args(Direction):
+        raise ValueError(f'better: {better!r:.60} is neither "lower" nor "higher"')
+    values = raw.get("values")
+    if not isinstance(values, list) or not all(map(_is_figure, values)):
+        raise ValueError(f"values: {values!r:.60} is no list of finite numbers from 0 on")
+    definition = str(raw.get("definition", ""))
+    return Figure(**texts, better=better, values=tuple(map(float, values)), definition=definition)
+
+
+def _is_figure(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(float(value)) and float(value) >= 0
+    except OverflowError:
+        return False
