@@ -151,7 +151,7 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
 
 
 def warm_up_of(workloads: Sequence[Workload]) -> Workload:
-    """As many requests at once as the fullest of the workloads can have, short ones of prompts of its own."""
+    """As many requests at once as the fullest of the workloads can have; it gets prompts of its own."""
     fullest = max(workloads, key=lambda workload: workload.most_under_way)
     count = fullest.most_under_way
     return fullest.model_copy(
