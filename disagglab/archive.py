@@ -12,27 +12,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from disagglab.errors import ConfigError, Problem
+from disagglab.store import FigureRow
 from disagglab.verdict import Direction
 
 RUN_ID = re.compile(r"\d{8}-\d{6}")
 META, FIGURES, COMMITTED = "run.json", "figures.jsonl", "reference"
 NOT_RECORDED = "not recorded"
 LAB_FILE_DIGITS = 8
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure of one arm in one session: ``values`` has one a valid round, in ``unit``. ``definition``:
-    a hash of the workload's settings; empty where it was not recorded.
-    """
-
-    workload: str
-    arm: str
-    metric: str
-    unit: str
-    better: Direction
-    values: tuple[float, ...]
-    definition: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +38,7 @@ class HistoryRun:
     key: str
     fingerprint: Mapping[str, str]
     copy_gb_per_s: float | None
-    figures: tuple[Figure, ...]
+    figures: tuple[FigureRow, ...]
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,7 @@ def reason(error: OSError) -> str:
     return str(error.strerror or error)
 
 
-def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[Figure]) -> HistoryRun:
+def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[FigureRow]) -> HistoryRun:
     facts = meta.get("fingerprint")
     facts = facts if isinstance(facts, Mapping) else {}
     named = {"lab": meta.get("lab"), "model": meta.get("model"), "fingerprint.key": facts.get("key")}
@@ -167,9 +153,9 @@ def _copy_speed(speed: Any) -> float | None:
     return float(value) if value is not None and _is_figure(value) else None
 
 
-def _figures(path: Path) -> tuple[list[Figure], list[Problem]]:
+def _figures(path: Path) -> tuple[list[FigureRow], list[Problem]]:
     """The figures of a session, and what is wrong with the lines that are left out."""
-    figures: dict[tuple[str, str, str], Figure] = {}
+    figures: dict[tuple[str, str, str], FigureRow] = {}
     problems = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -191,7 +177,7 @@ def _figures(path: Path) -> tuple[list[Figure], list[Problem]]:
     return [figure for figure in figures.values() if figure.values], problems
 
 
-def _figure(line: str) -> Figure:
+def _figure(line: str) -> FigureRow:
     """One line of ``figures.jsonl``; keys that are not asked for are ignored.
 
     Raises:
@@ -214,7 +200,7 @@ def _figure(line: str) -> Figure:
     if not isinstance(values, list) or not all(map(_is_figure, values)):
         raise ValueError(f"values: {values!r:.60} is no list of finite numbers from 0 on")
     definition = str(raw.get("definition", ""))
-    return Figure(**texts, better=better, values=tuple(map(float, values)), definition=definition)
+    return FigureRow(**texts, better=better, values=tuple(map(float, values)), definition=definition)
 
 
 def _is_figure(value: Any) -> bool:

@@ -11,7 +11,7 @@ from disagglab import ledger
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.figures import METRICS, comparable, figures, saturated
 from disagglab.kv import KvShape
-from disagglab.load import LoadEngine, Run
+from disagglab.load import LoadEngine, Run, require_meaning
 from disagglab.section import GateSection, Lab, SloSection
 from disagglab.store import FigureRow, Store, VerdictRow
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
@@ -82,6 +82,7 @@ def measure(
         run = engine.run(topology, workload, seed, number)
         after = ledger.settle(topology, before, len(run.sent))
         run = dataclasses.replace(run, readings=(before, after))
+        require_meaning(run)
         sent = run.sent
         if workload.shared_prefix_tokens:
             sent = ledger.with_shared_prefix(

@@ -62,9 +62,8 @@ _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "memory": (MemorySection, True),
     "scale": (ScaleSection, False),
 }
-_OPTIONAL: dict[str, type[Section]] = {
-    "slo": SloSection
-}  # without a default: absent is not the same as empty
+# Without defaults: absent is not the same as empty.
+_OPTIONAL: dict[str, type[Section]] = {"slo": SloSection}
 _LISTS: dict[str, tuple[type[Section], bool]] = {"node": (NodeSection, True), "gate": (GateSection, False)}
 
 

@@ -172,8 +172,7 @@ def run_from(
     """Build a :class:`Run` from the JSON of ``vllm bench serve``.
 
     Raises:
-        InvalidRun: if a request failed, is missing, or has another length than asked for; if the steady
-            requests of the workload were over before most of the others came.
+        InvalidRun: if a request failed, is missing, or has another length than asked for.
     """
     requests = arrivals(workload, seed)
     errors = [error for error in result["errors"] if error]
@@ -191,16 +190,10 @@ def run_from(
             raise InvalidRun(
                 f"{topology}: {what} of {sorted(set(got))} tokens, {sorted(set(asked))} were asked for"
             )
-    if client is not None and client.cpu_share > CLIENT_BOUND:
-        raise InvalidRun(
-            f"{topology}: the load engine was busy {client.cpu_share:.0%} of the time, so it is what was"
-            " measured; lower the workload's concurrency or rate, or give it a core of its own"
-            " ([controller] cpus)"
-        )
     first = min(result["start_times"])
     # vLLM 0.26 does not keep E2E; its clock readings are the same ones, so the parts add up to it
     ends = [ttft + sum(gaps) for ttft, gaps in zip(result["ttfts"], result["itls"], strict=True)]
-    run = Run(
+    return Run(
         topology=topology,
         workload=workload,
         seed=seed,
@@ -216,13 +209,23 @@ def run_from(
         start_s=tuple(start - first for start in result["start_times"]),
         streams=tuple(one.stream for one in requests),
     )
-    if workload.steady is not None:
-        _require_interference(run)
-    return run
 
 
-def _require_interference(run: Run) -> None:
-    """Refuse a run whose steady requests did not decode while the others arrived."""
+def require_meaning(run: Run) -> None:
+    """Refuse a whole run that measured something else than its workload asks for.
+
+    Raises:
+        InvalidRun: if the load engine was the bottleneck, or the steady requests of the workload were over
+            before most of the others came.
+    """
+    if run.client is not None and run.client.cpu_share > CLIENT_BOUND:
+        raise InvalidRun(
+            f"{run.topology}: the load engine was busy {run.client.cpu_share:.0%} of the time, so it is what"
+            " was measured; lower the workload's concurrency or rate, or give it a core of its own"
+            " ([controller] cpus)"
+        )
+    if run.workload.steady is None:
+        return
     rows = list(zip(run.streams, run.start_s, run.ttft_s, run.e2e_s, strict=True))
     begin = min(start + ttft for stream, start, ttft, _ in rows if stream == STEADY)
     end = max(start + e2e for stream, start, _, e2e in rows if stream == STEADY)

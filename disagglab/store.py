@@ -17,6 +17,7 @@ from disagglab.errors import LabError
 from disagglab.ledger import Reading
 from disagglab.load import Run
 from disagglab.metrics import Snapshot
+from disagglab.verdict import Direction
 
 REPORTS_FOLDER = Path(__file__).resolve().parent.parent / "reports"
 TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
@@ -97,7 +98,7 @@ class FigureRow:
     arm: str
     metric: str
     unit: str
-    better: str
+    better: Direction
     values: tuple[float, ...]
     definition: str = ""
 

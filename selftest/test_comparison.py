@@ -274,3 +274,19 @@ def test_a_limit_on_a_share_that_is_zero(lab: Lab) -> None:
     assert row.candidate_value == 0
     assert row.outcome == "worse"
     assert row.baseline == "limit"
+
+
+def test_an_invalid_run_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose steady requests were over too early is refused, and shown with all that it measured."""
+    workload = LAB.workload("long-prompts-into-steady-decode")
+    whole = run(SINGLE, workload, 0)
+    over = replace(whole, e2e_s=(0.1,) * len(whole.e2e_s), ttft_s=(0.05,) * len(whole.ttft_s))
+    monkeypatch.setattr(comparison.ledger, "read", lambda _: None)
+    monkeypatch.setattr(comparison.ledger, "settle", lambda *_: None)
+    engine: Any = SimpleNamespace(run=lambda *_: over)
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
+    none: Any = None
+    measured = comparison.measure(engine, topology, workload, 1, 0, none)
+    assert measured.invalid is not None
+    assert "while a steady request decoded" in measured.invalid
+    assert measured.e2e_s == over.e2e_s

@@ -8,13 +8,14 @@ import time
 
 import pytest
 
+from disagglab.errors import InvalidRun
 from disagglab.figures import comparable, figures, good_requests, kept_rate, saturated
 from disagglab.ledger import Ledger
-from disagglab.load import Run
-from disagglab.looplag import LoopLag
+from disagglab.load import Run, require_meaning
+from disagglab.looplag import ClientLoad, LoopLag
 from disagglab.section import SloSection
 from disagglab.trace import MAIN, STEADY
-from disagglab.workload import Workload
+from disagglab.workload import Steady, Workload
 
 CLOSED = Workload(name="w", prompt_tokens=10, output_tokens=5, concurrency=1, requests=4)
 SLO = SloSection(ttft_s=1.0, tpot_s=0.1)
@@ -103,3 +104,30 @@ def test_a_blocked_event_loop_is_seen() -> None:
     assert load.lag_p99_s <= load.lag_max_s
     assert 0 < load.cpu_share < 1.5
     assert lag.between(end + 1, end + 2) is None, "what was not looked at is not reported as idle"
+
+
+STEADY_WORKLOAD = CLOSED.model_copy(
+    update={
+        "concurrency": None,
+        "rate_per_s": 1.0,
+        "requests": 3,
+        "steady": Steady(prompt_tokens=10, output_tokens=5, requests=1, lead_s=0.5),
+    }
+)
+
+
+def test_the_client_must_not_be_the_bottleneck() -> None:
+    """Above nine tenths of a core the load engine is what was measured."""
+    require_meaning(dataclasses.replace(RUN, client=ClientLoad(0.9, 0.0, 0.0)))
+    with pytest.raises(InvalidRun, match="busy 91%"):
+        require_meaning(dataclasses.replace(RUN, client=ClientLoad(0.91, 0.0, 0.0)))
+
+
+def test_prompts_have_to_arrive_while_steady_requests_decode() -> None:
+    """The steady request decodes from 0.5 s to its end; the others arrive at 1, 2 and 3 s."""
+    run = dataclasses.replace(RUN, workload=STEADY_WORKLOAD)
+    require_meaning(dataclasses.replace(run, e2e_s=(3.0, 1.4, 1.9, 1.3)))
+    with pytest.raises(InvalidRun, match="2 of 3 prompts arrived"):
+        require_meaning(dataclasses.replace(run, e2e_s=(2.9, 1.4, 1.9, 1.3)))
+    with pytest.raises(InvalidRun, match="2 of 3 prompts arrived"):
+        require_meaning(dataclasses.replace(run, e2e_s=(9.0, 1.4, 1.9, 1.3), ttft_s=(1.1, 1.0, 1.5, 0.5)))
