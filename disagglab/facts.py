@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from disagglab.section import Lab, NodeSection
+from disagglab.section import NodeSection
 
 GIB = 2**30
 ISA_OF_INTEREST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
@@ -72,19 +72,17 @@ def ucx_version(host: Any, python: str) -> str:
     return answer.stdout.strip() if answer.rc == 0 else "unknown"
 
 
-def network(host: Any, address: str, inside: str = "") -> dict[str, str]:
+def network(host: Any, address: str) -> dict[str, str]:
     """The interface that carries ``address``: name, MTU, speed where the kernel knows one.
-
-    ``inside``: what a command is prefixed with to run where the address is; empty for the host itself.
 
     Raises:
         LookupError: if no interface of the host has the address.
     """
-    interfaces = json.loads(host.check_output(f"{inside} ip -json address show"))
+    interfaces = json.loads(host.check_output("ip -json address show"))
     for row in interfaces:
         if any(entry.get("local") == address for entry in row["addr_info"]):
             name = row["ifname"]
-            speed = host.run(f"{inside} cat /sys/class/net/%s/speed", name).stdout.strip()
+            speed = host.run("cat /sys/class/net/%s/speed", name).stdout.strip()
             known = speed.isdigit() and int(speed) > 0
             return {
                 "interface": name,
@@ -114,17 +112,16 @@ def rdma_state(host: Any, device: str) -> dict[str, str]:
     return {key: host.file(f"{base}/{key}").content_string.strip() for key in ("state", "rate", "link_layer")}
 
 
-def collect(
-    host: Any, lab: Lab, python: str, inside: Callable[[str], str] = lambda address: ""
-) -> dict[str, dict[str, str]]:
-    """Everything that a report shows of the nodes on one host, by title; what cannot be read is left out.
+def collect(host: Any, name: str, nodes: Sequence[NodeSection], python: str) -> dict[str, dict[str, str]]:
+    """Everything that a report shows of a host and its nodes, by title; what cannot be read is left out.
 
-    ``inside``: by address, what a command is prefixed with to run where the address is.
+    ``python``: the Python there whose packages are shown.
     """
     space = memory(host)
     found = versions(host, python)
     everything = {
-        f"host {lab.nodes[0].host}": {
+        f"host {name}": {
+            "host name": host.check_output("uname -n"),
             "memory": f"{space['total'] / GIB:.1f} GiB",
             "memory available before the servers": f"{space['available'] / GIB:.1f} GiB",
             **found,
@@ -132,11 +129,11 @@ def collect(
         }
     }
     cards = gpus(host)
-    for node in lab.nodes:
+    for node in nodes:
         title = f"node {node.name} ({node.role})"
         link = {"address": node.kv_address, "interface": "not known: no ip command (iproute2) on this host"}
         if host.exists("ip"):
-            link = network(host, node.kv_address, inside(node.address))
+            link = network(host, node.kv_address)
         everything[title] = {**cpu(host, node), **link}
         for number in node.gpus:
             card = cards[number] if number < len(cards) else {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from disagglab import attention, facts, model, modelconfig
 from disagglab.comparison import Comparison, figure_rows, run_rounds, undecided_workloads, verdict_rows
 from disagglab.errors import InvalidRun
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.lab import check_against_model
 from disagglab.load import LoadEngine
@@ -20,7 +20,7 @@ from disagglab.model import Model
 from disagglab.plugin import SESSION, module_of
 from disagglab.recorder import Recorder, timing_into
 from disagglab.section import Lab
-from disagglab.session import Session, exclusive
+from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import (
     DISAGGREGATED,
@@ -67,24 +67,23 @@ def shape(lab: Lab) -> KvShape:
 
 
 @pytest.fixture(scope="session")
-def host(live: Session) -> Iterator[LocalHost]:
-    """This machine, cleared of what earlier sessions left; nothing of this session is left on it either."""
-    if not live.lab.is_local:
-        pytest.skip(
-            f"SSH-TRANSPORT: lab {live.lab.name} has remote hosts; this version starts servers only locally"
-        )
-    with exclusive():
-        local = LocalHost(live.run_id, live.lab, live.store.logs)
-        reaped = local.reap()
-        if reaped:
-            live.store.write_meta(reaped=[vars(row) for row in reaped])
-        try:
-            if any(node.namespace for node in live.lab.nodes):
-                local.make_network(live.lab.nodes)
-            live.store.facts.update(facts.collect(local.facts, live.lab, sys.executable, local.inside))
-            yield local
-        finally:
-            local.close()
+def hosts(live: Session) -> Iterator[Hosts]:
+    """The lab's hosts, cleared of what earlier sessions left, and of this one when it ends."""
+    if any(host.namespace for host in live.lab.hosts) and os.geteuid() != 0:
+        pytest.skip(f"NOT-ROOT: lab {live.lab.name} makes its hosts, which needs root")
+    found = Hosts(live.run_id, live.lab, live.store.logs)
+    try:
+        with live.uncaptured():
+            found.open()
+        if found.reaped:
+            live.store.write_meta(reaped=found.reaped)
+        for host in found.all:
+            nodes = live.lab.nodes_on(host.name)
+            python = found.python_of(nodes[0], live.lab.vllm.version) if nodes else host.suite_python
+            live.store.facts.update(facts.collect(host.facts, host.name, nodes, python))
+        yield found
+    finally:
+        found.close()
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +97,9 @@ def weights(live: Session) -> Model:
 
 
 @pytest.fixture(scope="session")
-def deployment(live: Session, host: LocalHost, weights: Model, engine: LoadEngine) -> Iterator[Deployment]:
+def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) -> Iterator[Deployment]:
     """The lab's servers, ready and proved to be ours."""
-    deployed = Deployment(host, live.lab, weights)
+    deployed = Deployment(hosts, live.lab, weights)
     with live.uncaptured():
         deployed.start(live.progress("servers", START_BUDGET_S))
     for server in deployed.servers:
@@ -112,9 +111,10 @@ def deployment(live: Session, host: LocalHost, weights: Model, engine: LoadEngin
 
 
 @pytest.fixture(scope="session")
-def engine(host: LocalHost, lab: Lab, weights: Model, store: Store) -> LoadEngine:
+def engine(hosts: Hosts, lab: Lab, weights: Model, store: Store) -> LoadEngine:
     """``vllm bench serve``, imported beside the booting servers, fed jobs."""
-    load_engine = LoadEngine(host, weights.tokenizer, lab.controller.cpus, store.folder / "traces")
+    tokenizer = hosts.on_controller(weights).tokenizer
+    load_engine = LoadEngine(hosts.controller, tokenizer, lab.controller.cpus, store.folder / "traces")
     load_engine.start()
     return load_engine
 

@@ -1,102 +1,139 @@
-"""A host of the lab: where processes are started, ports are taken and facts are read."""
+"""A host of the lab: where processes are started, ports are taken and facts are read.
+
+One class for this machine and for remote ones. What happens on the host itself is its deputy's work
+(disagglab/deputy.py); a host differs from another only in how its deputy is called.
+"""
 
 from __future__ import annotations
 
 import functools
-import os
 import shlex
-import socket
-import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
+from disagglab.deputy import Deputy
+from disagglab.errors import LabError
+from disagglab.supervisor import Process
 
-from disagglab import lease, netns
-from disagglab.errors import StartError
-from disagglab.netns import Namespace
-from disagglab.port import PortPool
-from disagglab.process import OwnedProcess
-from disagglab.section import Lab, NodeSection
-from disagglab.supervisor import session_members
+WAIT_POLL_S = 0.1
+LOG_TAIL_LINES = 20
 
-NETWORK_LIMIT_S = 30.0
+Call = Callable[..., Any]  # method of Deputy, then its arguments
 
 
-class LocalHost:
-    """This machine.
+class HostProcess:
+    """A process that a host's deputy owns. ``log``: on this machine, kept up to date while it runs."""
 
-    Args:
-        run_id: the run that everything started here belongs to.
-        lab: gives the port range.
-        logs: folder for the logs of what is started.
-    """
+    def __init__(self, host: Host, name: str, argv: Sequence[str], started: Mapping[str, Any]) -> None:
+        self.host = host
+        self.name = name
+        self.argv = tuple(argv)
+        self.identity = Process(int(started["pid"]), int(started["start_ticks"]))
+        self.scratch = str(started["scratch"])
+        self.log = host.logs / f"{name}.log"
+        self.ended: dict[str, Any] | None = None
+        self._stopped = False
 
-    name = "local"
+    @property
+    def pid(self) -> int:
+        """Its pid, on its host."""
+        return self.identity.pid
 
-    def __init__(self, run_id: str, lab: Lab, logs: Path) -> None:
-        self.run_id = run_id
-        self.logs = logs
-        self._range = (lab.ports.first, lab.ports.last)
-        self._pools: dict[str, PortPool] = {}
-        self._namespaces: dict[str, Namespace] = {}  # by address in it
-        self._processes: list[OwnedProcess] = []
+    @property
+    def alive(self) -> bool:
+        """Whether the command itself still runs."""
+        return not self._stopped and bool(self.host.call("alive", self.name))
 
-    def reap(self) -> list[lease.Reaped]:
-        """End what earlier sessions left on this host."""
-        lease.wait_for_orphaned_supervisors()
-        return lease.reap()
+    def tree(self) -> list[int]:
+        """Pids, on its host, of the command and its living descendants."""
+        return [] if self._stopped else list(self.host.call("tree", self.name))
 
-    def reserve_port(self, address: str) -> int:
-        """A TCP port on ``address`` that is ours until :meth:`close`."""
-        if address not in self._pools:
-            self._pools[address] = self.port_pool(address)
-        return self._pools[address].reserve()
+    def cpu_s(self) -> float:
+        """CPU time used by its living processes so far, s."""
+        return 0.0 if self._stopped else float(self.host.call("cpu_s", self.name))
 
-    def port_pool(self, address: str) -> PortPool:
-        """A pool of the lab's ports where ``address`` is; its maker closes it."""
-        namespace = self.namespace_of(address)
-        return PortPool(address, *self._range, namespace.socket if namespace else socket.socket)
+    def cores_of_threads(self) -> dict[str, set[int]]:
+        """Cores that each of its threads may run on, by thread id."""
+        found: dict[str, str] = self.host.call("cores_of_threads", self.name)
+        return {thread: cores(text) for thread, text in found.items()}
 
-    def make_network(self, nodes: Sequence[NodeSection]) -> None:
-        """Make the network namespaces of two nodes, and the links (disagglab/netns.py).
+    def is_anothers_port(self, port: int) -> bool:
+        """Whether somebody listens on a port of the host, and it is none of this process's tree."""
+        return bool(self.host.call("is_anothers_port", self.name, port))
+
+    def lines_so_far(self) -> list[str]:
+        """The lines of its log up to now."""
+        self.host.follow(self.name)
+        return self.log.read_text(errors="replace").splitlines()
+
+    def wait(self, limit_s: float, tick: Callable[[], None] = lambda: None) -> list[str]:
+        """Wait until the command has ended by itself; return the lines of its log. ``tick`` is called
+        meanwhile.
 
         Raises:
-            StartError: if it cannot be made; without root, mostly.
+            LabError: if it ends with another status than 0 or exceeds ``limit_s``; the message holds its last
+            lines.
         """
-        made = [Namespace(self.start(f"netns-{node.name}", netns.HOLD, {})) for node in nodes]
-        for node, namespace in zip(nodes, made, strict=True):
-            netns.wait_until_own(namespace)
-            self._namespaces |= {node.address: namespace, node.kv_address: namespace}
-        outer = netns.write_script(self.logs, "netns-links", netns.outer_script(nodes, made))
-        self.run("netns-links", ["ip", "-batch", str(outer)], {}, NETWORK_LIMIT_S)
-        for node in nodes:
-            script = netns.write_script(self.logs, f"netns-{node.name}-inside", netns.inner_script(node))
-            argv = ["ip", "-batch", str(script)]
-            self.run(f"netns-{node.name}-inside", argv, {}, NETWORK_LIMIT_S, node.address)
+        deadline = time.monotonic() + limit_s
+        while (running := self.alive) and time.monotonic() < deadline:
+            tick()
+            time.sleep(WAIT_POLL_S)
+        self.stop()
+        lines = self.log.read_text(errors="replace").splitlines()
+        if running or self.ended is None or self.ended["code"] != 0:
+            how = f"did not end within {limit_s:g} s" if running else f"ended with {self.ended}"
+            tail = "\n".join(lines[-LOG_TAIL_LINES:])
+            where = "" if self.host.is_local else f" on {self.host.name}"
+            raise LabError(f"{self.name}{where} {how}; command: {shlex.join(self.argv)}\nlast lines:\n{tail}")
+        return lines
 
-    def inside(self, address: str) -> str:
-        """What a command is prefixed with to run where ``address`` is; empty for this machine itself."""
-        namespace = self.namespace_of(address)
-        return shlex.join(namespace.inside([])) if namespace else ""
+    def ask_to_stop(self) -> None:
+        """Begin to end it; :meth:`stop` waits until it has ended."""
+        if not self._stopped:
+            self.host.call("ask_to_stop", self.name)
 
-    def network_file(self, node: NodeSection, name: str) -> str:
-        """Path of a file of ``/proc/net`` as the node sees it."""
-        return f"/proc/{self.namespace_pid(node) or 'self'}/net/{name}"
+    def stop(self) -> None:
+        """End the command and everything it started; return when all of it is gone and its log is here.
 
-    def namespace_of(self, address: str) -> Namespace | None:
-        """The network namespace that an address is in; None for this machine's own."""
-        return self._namespaces.get(address)
+        Raises:
+            StartError: if something of it is still alive after the deadline.
+        """
+        if self._stopped:
+            return
+        self.ended = self.host.call("stop", self.name)
+        self._stopped = True
+        self.host.follow(self.name)
 
-    def namespace_pid(self, node: NodeSection) -> int | None:
-        """A process in the node's network namespace; None where it has none of its own."""
-        namespace = self.namespace_of(node.address)
-        return namespace.pid if namespace else None
 
-    def read_text(self, path: str) -> str:
-        """Content of a text file of this host."""
-        return Path(path).read_text()
+class Host:
+    """A host, by the way its deputy is called.
+
+    Args:
+        name: as the lab file calls it; ``local`` is this machine.
+        call: calls a method of the host's :class:`~disagglab.deputy.Deputy`.
+        logs: folder on this machine for the logs of what is started.
+        suite_python: Python there that has this package and the suite's other dependencies.
+    """
+
+    is_local = True
+
+    def __init__(self, name: str, call: Call, logs: Path, suite_python: str) -> None:
+        self.name = name
+        self.call = call
+        self.logs = logs
+        self.suite_python = suite_python
+        self.about: dict[str, Any] = call("about")
+
+    def reap(self) -> list[dict[str, Any]]:
+        """End what earlier sessions left on this host: rows of run_id, command, pids."""
+        rows: list[dict[str, Any]] = self.call("reap")
+        return rows
+
+    def reserve_port(self, address: str) -> int:
+        """A TCP port on an address of this host that is ours until :meth:`close`."""
+        return int(self.call("reserve_port", address))
 
     def start(
         self,
@@ -105,49 +142,45 @@ class LocalHost:
         env: Mapping[str, str],
         cpus: Sequence[int] = (),
         ports: Sequence[int] = (),
-        address: str = "",
-    ) -> OwnedProcess:
-        """Start an owned process with a log of its own and a scratch folder as its TMPDIR.
+        grace_s: float = 15.0,
+        memory_stop_bytes: int = 0,
+    ) -> HostProcess:
+        """Start an owned process; see :meth:`disagglab.deputy.Deputy.start`.
 
-        ``env`` is added to a minimal environment (PATH, HOME, LANG, and what names caches and tokens). It
-        runs in the network namespace that ``address`` belongs to, if one was made.
+        Raises:
+            StartError: if it cannot be executed; the message holds the system's reason.
         """
-        namespace = self.namespace_of(address)
-        argv = namespace.inside(argv) if namespace else argv
-        scratch = Path(tempfile.mkdtemp(prefix="dl-"))  # short: unix socket paths end at 107 characters
-        process = OwnedProcess(
-            name=name,
-            argv=argv,
-            env={**inherited_environment(), "TMPDIR": str(scratch), **env},
-            log=self.logs / f"{name}.log",
-            scratch=scratch,
-            run_id=self.run_id,
-            cpus=cpus,
-            ports=ports,
+        started = self.call(
+            "start", name, list(argv), dict(env), list(cpus), list(ports), grace_s, memory_stop_bytes
         )
-        self._processes.append(process)
-        return process.start()
+        self.remember(name)
+        return HostProcess(self, name, argv, started)
 
     def run(
-        self,
-        name: str,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        limit_s: float,
-        address: str = "",
-        cpus: Sequence[int] = (),
+        self, name: str, argv: Sequence[str], env: Mapping[str, str], limit_s: float, cpus: Sequence[int] = ()
     ) -> list[str]:
         """Run an owned program to its end; return what it printed, line by line.
 
         Raises:
             LabError: if it fails or exceeds ``limit_s``; the message holds its last lines.
         """
-        process = self.start(name, argv, env, cpus, address=address)
-        return process.wait(limit_s)
+        return self.start(name, argv, env, cpus).wait(limit_s)
+
+    def read_text(self, path: str) -> str:
+        """Content of a text file of this host."""
+        return str(self.call("read_text", path))
+
+    def write_text(self, path: str, text: str) -> None:
+        """Write a file of this host, readable by its owner alone."""
+        self.call("write_text", path, text)
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+        return bool(self.call("exists", path))
 
     def memory_available(self) -> int:
         """MemAvailable, bytes."""
-        return int(psutil.virtual_memory().available)
+        return int(self.call("memory_available"))
 
     @functools.cached_property
     def facts(self) -> Any:
@@ -156,59 +189,31 @@ class LocalHost:
 
         return testinfra.get_host("local://")
 
+    def remember(self, name: str) -> None:
+        """Keep the log of a process up to date; where the deputy writes it here, it is."""
+
+    def follow(self, name: str) -> None:
+        """Bring the log of a process up to date now."""
+
     def close(self) -> None:
-        """End every process of this run, all at once; prove that nothing is left; give the ports back.
+        """End every process of this run on this host; prove that nothing is left; give the ports back.
 
         Raises:
             StartError: naming the processes that still live or the ports that still answer.
         """
-        errors: list[StartError] = []
-        holders = [namespace.holder for namespace in self._namespaces.values()]
-        others = [process for process in self._processes if process not in holders]
-        for process in others:
-            process.ask_to_stop()
-        for process in reversed(others):
-            try:
-                process.stop()
-            except StartError as error:  # the others must be ended too; the first is raised below
-                errors.append(error)
-        answering: list[int] = []
-        try:
-            answering = [port for pool in self._pools.values() for port in pool.listening()]
-        except StartError as error:  # a namespace that was killed takes its ports along
-            errors.append(error)
-        for pool in self._pools.values():
-            pool.close()
-        for holder in holders:  # the namespaces end with them
-            holder.stop()
-        started = [process.identity for process in self._processes if process.identity is not None]
-        left = [member for leader in started for member in session_members(leader.pid, leader.start_ticks)]
-        self._namespaces.clear()
-        self._processes.clear()
-        if errors:
-            raise errors[0]
-        if left:
-            raise StartError(f"processes of this run still live: {left}; look: ps -fp {left[0].pid}")
-        if answering:
-            raise StartError(f"ports of this run still answer: {answering}; look: ss -tlnp")
+        self.call("close")
 
 
-INHERITED = (
-    "PATH",
-    "HOME",
-    "USER",
-    "LANG",
-    "LC_ALL",
-    "LD_LIBRARY_PATH",
-    "HF_HOME",
-    "HF_HUB_CACHE",
-    "HF_TOKEN",
-    "XDG_CACHE_HOME",
-    "SSL_CERT_FILE",
-    "CUDA_HOME",
-)
+def local_host(run_id: str, ports: tuple[int, int], logs: Path, suite_python: str) -> Host:
+    """This machine, whose deputy is an object of this process."""
+    deputy = Deputy(run_id, ports, logs)
+    return Host("local", lambda method, *args: getattr(deputy, method)(*args), logs, suite_python)
 
 
-def inherited_environment() -> dict[str, str]:
-    """The part of our own environment that started processes get; all else is set explicitly and recorded."""
-    return {key: os.environ[key] for key in INHERITED if key in os.environ}
+def cores(text: str) -> set[int]:
+    """``0-3,7`` as a set."""
+    found: set[int] = set()
+    for part in text.split(","):
+        low, _, high = part.partition("-")
+        found |= set(range(int(low), int(high or low) + 1))
+    return found

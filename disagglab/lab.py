@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from disagglab.errors import ConfigError, Problem
 from disagglab.kvlayout import RULE_MEND, has_rule
-from disagglab.netns import control_peer
+from disagglab.madehost import control_peer
 from disagglab.section import (
     ControllerSection,
     GateSection,
+    HostSection,
     Lab,
     MemorySection,
     ModelSection,
@@ -31,6 +32,7 @@ from disagglab.section import (
     ScaleSection,
     Section,
     SloSection,
+    SpeedSection,
     TransportSection,
     VllmSection,
 )
@@ -63,8 +65,12 @@ _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "scale": (ScaleSection, False),
 }
 # Without defaults: absent is not the same as empty.
-_OPTIONAL: dict[str, type[Section]] = {"slo": SloSection}
-_LISTS: dict[str, tuple[type[Section], bool]] = {"node": (NodeSection, True), "gate": (GateSection, False)}
+_OPTIONAL: dict[str, type[Section]] = {"slo": SloSection, "speed": SpeedSection}
+_LISTS: dict[str, tuple[type[Section], bool]] = {
+    "node": (NodeSection, True),
+    "gate": (GateSection, False),
+    "host": (HostSection, False),
+}
 
 
 def load_lab(name: str) -> Lab:
@@ -188,7 +194,9 @@ def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
     """What no single section shows: checked on whatever sections are valid in themselves."""
     nodes: tuple[NodeSection, ...] = parts.get("nodes", ())
     yield from _node_problems(nodes, parts.get("controller"), file)
-    yield from _namespace_problems(nodes, parts.get("transport"), file)
+    hosts: tuple[HostSection, ...] = parts.get("hosts", ())
+    yield from _host_problems(hosts, nodes, parts.get("controller"), file)
+    yield from _made_host_problems(hosts, nodes, parts.get("transport"), file)
     vllm: VllmSection | None = parts.get("vllm")
     for arg in vllm.args if vllm else ():
         name = arg.lstrip("-").replace("_", "-")
@@ -328,21 +336,70 @@ def _node_problems(
             )
 
 
-def _namespace_problems(
-    nodes: tuple[NodeSection, ...], transport: TransportSection | None, file: str
+def _host_problems(
+    hosts: tuple[HostSection, ...],
+    nodes: tuple[NodeSection, ...],
+    controller: ControllerSection | None,
+    file: str,
 ) -> Iterator[Problem]:
-    """What is wrong with a lab whose nodes run in network namespaces; nothing where none does."""
-    asked = [index for index, node in enumerate(nodes) if node.namespace]
-    if not asked:
+    """Hosts that are named and not there, there twice, or reached through themselves."""
+    known = [host.name for host in hosts]
+    users = [(f"node[{index}].host", node.host) for index, node in enumerate(nodes)]
+    users += [("controller.host", controller.host)] if controller is not None else []
+    for where, name in users:
+        if name != "local" and name not in known:
+            close = difflib.get_close_matches(name, [*known, "local"], n=1)
+            mend = f"did you mean {close[0]}?" if close else f'add [[host]] with name = "{name}"'
+            yield Problem(file, where, f"no [[host]] is named {name}", mend)
+    by_name = {host.name: host for host in hosts}
+    for index, host in enumerate(hosts):
+        where = f"host[{index}]"
+        if host.name == "local":
+            yield Problem(file, f"{where}.name", "local is this machine", "choose another name")
+        if known.count(host.name) > 1 and known.index(host.name) != index:
+            yield Problem(file, f"{where}.name", f"{host.name} is used twice", "give each its own name")
+        if host.jump is not None and host.jump not in by_name:
+            wrong = f"no [[host]] is named {host.jump}"
+            yield Problem(file, f"{where}.jump", wrong, f'add [[host]] with name = "{host.jump}"')
+        passed, hop = {host.name}, host.jump
+        while hop in by_name:
+            if hop in passed:
+                yield Problem(file, f"{where}.jump", "leads back to the host itself", "remove one jump")
+                break
+            passed.add(hop)
+            hop = by_name[hop].jump
+    if controller is not None and controller.host == "local":
         return
-    first = f"node[{asked[0]}]"
-    if len(nodes) != 2 or len(asked) != 2 or any(node.host != "local" for node in nodes):
-        wrong = "namespaces join exactly two local nodes"
-        yield Problem(file, f"{first}.namespace", wrong, "set namespace = true on both, or on none")
+    if controller is not None and ipaddress.ip_address(controller.address).is_loopback:
+        wrong = f"{controller.address} on {controller.host} cannot be reached from here"
+        yield Problem(file, "controller.address", wrong, "write an address of that host")
+
+
+def _made_host_problems(
+    hosts: tuple[HostSection, ...],
+    nodes: tuple[NodeSection, ...],
+    transport: TransportSection | None,
+    file: str,
+) -> Iterator[Problem]:
+    """What is wrong with a lab that makes its hosts; nothing where it makes none."""
+    made = [(index, host) for index, host in enumerate(hosts) if host.namespace]
+    if not made:
+        return
+    first = f"host[{made[0][0]}]"
+    on = {host.name: [i for i, node in enumerate(nodes) if node.host == host.name] for _, host in made}
+    if len(made) != 2 or any(len(indexes) != 1 for indexes in on.values()):
+        wrong = "two hosts with one node each can be made"
+        yield Problem(file, f"{first}.namespace", wrong, "set namespace = true on two hosts, or on none")
+        return
+    for index, host in made:
+        for key in ("address", "port", "user", "key_file", "known_hosts", "jump"):
+            if getattr(host, key) is not None:
+                yield Problem(file, f"host[{index}].{key}", "given for a host that is made", "remove it")
+    asked = [indexes[0] for indexes in on.values()]
     for index in asked:
         for name in ("data_address", "interface"):
             if getattr(nodes[index], name) is None:
-                yield Problem(file, f"node[{index}].{name}", "missing beside namespace", f"add {name} = …")
+                yield Problem(file, f"node[{index}].{name}", "missing on a made host", f"add {name} = …")
         try:
             control_peer(nodes[index])
         except ValueError as error:
@@ -354,9 +411,9 @@ def _namespace_problems(
         if len(given) == 2 and (len(networks) == 1) != joined:
             wrong = f"{' and '.join(given)} are {'not ' * joined}in one /{bits}"
             mend = "put them into one" if joined else "give each control link a network of its own"
-            yield Problem(file, f"{first}.{name}", wrong, mend)
+            yield Problem(file, f"node[{asked[0]}].{name}", wrong, mend)
     if transport is not None and set(transport.ucx_tls or ["any"]) - {"tcp", "self"}:
-        wrong = "shared memory would carry KV past the wire between the namespaces"
+        wrong = "shared memory does not join hosts"
         yield Problem(file, "transport.ucx_tls", wrong, 'set it to ["tcp", "self"]')
 
 

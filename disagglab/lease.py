@@ -1,5 +1,7 @@
 """Leases: what this account has started on this host, and how a later session ends what an earlier one left.
 
+Standard library alone: this file also works on a remote host (disagglab/deputy.py).
+
 Every supervisor writes one lease file and removes it when its tree is gone. A lease that outlives its
 supervisor means that the supervisor itself was killed (or the machine restarted); its processes are then
 found by session id and start time, never by name.
@@ -8,15 +10,15 @@ found by session id and start time, never by name.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import platformdirs
 
 from disagglab.errors import StartError
 from disagglab.supervisor import (
@@ -43,12 +45,47 @@ class Reaped:
     pids: tuple[int, ...]
 
 
-def folder() -> Path:
-    """Where leases are kept; ``DISAGGLAB_STATE`` moves it."""
-    base = os.environ.get(STATE_VARIABLE) or platformdirs.user_state_dir("disagglab")
-    path = Path(base) / "leases"
+def state_folder() -> Path:
+    """What this account keeps on this host; ``DISAGGLAB_STATE`` moves it.
+
+    One folder a host name: a home that two nodes share must not show one node's leases to the other.
+    """
+    base = os.environ.get(STATE_VARIABLE)
+    home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    path = (Path(base) if base else home / "disagglab") / os.uname().nodename
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def folder() -> Path:
+    """Where leases are kept."""
+    path = state_folder() / "leases"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@contextlib.contextmanager
+def exclusive() -> Iterator[None]:
+    """Hold this account's lab lock on this host: two labs at once would measure each other.
+
+    Raises:
+        StartError: if another session holds it; the message names its pid.
+    """
+    path = state_folder() / "lab.lock"
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise StartError(
+                f"another session (pid {holder}) runs a lab on {os.uname().nodename}; wait for it or end it:"
+                f" kill -INT {holder}"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
 
 
 def reap() -> list[Reaped]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import shlex
-import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from disagglab import trace
-from disagglab.errors import InvalidRun, StartError
-from disagglab.host import LocalHost
+from disagglab.errors import InvalidRun
+from disagglab.host import Host, HostProcess
 from disagglab.ledger import Ledger, Reading, Sent
 from disagglab.looplag import ClientLoad
-from disagglab.process import OwnedProcess
 from disagglab.server import read_tail
 from disagglab.topology import Topology
 from disagglab.trace import MAIN, STEADY, arrivals
 from disagglab.workload import CHUNK, Workload
 
-START_DEADLINE_S = 300.0  # imports of vLLM beside two booting servers
-JOB_DEADLINE_S = 1800.0
+JOB_DEADLINE_S = 1800.0  # with the imports of vLLM beside two booting servers
 POLL_S = 0.1
 CLIENT_BOUND = 0.9  # CPU time over wall time of the load engine, which has one thread
 INTERFERENCE_SHARE = 0.75  # of the other requests have to arrive while a steady one decodes
@@ -66,26 +62,26 @@ class Run:
 
 
 class LoadEngine:
-    """``vllm bench serve``, kept imported in one owned worker process.
+    """``vllm bench serve``, kept imported in one owned worker process on the controller's host.
 
     Args:
-        traces: folder for the trace files that it replays.
+        tokenizer: its folder on that host.
+        traces: folder on this machine for the trace files that it replays.
     """
 
-    def __init__(self, host: LocalHost, tokenizer: Path, cpus: Sequence[int], traces: Path) -> None:
+    def __init__(self, host: Host, tokenizer: Path, cpus: Sequence[int], traces: Path) -> None:
         self._host = host
         self._tokenizer = tokenizer
         self._traces = traces
         self._cpus = cpus
-        self._process: OwnedProcess | None = None
+        self._process: HostProcess | None = None
+        self._jobs = 0
 
     def start(self) -> None:
         """Start the worker; :meth:`run` waits until it answers."""
         if self._process is None:
-            argv = [sys.executable, "-m", "disagglab.loadworker", "load.sock"]
+            argv = [self._host.suite_python, "-m", "disagglab.loadworker"]
             environment = {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": HASH_SEED}
-            # relative to TMPDIR, since unix socket paths are short
-            argv = ["/bin/sh", "-c", 'cd "$TMPDIR" && exec "$@"', "sh", *argv]
             self._process = self._host.start("load", argv, environment, self._cpus)
 
     def run(self, topology: Topology, workload: Workload, seed: int, number: int = 0) -> Run:
@@ -93,12 +89,12 @@ class LoadEngine:
 
         Raises:
             InvalidRun: if the engine fails, or a request failed or came back with another length.
-            StartError: if the worker does not start.
         """
         requests = arrivals(workload, seed)
         path = self._traces / f"{workload.name}.{seed}.{len(requests)}.jsonl"
         trace.write(path, requests)
-        options = bench_options(topology, workload, path, self._tokenizer, secrets.token_hex(4))
+        where = self._on_host(path)
+        options = bench_options(topology, workload, where, self._tokenizer, secrets.token_hex(4))
         command = f"PYTHONHASHSEED={HASH_SEED} vllm bench serve " + shlex.join(options)
         answer = self._ask(options)
         if "error" in answer:
@@ -106,27 +102,32 @@ class LoadEngine:
         client = ClientLoad(**answer["client"]) if answer["client"] else None
         return run_from(answer["result"], topology.name, workload, seed, number, command, client)
 
-    def _ask(self, options: list[str]) -> dict[str, Any]:
+    def _on_host(self, path: Path) -> Path:
+        """A trace file as the worker finds it: copied, if its host is another."""
+        if self._host.is_local:
+            return path
         self.start()
         assert self._process is not None
-        path = Path(self._process.spec.scratch) / "load.sock"
-        deadline = time.monotonic() + START_DEADLINE_S
-        while not path.exists():
-            if not self._process.alive or time.monotonic() > deadline:
+        copy = f"{self._process.scratch}/{path.name}"
+        self._host.write_text(copy, path.read_text())
+        return Path(copy)
+
+    def _ask(self, options: list[str]) -> dict[str, Any]:
+        """Give the worker a job as a file in its scratch folder; its answer is a file, too."""
+        self.start()
+        assert self._process is not None
+        self._jobs += 1
+        job = f"{self._process.scratch}/{self._jobs}"
+        self._host.write_text(f"{job}.job", json.dumps(options))
+        started = time.monotonic()
+        while not self._host.exists(f"{job}.answer"):
+            if not self._process.alive:
                 tail = "\n".join(read_tail(self._process.log, 20))
-                raise StartError(f"the load engine did not start; last lines of {self._process.log}:\n{tail}")
+                raise InvalidRun(f"the load engine died; last lines of {self._process.log}:\n{tail}")
+            if time.monotonic() - started > JOB_DEADLINE_S:
+                raise InvalidRun(f"the load engine gave no answer within {JOB_DEADLINE_S:g} s")
             time.sleep(POLL_S)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(JOB_DEADLINE_S)
-            connection.connect(str(path))
-            with connection.makefile("rwb") as stream:
-                stream.write(json.dumps(options).encode() + b"\n")
-                stream.flush()
-                line = stream.readline()
-        if not line:
-            tail = "\n".join(read_tail(self._process.log, 20))
-            raise InvalidRun(f"the load engine died; last lines of {self._process.log}:\n{tail}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = json.loads(self._host.read_text(f"{job}.answer"))
         return answer
 
 

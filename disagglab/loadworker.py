@@ -1,24 +1,27 @@
 """Runs ``vllm bench serve`` jobs in one process, because starting it costs 7 s of imports each time.
 
-Run as a program: ``python -m disagglab.loadworker SOCKET``. It listens on a unix socket; a connection sends
-one JSON line with the options of ``vllm bench serve`` and gets one JSON line back: its result, as vLLM
-computed it, and how busy this process was meanwhile.
+Run as a program: ``python -m disagglab.loadworker``. A file ``N.job`` in TMPDIR holds the options of one
+``vllm bench serve`` as JSON; ``N.answer`` appears with its result, as vLLM computed it, and how busy this
+process was meanwhile. N counts from 1. Files, because they work alike on this machine and over SSH.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import json
 import os
-import socket
-import sys
+import time
 import traceback
 from collections.abc import Awaitable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from disagglab.looplag import LoopLag
+from disagglab.supervisor import write_atomically
+
+POLL_S = 0.02  # between two jobs, not within one
 
 
 class _Undecoded:
@@ -57,7 +60,7 @@ async def _watched(job: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     return {"result": result, "client": asdict(load) if load else None}
 
 
-def serve(path: str) -> None:
+def serve(folder: Path) -> None:
     """Import vLLM's load engine, then answer jobs until ended from outside."""
     from vllm.benchmarks.datasets.datasets import TimedTrace
     from vllm.benchmarks.serve import add_cli_args, main_async
@@ -66,22 +69,18 @@ def serve(path: str) -> None:
     parser: Any = FlexibleArgumentParser()
     add_cli_args(parser)
     keep_token_ids(TimedTrace)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    temporary = f"{path}.new"
-    listener.bind(temporary)
-    listener.listen()
-    os.replace(temporary, path)  # the socket appears under its name when it answers
-    while True:
-        connection, _ = listener.accept()
-        with connection, connection.makefile("rwb") as stream, contextlib.suppress(BrokenPipeError):
-            options = json.loads(stream.readline())
-            try:
-                answer: dict[str, Any] = asyncio.run(_watched(main_async(parser.parse_args(options))))
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - the answer carries it to who asked
-                traceback.print_exc()
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            stream.write(json.dumps(answer, default=float).encode() + b"\n")
+    for number in itertools.count(1):
+        job = folder / f"{number}.job"
+        while not job.exists():
+            time.sleep(POLL_S)
+        try:
+            options = parser.parse_args(json.loads(job.read_text()))
+            answer: dict[str, Any] = asyncio.run(_watched(main_async(options)))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - the answer carries it to who asked
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        write_atomically(str(folder / f"{number}.answer"), json.dumps(answer, default=float))
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(Path(os.environ["TMPDIR"]))

@@ -1,4 +1,8 @@
-"""Finds the folder a model is loaded from; makes it when a package ships the model in another format."""
+"""Finds the folder a model is loaded from; makes it when a package ships the model in another format.
+
+Run as a program on a remote host: ``python -m disagglab.model MODEL LAB``, with the [model] section as JSON
+and the name of the lab file for messages; prints one JSON object, ``folder`` and ``other_tokenizer``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from disagglab import attention, modelconfig
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.process import OwnedProcess
 from disagglab.progress import ProgressLine
-from disagglab.section import Lab
+from disagglab.section import Lab, ModelSection
 
 CACHE_VARIABLE = "DISAGGLAB_CACHE"
 PACKAGE_PREFIX = "package:"
@@ -64,12 +68,13 @@ class _Wanted:
 
     source: str
     key: str
-    lab: Lab
+    model: ModelSection
+    file: str
 
     def missing(self, where: str, mend: str) -> ConfigError:
         """The error that it is not on this machine."""
         wrong = f"{self.source} not found; looked in {where}"
-        return ConfigError([Problem(self.lab.file, self.key, wrong, mend)])
+        return ConfigError([Problem(self.file, self.key, wrong, mend)])
 
 
 def find(lab: Lab, progress: ProgressLine | None = None) -> Model:
@@ -80,10 +85,15 @@ def find(lab: Lab, progress: ProgressLine | None = None) -> Model:
         fetch it.
         LabError: if the conversion fails; the message holds its last lines.
     """
-    found = _find(_Wanted(lab.model.id, "model.id", lab), progress)
-    if lab.model.tokenizer is None:
+    return find_section(lab.model, lab.file, progress)
+
+
+def find_section(model: ModelSection, file: str, progress: ProgressLine | None = None) -> Model:
+    """:func:`find`, from the [model] section of the lab file ``file``."""
+    found = _find(_Wanted(model.id, "model.id", model, file), progress)
+    if model.tokenizer is None:
         return found
-    tokenizer = _find(_Wanted(lab.model.tokenizer, "model.tokenizer", lab), progress)
+    tokenizer = _find(_Wanted(model.tokenizer, "model.tokenizer", model, file), progress)
     return replace(found, other_tokenizer=tokenizer.folder)
 
 
@@ -92,7 +102,7 @@ def _find(wanted: _Wanted, progress: ProgressLine | None) -> Model:
     if source.startswith(PACKAGE_PREFIX):
         return _from_package(wanted, progress)
     folder = Path(source).expanduser()
-    for place in (folder, Path(wanted.lab.file).parent / folder):
+    for place in (folder, Path(wanted.file).parent / folder):
         if place.is_dir():
             return Model(place.name, place.resolve(), modelconfig.read(place))
     if source.startswith(("/", ".", "~")):
@@ -102,16 +112,16 @@ def _find(wanted: _Wanted, progress: ProgressLine | None) -> Model:
 
 def _from_hub(wanted: _Wanted) -> Model:
     """A snapshot in the local Hugging Face cache. Nothing is downloaded here."""
-    name, lab = wanted.source, wanted.lab
+    name, model = wanted.source, wanted.model
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     folder = hub / f"models--{name.replace('/', '--')}"
-    revision = lab.model.revision or "main"
+    revision = model.revision or "main"
     reference = folder / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
     snapshot = folder / "snapshots" / commit
     if not (snapshot / "config.json").is_file():
-        option = f" --revision {revision}" if lab.model.revision else ""
+        option = f" --revision {revision}" if model.revision else ""
         raise wanted.missing(
             str(folder),
             f"hf download {name}{option}   (a gated model reads the token from the variable HF_TOKEN)",
@@ -137,13 +147,13 @@ def _gguf_of(package: str, wanted: _Wanted) -> Path:
 
 def _from_package(wanted: _Wanted, progress: ProgressLine | None) -> Model:
     """Convert a packaged GGUF file to safetensors, once: atomic, checked, safe against a second run."""
-    package, lab = wanted.source.removeprefix(PACKAGE_PREFIX), wanted.lab
+    package, model = wanted.source.removeprefix(PACKAGE_PREFIX), wanted.model
     gguf = _gguf_of(package, wanted)
     name = gguf.name.split(".")[0]
     version = importlib.metadata.version(package)
     transformers = importlib.metadata.version("transformers")
-    key = hashlib.sha256(f"{package} {version} {lab.model.dtype} {transformers}".encode()).hexdigest()[:8]
-    folder = cache_folder() / "models" / f"{name}-{lab.model.dtype}-{key}"
+    key = hashlib.sha256(f"{package} {version} {model.dtype} {transformers}".encode()).hexdigest()[:8]
+    folder = cache_folder() / "models" / f"{name}-{model.dtype}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     line = progress or ProgressLine(f"model {name}", CONVERSION_BUDGET_S)
     lock = filelock.FileLock(f"{folder}.lock")
@@ -154,7 +164,7 @@ def _from_package(wanted: _Wanted, progress: ProgressLine | None) -> Model:
         lock.acquire(timeout=LOCK_DEADLINE_S)
     try:
         if not _intact(folder):
-            _convert(gguf, folder, lab.model.dtype, line)
+            _convert(gguf, folder, model.dtype, line)
     finally:
         lock.release()
     return Model(name, folder, modelconfig.read(folder))
@@ -191,3 +201,12 @@ def _convert(gguf: Path, folder: Path, dtype: str, line: ProgressLine) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     line.done(f"ready in {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        here = find_section(ModelSection.model_validate_json(sys.argv[1]), sys.argv[2])
+    except LabError as error:
+        sys.exit(str(error))
+    other = here.other_tokenizer
+    print(json.dumps({"folder": str(here.folder), "other_tokenizer": str(other) if other else None}))

@@ -38,6 +38,7 @@ class OwnedProcess:
         cpus: cores that the command and all it starts are bound to; empty for no binding.
         ports: ports reserved for it, written into its lease.
         grace_s: seconds between SIGTERM and SIGKILL when it is ended.
+        memory_stop_bytes: MemAvailable below which it is killed; 0: never.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class OwnedProcess:
         cpus: Sequence[int] = (),
         ports: Sequence[int] = (),
         grace_s: float = 15.0,
+        memory_stop_bytes: int = 0,
     ) -> None:
         self.name = name
         self.log = log
@@ -65,6 +67,7 @@ class OwnedProcess:
             cpus=list(cpus),
             ports=list(ports),
             grace_s=grace_s,
+            memory_stop_bytes=memory_stop_bytes,
         )
         self.identity: Process | None = None
         self.ended: dict[str, object] | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ from pathlib import Path
 import httpx
 
 from disagglab.errors import StartError
-from disagglab.host import LocalHost
-from disagglab.process import OwnedProcess
+from disagglab.host import Host, HostProcess
 from disagglab.section import Lab
 from disagglab.server import HTTP_TIMEOUT_S, POLL_S, VllmServer, read_tail
 
@@ -28,7 +26,7 @@ class Router:
     name: str
     url: str
     argv: tuple[str, ...]
-    process: OwnedProcess
+    process: HostProcess
 
     @property
     def command(self) -> str:
@@ -38,18 +36,20 @@ class Router:
 
 def router_argv(
     lab: Lab,
+    suite_python: str,
     port: int,
     metrics_port: int,
     workers: Sequence[str],
     prefill: Sequence[str],
     decode: Sequence[str],
 ) -> list[str]:
-    """The router's command: ``workers`` for equal servers, or ``prefill`` and ``decode`` URLs.
+    """The command of the router beside ``suite_python``: ``workers`` for equal servers, or ``prefill`` and
+    ``decode`` URLs.
 
     Retries are off, because a retried request would hide a failure from the measurement.
     """
     argv = [
-        str(Path(sys.executable).with_name("vllm-router")),
+        str(Path(suite_python).with_name("vllm-router")),
         "--host",
         lab.controller.address,
         "--port",
@@ -77,7 +77,7 @@ def router_argv(
 
 
 def start_router(
-    host: LocalHost,
+    host: Host,
     lab: Lab,
     name: str,
     workers: Sequence[VllmServer] = (),
@@ -92,7 +92,13 @@ def start_router(
     address = lab.controller.address
     port, metrics_port = host.reserve_port(address), host.reserve_port(address)
     argv = router_argv(
-        lab, port, metrics_port, [s.url for s in workers], [s.url for s in prefill], [s.url for s in decode]
+        lab,
+        host.suite_python,
+        port,
+        metrics_port,
+        [s.url for s in workers],
+        [s.url for s in prefill],
+        [s.url for s in decode],
     )
     process = host.start(f"router-{name}", argv, {"NO_COLOR": "1"}, lab.controller.cpus, [port, metrics_port])
     router = Router(name, f"http://{address}:{port}", tuple(argv), process)

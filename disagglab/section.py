@@ -55,16 +55,13 @@ class NodeSection(Section):
     """One server: where it runs and what it does when serving is disaggregated."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports")
-    host: str = Field("local", description="local, or the SSH host name")
+    host: str = Field("local", description="local, or the name of a [[host]]")
     address: str = Field(description="address that its server listens on")
     data_address: str | None = Field(
         None, description="address of its data network, for KV transfers; absent: the same"
     )
     interface: str | None = Field(
         None, description="interface of its data network: UCX_NET_DEVICES, and the counters of the wire"
-    )
-    namespace: bool = Field(
-        False, description="run in a network namespace made for the session (two local nodes, root)"
     )
     role: Literal["prefill", "decode"] = Field(description="its part in disaggregated serving")
     cpus: list[int] = Field(default=[], description="cores that the server is bound to")
@@ -78,10 +75,45 @@ class NodeSection(Section):
         return self.data_address or self.address
 
 
+class HostSection(Section):
+    """A host that is reached over SSH. What is absent comes from ~/.ssh/config."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what nodes call it")
+    address: str | None = Field(
+        None, min_length=1, description="host name or address; absent: HostName, else name"
+    )
+    port: int | None = Field(
+        None, ge=1, le=65535, description="port of its SSH server; absent: Port, else 22"
+    )
+    user: str | None = Field(None, min_length=1, description="account; absent: User, else our own")
+    key_file: str | None = Field(
+        None, min_length=1, description="private key; absent: IdentityFile, the agent, ~/.ssh/id_*"
+    )
+    known_hosts: str | None = Field(
+        None, min_length=1, description="file with its host key; absent: ~/.ssh/known_hosts and /etc/ssh's"
+    )
+    jump: str | None = Field(None, description="another [[host]], through which it is reached")
+    python: str = Field("python3", min_length=1, description="Python 3.10 or later for the suite's own part")
+    folder: str = Field(
+        "disagg-lab", min_length=1, description="where provision puts the suite; relative: to the home"
+    )
+    environments: dict[str, str] = Field(
+        default={}, description="Python, or environment folder, by vLLM version; absent: those in folder"
+    )
+    connect_s: float = Field(15, gt=0, le=300, description="longest time to connect, s")
+    heartbeat_s: float = Field(
+        20, ge=3, le=600, description="silence after which it ends everything of the run, s"
+    )
+    namespace: bool = Field(
+        False, description="made on this machine for the session, in network namespaces (two hosts, root)"
+    )
+    cpus: list[int] = Field(default=[], description="cores of a made host")
+
+
 class ControllerSection(Section):
     """Where router and load generator run."""
 
-    host: str = Field("local", description="local, or the SSH host name")
+    host: str = Field("local", description="local, or the name of a [[host]]")
     address: str = Field("127.0.0.1", description="address that the routers listen on")
     cpus: list[int] = Field(default=[], description="cores of router and load generator; empty: any")
 
@@ -135,6 +167,9 @@ class MemorySection(Section):
     """When not to start."""
 
     floor_gib: float = Field(ge=0, description="MemAvailable that one server's start needs, GiB")
+    stop_gib: float = Field(
+        0.5, ge=0, description="MemAvailable below which a server of ours is killed at once, GiB; 0: never"
+    )
 
 
 class ScaleSection(Section):
@@ -152,6 +187,15 @@ class SloSection(Section):
 
     ttft_s: float = Field(gt=0, description="longest time to first token, s")
     tpot_s: float = Field(gt=0, description="longest time per output token, s")
+
+
+class SpeedSection(Section):
+    """Nominal figures of one node, all of its GPUs together, for predictions only."""
+
+    peak_tflop_s: float = Field(
+        gt=0, description="dense arithmetic in the dtype of [model], of one node, TFLOP/s"
+    )
+    memory_gb_s: float = Field(gt=0, description="memory bandwidth of one node, GB/s (1e9 B/s)")
 
 
 class GateSection(Section):
@@ -202,7 +246,9 @@ class Lab(Section):
     memory: MemorySection
     scale: ScaleSection = ScaleSection()
     slo: SloSection | None = None
+    speed: SpeedSection | None = None
     gates: tuple[GateSection, ...]
+    hosts: tuple[HostSection, ...] = ()
 
     @property
     def prefill(self) -> tuple[NodeSection, ...]:
@@ -246,6 +292,10 @@ class Lab(Section):
         return self.model.dtype if asked == "auto" else asked
 
     @property
-    def is_local(self) -> bool:
-        """Whether every process of this lab runs on this machine."""
-        return self.controller.host == "local" and all(node.host == "local" for node in self.nodes)
+    def host_names(self) -> tuple[str, ...]:
+        """Every host that takes part: the controller's first, then the nodes' in their order."""
+        return tuple(dict.fromkeys([self.controller.host, *(node.host for node in self.nodes)]))
+
+    def nodes_on(self, host: str) -> tuple[NodeSection, ...]:
+        """The nodes of a host."""
+        return tuple(node for node in self.nodes if node.host == host)

@@ -5,7 +5,6 @@ proved.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import time
@@ -14,15 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import psutil
 
-from disagglab import release
 from disagglab.errors import InvalidRun, StartError
-from disagglab.host import LocalHost
+from disagglab.host import Host, HostProcess
 from disagglab.metrics import Snapshot, scrape
 from disagglab.model import Model
-from disagglab.port import holds, listening_sockets
-from disagglab.process import OwnedProcess
 from disagglab.section import Lab, NodeSection
 from disagglab.vllm_plugin import CPUS_VARIABLE
 
@@ -46,6 +41,11 @@ PHASES = (
 
 # What a dead server's log means, most specific first.
 CAUSES = (
+    (
+        re.compile(r"disagg-lab: ended by its supervisor: MemAvailable"),
+        "the host ran short of memory, and the server was killed before the host stalled",
+        "give it less: gpu-memory-utilization or max_model_len; or see what else runs there",
+    ),
     (
         re.compile(r"out of memory|Cannot allocate memory|MemoryError|std::bad_alloc|Killed", re.I),
         "out of memory",
@@ -119,16 +119,19 @@ def plan_server(
     served_name: str,
     port: int,
     side_channel_port: int | None,
+    python: str,
     tag: str = "",
 ) -> ServerPlan:
     """Work out one server's command.
 
     Args:
+        model: with folders as they are on the node's host.
         side_channel_port: None for a server without any connector.
+        python: Python on the node's host that holds the lab's vLLM version.
         tag: tells its process from another deployment's.
     """
     argv = [
-        release.python_of(lab),
+        python,
         "-m",
         "vllm.entrypoints.cli.main",
         "serve",
@@ -184,18 +187,21 @@ class VllmServer:
     """A running server. Build it with :meth:`start`, wait with :func:`wait_ready`."""
 
     plan: ServerPlan
-    process: OwnedProcess
+    process: HostProcess
     started: float = field(default_factory=time.monotonic)
     ready_s: float | None = None
 
     @classmethod
-    def start(cls, host: LocalHost, lab: Lab, plan: ServerPlan, ports: list[int]) -> VllmServer:
+    def start(cls, host: Host, lab: Lab, plan: ServerPlan, ports: list[int]) -> VllmServer:
         """Start the process; it is not ready yet.
 
         Raises:
             StartError: if the command cannot be executed.
         """
-        process = host.start(plan.process_name, plan.argv, plan.env, plan.node.cpus, ports, plan.node.address)
+        stop_bytes = round(lab.memory.stop_gib * GIB)
+        process = host.start(
+            plan.process_name, plan.argv, plan.env, plan.node.cpus, ports, memory_stop_bytes=stop_bytes
+        )
         return cls(plan, process)
 
     @property
@@ -229,9 +235,7 @@ class VllmServer:
                 f" not as {self.plan.served_name};"
                 f" another server has the port: ss -tlnp 'sport = :{self.plan.port}'"
             )
-        ours = [process.pid for process in self.process.tree()]
-        sockets = listening_sockets(ours[0] if ours else os.getpid(), self.plan.port)
-        if sockets and not any(holds(pid, sockets) for pid in ours):
+        if self.process.is_anothers_port(self.plan.port):
             raise StartError(
                 f"{self.name}: port {self.plan.port} belongs to a process which this run did not start;"
                 f" see: ss -tlnp 'sport = :{self.plan.port}'"
@@ -244,14 +248,7 @@ class VllmServer:
 
     def cpu_s(self) -> float:
         """CPU time used by the server's living processes so far, s."""
-        total = 0.0
-        for member in self.process.tree():
-            try:
-                times = psutil.Process(member.pid).cpu_times()
-            except psutil.Error:
-                continue
-            total += times.user + times.system
-        return total
+        return self.process.cpu_s()
 
     def require_alive(self) -> None:
         """Refuse to go on with a dead server.
@@ -263,7 +260,7 @@ class VllmServer:
             raise InvalidRun(f"{self.name} died during the run\n{post_mortem(self.process.log)}")
 
 
-def require_memory(host: LocalHost, lab: Lab, servers: int) -> None:
+def require_memory(host: Host, lab: Lab, servers: int) -> None:
     """Refuse to start servers on a host that has less memory than the lab file's floor for each of them.
 
     Raises:

@@ -1,21 +1,16 @@
-"""What one pytest session on a lab holds: the lab, the run's folder, the claims made, the host's lock."""
+"""What one pytest session on a lab holds: the lab, the run's folder, the claims made."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-import filelock
-
-from disagglab import lease
 from disagglab.comparison import Comparison
-from disagglab.errors import StartError
 from disagglab.progress import ProgressLine
 from disagglab.report import Claim, Module, lesson_html
 from disagglab.section import Lab
@@ -53,28 +48,3 @@ class Session:
 def new_run_id() -> str:
     """An id that sorts by time and that no other run has."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
-@contextlib.contextmanager
-def exclusive() -> Iterator[None]:
-    """Hold this account's lab lock: two labs at once would measure each other.
-
-    Raises:
-        StartError: if another session holds it; the message names its pid.
-    """
-    path = lease.folder().parent / "lab.lock"
-    owner = path.with_suffix(".owner")
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        holder = owner.read_text().strip() if owner.is_file() else "unknown"
-        raise StartError(
-            f"another session (pid {holder}) runs a lab here; wait for it or end it: kill -INT {holder}"
-        ) from error
-    try:
-        owner.write_text(f"{os.getpid()}\n")
-        yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()

@@ -39,6 +39,8 @@ POLL_S = 0.05  # how often the ending looks whether the tree is gone
 LOOK_S = (
     1.0  # how often a running supervisor looks whether its owner lives: a fork of it may hold the pipe open
 )
+MEMORY_LOOK_S = 0.2  # how often MemAvailable is read where it has a limit: weights load at GB/s
+MEMORY = "memory"
 SHM_LOOK_S = 30.0  # how often it notes the shared memory in use, which a sudden end would leave behind
 TRACKER_S = 5.0  # that Python's resource tracker has, after all others are gone, to unlink what they left
 SHM_FOLDER = "/dev/shm/"
@@ -46,7 +48,10 @@ SHM_FOLDER = "/dev/shm/"
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run. ``grace_s``: seconds between SIGTERM and SIGKILL. ``heartbeat_s``: 0 asks for none."""
+    """What to run. ``grace_s``: seconds between SIGTERM and SIGKILL. ``heartbeat_s``: 0 asks for none.
+
+    ``memory_stop_bytes``: MemAvailable below which all of it is killed at once; 0: never.
+    """
 
     argv: list[str]
     env: dict[str, str]
@@ -59,6 +64,7 @@ class Spec:
     ports: list[int] = field(default_factory=list)
     grace_s: float = 15.0
     heartbeat_s: float = 0.0
+    memory_stop_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,13 @@ def remove_shared_memory(paths: set[str]) -> None:
             os.unlink(path)
 
 
+def memory_available() -> int:
+    """MemAvailable of this host, bytes."""
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
 def write_atomically(path: str, text: str) -> None:
     """Write a file so that a reader sees all of it or none."""
     temporary = f"{path}.{os.getpid()}"
@@ -254,15 +267,18 @@ class Supervisor:
         """Block until there is a reason to end; return it. ``wakeup``: a pipe that every signal writes to."""
         assert self.child is not None
         last_beat = last_look = time.monotonic()
+        limit = self.spec.memory_stop_bytes
         while True:
             if self.child.poll() is not None:
                 return "command ended"
-            ready, _, _ = select.select([0, wakeup], [], [], LOOK_S)
+            ready, _, _ = select.select([0, wakeup], [], [], MEMORY_LOOK_S if limit else LOOK_S)
             now = time.monotonic()
             if self.spec.heartbeat_s and 0 not in ready and now - last_beat > self.spec.heartbeat_s:
                 return f"no heartbeat for {self.spec.heartbeat_s:g} s"
             if not self.owner.alive():
                 return "owner gone"
+            if limit and memory_available() < limit:
+                return MEMORY
             if now - last_look > SHM_LOOK_S:
                 last_look = now
                 self.note_shared_memory()
@@ -279,6 +295,11 @@ class Supervisor:
                     return "stop"
                 last_beat = now
 
+    def note(self, text: str) -> None:
+        """A line of our own at the end of the command's log."""
+        with contextlib.suppress(OSError), open(self.spec.log, "a") as log:
+            log.write(f"\ndisagg-lab: {text}\n")
+
     def reap(self) -> None:
         """Collect adopted zombies; the command's own status stays with its Popen object."""
         assert self.child is not None
@@ -292,6 +313,10 @@ class Supervisor:
         assert self.child is not None
         self.shm |= shared_memory(descendants(os.getpid()))
         deadline = time.monotonic() + self.spec.grace_s
+        if reason == MEMORY:
+            deadline = 0.0  # a host without memory has no time for grace
+            limit = f"{self.spec.memory_stop_bytes / 2**30:g} GiB ([memory] stop_gib)"
+            self.note(f"ended by its supervisor: MemAvailable fell below {limit}")
         if self.child.poll() is None:
             send(identify(self.child.pid), signal.SIGTERM)  # it ends its own children in order
         asked: set[Process] = set()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagglab import boot, release
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
 from disagglab.router import Router, start_router
@@ -60,14 +60,14 @@ class Deployment:
 
     def __init__(
         self,
-        host: LocalHost,
+        hosts: Hosts,
         lab: Lab,
         model: Model,
         connector: bool = True,
         nodes: Sequence[NodeSection] | None = None,
         tag: str = "",
     ) -> None:
-        self.host = host
+        self.hosts = hosts
         self.lab = lab
         self.model = model
         self.connector = connector
@@ -85,14 +85,18 @@ class Deployment:
             ended by
                 the host's close.
         """
-        require_memory(self.host, self.lab, len(self.nodes))
+        for host in dict.fromkeys(map(self.hosts.of, self.nodes)):
+            require_memory(host, self.lab, sum(self.hosts.of(node) is host for node in self.nodes))
         started = []
         for node in self.nodes:
-            port = self.host.reserve_port(node.address)
-            side_channel = self.host.reserve_port(node.kv_address) if self.connector else None
-            plan = plan_server(self.lab, node, self.model, self.served_name, port, side_channel, self.tag)
+            host = self.hosts.of(node)
+            port = host.reserve_port(node.address)
+            side_channel = host.reserve_port(node.kv_address) if self.connector else None
+            python = self.hosts.python_of(node, self.lab.vllm.version)
+            found = self.hosts.model_on(node, self.model, python)
+            plan = plan_server(self.lab, node, found, self.served_name, port, side_channel, python, self.tag)
             ports = [port] if side_channel is None else [port, side_channel]
-            started.append(VllmServer.start(self.host, self.lab, plan, ports))
+            started.append(VllmServer.start(host, self.lab, plan, ports))
         self.servers = tuple(started)
         boot.wait_ready(self.servers, self.lab, line)
         for server in self.servers:
@@ -115,10 +119,10 @@ class Deployment:
         version = self.lab.vllm.version
         label = (name if self.connector else f"{name}-dedicated") + self.tag
         if name == DISAGGREGATED:
-            router = start_router(self.host, self.lab, label, prefill=prefill, decode=decode)
+            router = start_router(self.hosts.controller, self.lab, label, prefill=prefill, decode=decode)
             return Topology(name + self.tag, name, version, router, self.servers, prefill, decode)
         servers = prefill[:1] if name == SINGLE else self.servers
-        router = start_router(self.host, self.lab, label, workers=servers)
+        router = start_router(self.hosts.controller, self.lab, label, workers=servers)
         return Topology(name + self.tag, name, version, router, servers)
 
     def stop(self) -> None:

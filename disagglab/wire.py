@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from disagglab import facts
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.host import LocalHost
+from disagglab.host import Host
 from disagglab.section import NodeSection
 
 RDMA_UNIT = 4  # bytes: port_*_data count 32-bit words (InfiniBand specification, PortCounters)
@@ -31,8 +31,9 @@ class Wire:
     mtu: int
 
 
-def read(host: LocalHost, node: NodeSection) -> Wire | None:
-    """Counters of a node's data link; None where the lab file names neither interface nor RDMA device.
+def read(host: Host, node: NodeSection) -> Wire | None:
+    """Counters of a node's data link, on its host; None where the lab file names neither interface nor RDMA
+    device.
 
     RDMA devices are preferred: their traffic does not show in the interface's own counters.
 
@@ -48,17 +49,17 @@ def read(host: LocalHost, node: NodeSection) -> Wire | None:
         return Wire(node.name, " + ".join(ports), received, sent, RDMA_MTU)
     if node.interface is None:
         return None
-    source = host.network_file(node, "dev")
+    source = "/proc/net/dev"
     for line in host.read_text(source).splitlines():
         name, _, values = line.partition(":")
         if name.strip() == node.interface:
             numbers = [int(value) for value in values.split()]  # 8 receive columns, then 8 transmit columns
-            mtu = int(facts.network(host.facts, node.kv_address, host.inside(node.address))["MTU"])
+            mtu = int(facts.network(host.facts, node.kv_address)["MTU"])
             return Wire(node.name, source, numbers[0], numbers[8], mtu)
     raise InvalidRun(f"{node.name} has no interface {node.interface}; look: cat {source}")
 
 
-def _number(host: LocalHost, node: NodeSection, path: str) -> int:
+def _number(host: Host, node: NodeSection, path: str) -> int:
     try:
         return int(host.read_text(path))
     except (OSError, ValueError) as error:

@@ -42,7 +42,7 @@ def test_servers_without_a_connector(
     """
     chat = lab.workload("chat")
     line = live.progress("dedicated servers")
-    plain = Deployment(deployment.host, lab, weights, connector=False)
+    plain = Deployment(deployment.hosts, lab, weights, connector=False)
     found = {}
     for label, servers in (("shared pair", deployment), ("dedicated", plain)):
         with live.uncaptured():

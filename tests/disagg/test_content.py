@@ -18,7 +18,7 @@ import pytest
 from disagglab import client, ledger
 from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agree
 from disagglab.client import Completion
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.ledger import Sent
 from disagglab.model import Model
@@ -191,7 +191,7 @@ def test_another_prompts_kv_is_caught(
 
 
 def test_output_agrees_with_transformers(
-    host: LocalHost, disaggregated: Topology, weights: Model, lab: Lab, record: Recorder, tokenize: Tokenize
+    hosts: Hosts, disaggregated: Topology, weights: Model, lab: Lab, record: Recorder, tokenize: Tokenize
 ) -> None:
     """On one probe the disaggregated answer is what Hugging Face transformers computes from the same weights.
 
@@ -204,7 +204,7 @@ def test_output_agrees_with_transformers(
     )
     argv = [sys.executable, "-m", "disagglab.reference", str(weights.folder), lab.model.dtype]
     argv += [str(OUTPUT_TOKENS), json.dumps(prompt)]
-    lines = host.run("reference", argv, {"HF_HUB_OFFLINE": "1"}, REFERENCE_LIMIT_S)
+    lines = hosts.local.run("reference", argv, {"HF_HUB_OFFLINE": "1"}, REFERENCE_LIMIT_S)
     reference = json.loads(next(line for line in lines if line.startswith("{")))
     gap = min(reference["top2_gap"])
     record.numbers("smallest top-2 gap of the transformers probe", [gap], "nat", what="probes")

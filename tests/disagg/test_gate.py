@@ -14,7 +14,7 @@ import pytest
 
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.figures import METRICS
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.load import LoadEngine
 from disagglab.port import accepts
@@ -34,13 +34,14 @@ READY_DEADLINE_S, POLL_S = 30.0, 0.05
 
 
 @pytest.fixture
-def slowed(host: LocalHost, single: Topology, lab: Lab) -> Topology:
+def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
     """Single, with every answer stretched by FACTOR."""
     address = lab.controller.address
+    host = hosts.controller
     port = host.reserve_port(address)
     upstream, _, upstream_port = single.router.url.removeprefix("http://").rpartition(":")
     argv = [
-        sys.executable,
+        host.suite_python,
         "-m",
         "disagglab.slowproxy",
         address,

@@ -16,7 +16,7 @@ import pytest
 from disagglab import behaviour, client, ledger, release
 from disagglab.behaviour import Behaviour
 from disagglab.comparison import Comparison, figure_rows, run_rounds, version_rows
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
 from disagglab.ledger import Sent
@@ -42,13 +42,13 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(
-    live: Session, host: LocalHost, lab: Lab, weights: Model, deployment: Deployment, single: Topology,
+    live: Session, hosts: Hosts, lab: Lab, weights: Model, deployment: Deployment, single: Topology,
     disaggregated: Topology,
 ) -> Iterator[Pair]:  # fmt: skip
     """The lab's servers, and beside them those of the release of ``--against``."""
     if not live.against:
         pytest.skip("AGAINST: asked for with --against X.Y.Z, which names another vLLM release")
-    other = Deployment(host, release.with_release(lab, live.against), weights, tag=f"@{live.against}")
+    other = Deployment(hosts, release.with_release(lab, live.against), weights, tag=f"@{live.against}")
     with live.uncaptured():
         other.start(live.progress(f"servers of vLLM {live.against}"))
     for server in other.servers:
@@ -61,7 +61,7 @@ def pair(
 
 
 @pytest.fixture(scope="module")
-def behaviours(pair: Pair, host: LocalHost, lab: Lab) -> tuple[Behaviour, Behaviour]:
+def behaviours(pair: Pair, hosts: Hosts, lab: Lab) -> tuple[Behaviour, Behaviour]:
     """What the older and the newer release show of themselves, after a transfer on each."""
     found = []
     for topologies in (pair.lab, pair.other):
@@ -69,7 +69,9 @@ def behaviours(pair: Pair, host: LocalHost, lab: Lab) -> tuple[Behaviour, Behavi
         fields = behaviour.handshake(topology, client.prompt_of(2 * lab.block_size + 1, PROBE_SALT))
         python = topology.servers[0].plan.argv[0]
         argv = [python, "-m", "vllm.entrypoints.cli.main", "serve", "--help=all"]
-        lines = host.run(f"help-{topology.version}", argv, {"COLUMNS": "200"}, behaviour.HELP_LIMIT_S)
+        lines = hosts.of(topology.servers[0].plan.node).run(
+            f"help-{topology.version}", argv, {"COLUMNS": "200"}, behaviour.HELP_LIMIT_S
+        )
         found.append(
             Behaviour(
                 topology.version,

@@ -8,7 +8,6 @@ machine without them.
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from disagglab.recorder import Recorder
 from disagglab.topology import Deployment
@@ -42,23 +41,10 @@ def test_threads_of_a_server_stay_on_its_cores(deployment: Deployment, record: R
         given = set(server.plan.node.cpus)
         if not given:
             continue
-        strays = {}
-        for member in server.process.tree():
-            for status in Path(f"/proc/{member.pid}/task").glob("*/status"):
-                text = status.read_text()
-                allowed = _cores(text.partition("Cpus_allowed_list:")[2].split()[0])
-                if not allowed <= given:
-                    strays[status.parent.name] = sorted(allowed)
+        threads = server.process.cores_of_threads()
+        strays = {thread: sorted(allowed) for thread, allowed in threads.items() if not allowed <= given}
+        assert threads, f"{server.name}: no thread was seen"
         assert not strays, (
             f"{server.name}: {len(strays)} threads may leave cores {sorted(given)}: {strays};"
             f" set keep_node_cpus = true in [transport]"
         )
-
-
-def _cores(text: str) -> set[int]:
-    """``0-3,7`` as a set."""
-    cores: set[int] = set()
-    for part in text.split(","):
-        low, _, high = part.partition("-")
-        cores |= set(range(int(low), int(high or low) + 1))
-    return cores

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from disagglab import nixlprobe
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 
@@ -22,14 +22,14 @@ LIMIT_S = 180.0
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_buffer_arrives_intact(
-    host: LocalHost, lab: Lab, record: Recorder, timing: Callable[..., None], size: int
+    hosts: Hosts, lab: Lab, record: Recorder, timing: Callable[..., None], size: int
 ) -> None:
     """NIXL registers host memory in two processes and reads one from the other, byte for byte.
 
     RDMA in one picture: one side says where its memory is, the other side's network card (here: UCX over the
     lab's transports) fetches it; no message with the data in it is ever sent by the owner.
     """
-    (result,), command = nixlprobe.between_nodes(host, lab, f"nixlprobe-{size}", [size], REPEATS, LIMIT_S)
+    (result,), command = nixlprobe.between_nodes(hosts, lab, f"nixlprobe-{size}", [size], REPEATS, LIMIT_S)
     assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"
     record.numbers(
         f"NIXL read of {size / 2**20:.0f} MiB between two processes",

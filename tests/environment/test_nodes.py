@@ -6,15 +6,13 @@ expectation is recorded, so that the report can say what a figure was measured o
 
 from __future__ import annotations
 
-import os
 import shutil
-import sys
 import time
 
 import pytest
 
-from disagglab import facts, release
-from disagglab.host import LocalHost
+from disagglab import facts
+from disagglab.hosts import Hosts
 from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS
 from disagglab.model import cache_folder
 from disagglab.recorder import Recorder
@@ -28,77 +26,78 @@ FREE_DISK_GIB = (
 )
 
 
-def test_cores_of_each_node_exist(host: LocalHost, lab: Lab) -> None:
+def test_cores_of_each_node_exist(hosts: Hosts, lab: Lab) -> None:
     """Every core that the lab file gives to a node is one that this account may use.
 
     A server bound to a core that does not exist would run unbound, and two servers on one core would measure
     each other. Look at the instruction sets in the report: bf16 without avx512_bf16 or amx_bf16 is emulated.
     """
-    allowed = os.sched_getaffinity(0)
     for node in lab.nodes:
+        allowed = set(hosts.of(node).about["cores"])
         assert set(node.cpus) <= allowed, f"{node.name}: cores {node.cpus}, allowed are {sorted(allowed)}"
 
 
-def test_memory_is_above_the_floor(host: LocalHost, lab: Lab) -> None:
+def test_memory_is_above_the_floor(hosts: Hosts, lab: Lab) -> None:
     """MemAvailable covers the lab's floor for all servers of this host together."""
-    memory = facts.memory(host.facts)
-    need = lab.memory.floor_gib * GIB * len(lab.nodes)
-    assert memory["available"] >= need, (
-        f"{memory['available'] / GIB:.1f} GiB available, {need / GIB:.1f} GiB wanted"
-    )
+    for host in hosts.all:
+        available = facts.memory(host.facts)["available"]
+        need = lab.memory.floor_gib * GIB * len(lab.nodes_on(host.name))
+        assert available >= need, (
+            f"{host.name}: {available / GIB:.1f} GiB available, {need / GIB:.1f} GiB wanted"
+        )
 
 
-def test_versions_are_those_of_the_lab(host: LocalHost, lab: Lab) -> None:
+def test_versions_are_those_of_the_lab(hosts: Hosts, lab: Lab) -> None:
     """vLLM and the router are the versions that the lab file names; NIXL is installed."""
-    found = facts.versions(host.facts, release.python_of(lab))
-    assert found["vllm"].partition("+")[0] == lab.vllm.version
-    ours = facts.versions(host.facts, sys.executable)
+    for node in lab.nodes:
+        found = facts.versions(hosts.of(node).facts, hosts.python_of(node, lab.vllm.version))
+        assert found["vllm"].partition("+")[0] == lab.vllm.version, f"{node.name}: {found}"
+        assert "nixl-cu13" in found or "nixl" in found, f"{node.name}: no NIXL among {sorted(found)}"
+    controller = hosts.controller
+    ours = facts.versions(controller.facts, controller.suite_python)
     assert ours["vllm-router"] == lab.router.version
-    assert "nixl-cu13" in found or "nixl" in found, f"no NIXL among {sorted(found)}"
 
 
-def test_gpus_of_each_node_exist(host: LocalHost, lab: Lab) -> None:
+def test_gpus_of_each_node_exist(hosts: Hosts, lab: Lab) -> None:
     """Every GPU that the lab file gives to a node answers nvidia-smi."""
     if not any(node.gpus for node in lab.nodes):
         pytest.skip("NO-GPU: no node of this lab has a GPU")
-    found = facts.gpus(host.facts)
     for node in lab.nodes:
+        found = facts.gpus(hosts.of(node).facts)
         assert all(gpu < len(found) for gpu in node.gpus), (
             f"{node.name}: GPUs {node.gpus}, the host has {len(found)}"
         )
 
 
-def test_data_address_is_on_an_interface(host: LocalHost, lab: Lab) -> None:
+def test_data_address_is_on_an_interface(hosts: Hosts, lab: Lab) -> None:
     """The address of each node belongs to an interface of its host; its MTU is no less than Ethernet's."""
     for node in lab.nodes:
-        found = facts.network(host.facts, node.kv_address, host.inside(node.address))
+        found = facts.network(hosts.of(node).facts, node.kv_address)
         assert int(found["MTU"]) >= SMALLEST_MTU, f"{node.name}: {found}"
 
 
-def test_rdma_devices_are_active(host: LocalHost, lab: Lab) -> None:
+def test_rdma_devices_are_active(hosts: Hosts, lab: Lab) -> None:
     """Every RDMA device that the lab file names has an active port."""
     if not any(node.rdma for node in lab.nodes):
         pytest.skip("NO-RDMA: no node of this lab has an RDMA device")
     for node in lab.nodes:
         for device in node.rdma:
-            state = facts.rdma_state(host.facts, device)
+            state = facts.rdma_state(hosts.of(node).facts, device)
             assert "ACTIVE" in state.get("state", "absent"), (
                 f"{node.name}: {device} is {state or 'absent'}; try ibstat"
             )
 
 
-def test_enough_ports_are_free(host: LocalHost, lab: Lab) -> None:
+def test_enough_ports_are_free(hosts: Hosts, lab: Lab) -> None:
     """The lab's port range holds enough ports that nobody uses.
 
     A port is reserved here the way a server's is: bound, never listening, so that no other program can take
     it.
     """
-    pool = host.port_pool(lab.nodes[0].address)
-    try:
-        reserved = [pool.reserve() for _ in range(PORTS_PER_SERVER * len(lab.nodes) + ROUTER_PORTS)]
-    finally:
-        pool.close()
-    assert len(set(reserved)) == len(reserved)
+    count = PORTS_PER_SERVER * len(lab.nodes) + ROUTER_PORTS
+    for node in lab.nodes:
+        reserved = hosts.of(node).call("free_ports", node.address, count)
+        assert len(set(reserved)) == count, node.name
 
 
 def test_disk_has_room(store: Store) -> None:
@@ -111,15 +110,16 @@ def test_disk_has_room(store: Store) -> None:
         )
 
 
-def test_clock_of_each_host_agrees_with_ours(host: LocalHost, lab: Lab, record: Recorder) -> None:
+def test_clock_of_each_host_agrees_with_ours(hosts: Hosts, lab: Lab, record: Recorder) -> None:
     """A host's clock lies between two readings of ours, taken before and after asking it.
 
     Logs of two hosts are read side by side; with clocks apart, causes come after effects.
     """
-    before = time.time()
-    theirs = float(host.facts.check_output("date +%s.%N"))
-    after = time.time()
-    record.numbers(
-        "clock uncertainty", [after - before], "s", what="readings", arm=host.name, command="date +%s.%N"
-    )
-    assert before <= theirs <= after, f"{host.name}: clock is {theirs - before:+.3f} s off"
+    for host in hosts.all:
+        before = time.time()
+        theirs = float(host.facts.check_output("date +%s.%N"))
+        after = time.time()
+        record.numbers(
+            "clock uncertainty", [after - before], "s", what="readings", arm=host.name, command="date +%s.%N"
+        )
+        assert before <= theirs <= after, f"{host.name}: clock is {theirs - before:+.3f} s off"

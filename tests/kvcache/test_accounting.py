@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, modelconfig, release
-from disagglab.host import LocalHost
+from disagglab import attention, modelconfig
+from disagglab.hosts import Hosts
 from disagglab.kvlayout import KvLayout, layout
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
@@ -58,7 +58,7 @@ def variant(name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def accounts(host: LocalHost, lab: Lab) -> dict[str, Account]:
+def accounts(hosts: Hosts, lab: Lab) -> dict[str, Account]:
     """What vLLM makes of every config, from one program run."""
     configs = {name: modelconfig.shipped_config(name) for name in MODELS}
     jobs = [{"name": name, "config": config, "tp": TP_SIZES} for name, config in configs.items()]
@@ -67,9 +67,11 @@ def accounts(host: LocalHost, lab: Lab) -> dict[str, Account]:
     jobs += [{"name": name, "config": variant(name)} for name in VARIANTS]
     for job in jobs:
         job.update(budget=BUDGET, dtype=SHARED_DTYPE)
-    path = host.logs / "kvprobe-jobs.json"
-    path.write_text(json.dumps(jobs))
-    argv = [release.python_of(lab), "-m", "disagglab.kvprobe", str(path)]
+    node = lab.nodes[0]
+    host = hosts.of(node)
+    path = f"{host.about['logs']}/kvprobe-jobs.json"
+    host.write_text(path, json.dumps(jobs))
+    argv = [hosts.python_of(node, lab.vllm.version), "-m", "disagglab.kvprobe", path]
     env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     rows = [json.loads(line) for line in host.run("kvprobe", argv, env, LIMIT_S) if line.startswith("{")]
     return {row["name"]: row for row in rows}

@@ -14,7 +14,7 @@ import pytest
 
 from disagglab import client, ledger, linefit, nixlprobe
 from disagglab.figures import percentile
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.kv import KvShape, reusable_tokens
 from disagglab.kvlayout import layout
 from disagglab.ledger import Sent
@@ -60,11 +60,11 @@ def transfers(disaggregated: Topology, lab: Lab, shape: KvShape, live: Session) 
 
 
 @pytest.fixture(scope="module")
-def raw(transfers: Measured, host: LocalHost, lab: Lab, live: Session) -> tuple[Measured, str]:
+def raw(transfers: Measured, hosts: Hosts, lab: Lab, live: Session) -> tuple[Measured, str]:
     """NIXL reads of the same sizes between two bare processes, and the command."""
     repeats = SHORT_REPEATS if live.short else REPEATS
     rows, command = nixlprobe.between_nodes(
-        host, lab, "nixlprobe-transfer", list(transfers), repeats + 1, PROBE_LIMIT_S
+        hosts, lab, "nixlprobe-transfer", list(transfers), repeats + 1, PROBE_LIMIT_S
     )
     assert all(row["equal"] for row in rows), f"bytes arrived damaged: {rows}"
     return {row["bytes"]: row["seconds"][1:] for row in rows}, command  # the first read also connects

@@ -16,7 +16,7 @@ import pytest
 
 from disagglab import client, ledger, wire
 from disagglab.errors import TransferError
-from disagglab.host import LocalHost
+from disagglab.hosts import Hosts
 from disagglab.kv import KvShape, tokens_from_prefill
 from disagglab.kvlayout import layout
 from disagglab.ledger import Sent
@@ -34,12 +34,12 @@ Reader = Callable[[], Wire]
 
 
 @pytest.fixture
-def counters(host: LocalHost, disaggregated: Topology, lab: Lab) -> Reader:
+def counters(hosts: Hosts, disaggregated: Topology, lab: Lab) -> Reader:
     """Reads the data link of the decode node."""
     node = lab.decode[0]
 
     def read() -> Wire:
-        found = wire.read(host, node)
+        found = wire.read(hosts.of(node), node)
         if found is None:
             pytest.skip(
                 "NO-WIRE: the lab file names no interface and no rdma device; KV stays in this machine"

@@ -1,0 +1,190 @@
+"""The hosts of a lab: connected, cleared of what earlier sessions left, and cleared again at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from disagglab import lease, madehost, release
+from disagglab.environment import environment_python
+from disagglab.errors import StartError
+from disagglab.host import Host, local_host
+from disagglab.model import Model
+from disagglab.remote import RemoteHost
+from disagglab.section import HostSection, Lab, NodeSection
+from disagglab.ssh import Connection, target
+
+MODEL_LIMIT_S = 900.0  # a packaged model is converted once
+MEMORY_DEADLINE_S = 30.0  # for the kernel to take back what killed servers held
+MEMORY_SLACK = 0.1  # of what was available before, and at least
+MEMORY_SLACK_BYTES = 2**30
+POLL_S = 0.2
+
+
+class Hosts:
+    """The hosts that take part in a session, by name.
+
+    Args:
+        run_id: the run that everything started belongs to.
+        logs: folder on this machine for every log.
+    """
+
+    def __init__(self, run_id: str, lab: Lab, logs: Path) -> None:
+        self.lab = lab
+        self._run_id = run_id
+        self._logs = logs
+        self._ports = (lab.ports.first, lab.ports.last)
+        self._stack = contextlib.ExitStack()
+        self._hosts: dict[str, Host] = {}
+        self._connections: dict[str, Connection] = {}
+        self._holders: list[str] = []
+        self.sections: dict[str, HostSection] = {host.name: host for host in lab.hosts}
+        self.reaped: list[dict[str, object]] = []
+        self._models: dict[str, Model] = {}
+
+    def open(self) -> Hosts:
+        """Connect to every host that takes part; end what earlier sessions left there.
+
+        Raises:
+            StartError: if a host cannot be reached or made, or runs another session.
+        """
+        self._stack.enter_context(lease.exclusive())
+        self.local = local_host(self._run_id, self._ports, self._logs, sys.executable)
+        self._hosts["local"] = self.local
+        self._reap(self.local)
+        made = [host for host in self.lab.hosts if host.namespace]
+        if made:
+            nodes = {host.name: self.lab.nodes_on(host.name)[0] for host in made}
+            found, self._holders = madehost.make(self.local, made, nodes)
+            self.sections.update(found)
+        for name in self.lab.host_names:
+            if name != "local":
+                self._hosts[name] = self._connect(name)
+                self._reap(self._hosts[name])
+        return self
+
+    def _reap(self, host: Host) -> None:
+        self.reaped += [{"host": host.name, **row} for row in host.reap()]
+
+    def _connection(self, name: str) -> Connection:
+        """A connection to a host, made when first asked for, through its jump hosts."""
+        if name not in self._connections:
+            section = self.sections[name]
+            through = self._connection(section.jump) if section.jump else None
+            self._connections[name] = Connection(target(section), through)
+        return self._connections[name]
+
+    def _connect(self, name: str) -> RemoteHost:
+        section = self.sections[name]
+        host = RemoteHost(section, self._connection(name), self._run_id, self._ports, self._logs)
+        if section.namespace:  # it shares our files
+            host.folder, host.suite_python = str(release.ROOT), sys.executable
+        return host
+
+    @property
+    def all(self) -> tuple[Host, ...]:
+        """Every host that takes part, the controller's first."""
+        return tuple(self._hosts[name] for name in self.lab.host_names)
+
+    @property
+    def controller(self) -> Host:
+        """Where routers and the load engine run."""
+        return self._hosts[self.lab.controller.host]
+
+    def of(self, node: NodeSection) -> Host:
+        """The host of a node."""
+        return self._hosts[node.host]
+
+    def python_of(self, node: NodeSection, version: str) -> str:
+        """The Python that serves vLLM ``version`` on a node; whether it does is seen when it is asked."""
+        host = self.of(node)
+        if not isinstance(host, RemoteHost) or host.section.namespace:
+            return release.python_of(release.with_release(self.lab, version))
+        named = host.section.environments.get(version)
+        if named is not None:
+            path = PurePosixPath(host.about["home"]) / named.removeprefix("~/")
+            return str(path if path.name.startswith("python") else path / "bin" / "python")
+        if version == release.installed():
+            return host.suite_python
+        return str(environment_python(Path(host.folder), version))
+
+    def model_on(self, node: NodeSection, model: Model, python: str) -> Model:
+        """The lab's model as it lies on a node's host, found there by ``python``.
+
+        Raises:
+            LabError: if it is not there; the message has the folder and the command that fetches it.
+        """
+        return self._model(self.of(node), model, python)
+
+    def on_controller(self, model: Model) -> Model:
+        """The lab's model as it lies on the controller's host; its tokenizer is enough there."""
+        return self._model(self.controller, model, self.controller.suite_python)
+
+    def _model(self, host: Host, model: Model, python: str) -> Model:
+        if not isinstance(host, RemoteHost) or host.section.namespace:
+            return model
+        if host.name not in self._models:
+            argv = [python, "-m", "disagglab.model", self.lab.model.model_dump_json(), self.lab.file]
+            lines = host.run(f"model-{host.name}", argv, {"HF_HUB_OFFLINE": "1"}, MODEL_LIMIT_S)
+            found = json.loads(next(line for line in lines if line.startswith("{")))
+            tokenizer = found["other_tokenizer"]
+            self._models[host.name] = dataclasses.replace(
+                model,
+                folder=Path(found["folder"]),
+                other_tokenizer=Path(tokenizer) if tokenizer else None,
+            )
+        return self._models[host.name]
+
+    def close(self) -> None:
+        """End everything of this run on every host; prove that nothing is left, and that memory came back.
+
+        Raises:
+            StartError: the first of the problems.
+        """
+        errors: list[StartError] = []
+
+        @contextlib.contextmanager
+        def kept() -> Iterator[None]:
+            try:
+                yield
+            except StartError as error:  # the other hosts must be cleared too
+                errors.append(error)
+
+        for host in reversed([host for host in self._hosts.values() if isinstance(host, RemoteHost)]):
+            with kept():
+                host.close()
+                require_memory_back(host)
+            host.disconnect()
+        for connection in reversed(self._connections.values()):
+            connection.close()
+        if "local" in self._hosts:
+            with kept():
+                self.local.call("close", self._holders)
+        self._stack.close()
+        self._hosts.clear()
+        if errors:
+            raise errors[0]
+
+
+def require_memory_back(host: Host) -> None:
+    """Wait until a host has about as much memory available as before the session.
+
+    Raises:
+        StartError: with both figures.
+    """
+    before = int(host.about["memory_available"])
+    wanted = before - max(MEMORY_SLACK * before, MEMORY_SLACK_BYTES)
+    deadline = time.monotonic() + MEMORY_DEADLINE_S
+    while (now := host.memory_available()) < wanted:
+        if time.monotonic() > deadline:
+            raise StartError(
+                f"{host.name}: {now / 2**30:.1f} GiB available after the session,"
+                f" {before / 2**30:.1f} before;"
+                " see what took it: ps aux --sort -rss"
+            )
+        time.sleep(POLL_S)
