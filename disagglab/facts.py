@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from disagglab import gpu, rdma
 from disagglab.section import NodeSection
 
 GIB = 2**30
@@ -93,25 +93,6 @@ def network(host: Any, address: str) -> dict[str, str]:
     raise LookupError(f"no interface has the address {address}")
 
 
-def gpus(host: Any) -> list[dict[str, str]]:
-    """Name, memory and driver of every GPU; empty without nvidia-smi."""
-    query = host.run("nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader")
-    if query.rc != 0:
-        return []
-    keys = ("name", "memory", "driver")
-    return [
-        dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in query.stdout.splitlines()
-    ]
-
-
-def rdma_state(host: Any, device: str) -> dict[str, str]:
-    """State and rate of an RDMA device's first port, as sysfs shows them; empty if there is none."""
-    base = f"/sys/class/infiniband/{shlex.quote(device)}/ports/1"
-    if not host.file(f"{base}/state").exists:
-        return {}
-    return {key: host.file(f"{base}/{key}").content_string.strip() for key in ("state", "rate", "link_layer")}
-
-
 def collect(host: Any, name: str, nodes: Sequence[NodeSection], python: str) -> dict[str, dict[str, str]]:
     """Everything that a report shows of a host and its nodes, by title; what cannot be read is left out.
 
@@ -128,7 +109,9 @@ def collect(host: Any, name: str, nodes: Sequence[NodeSection], python: str) -> 
             "UCX (in NIXL)": ucx_version(host, python),
         }
     }
-    cards = gpus(host)
+    cards = gpu.read_gpus(host)
+    if cards or any(node.rdma for node in nodes):
+        everything[f"host {name}"]["GPUDirect RDMA"] = str(gpu.read_gpudirect(host, python))
     for node in nodes:
         title = f"node {node.name} ({node.role})"
         link = {"address": node.kv_address, "interface": "not known: no ip command (iproute2) on this host"}
@@ -136,9 +119,7 @@ def collect(host: Any, name: str, nodes: Sequence[NodeSection], python: str) -> 
             link = network(host, node.kv_address)
         everything[title] = {**cpu(host, node), **link}
         for number in node.gpus:
-            card = cards[number] if number < len(cards) else {}
+            card = cards[number].facts if number < len(cards) else {}
             everything[title].update({f"GPU {number} {key}": value for key, value in card.items()})
-        for device in node.rdma:
-            state = rdma_state(host, device)
-            everything[title].update({f"{device} {key}": value for key, value in state.items()})
+        everything[title].update(rdma.node_facts(host, node.rdma, node.kv_address))
     return everything

@@ -9,6 +9,7 @@ from disagglab.store import Plot
 
 SIZE_INCHES = (6.4, 3.2)
 POINTS, LINE, BARE = ({"linestyle": s, "marker": m} for s, m in (("", "o"), ("-", "o"), ("-", "")))
+UP, DOWN = ({"linestyle": "", "marker": marker} for marker in "^v")
 SPREAD, LEVEL = (BARE | {"color": grey} for grey in ("0.75", "0.25"))
 # Styles of the series by place; the last one holds for all that follow.
 STYLES = {
@@ -16,7 +17,11 @@ STYLES = {
     "line": (LINE,),
     "points over lines": (POINTS, BARE),
     "points over spread and level": (SPREAD, LEVEL, POINTS),
+    "curves": (BARE,),
+    "map": (BARE, UP, DOWN, POINTS),
 }
+LOGARITHMIC = {"curves", "map"}  # both axes
+PAIRED = "points and their lines"  # in turns, in one colour; an odd last series is a level
 MARKER_SIZE = 4
 
 
@@ -39,13 +44,24 @@ def render(plot: Plot) -> str:
             if plot.style == "bars":
                 width = 0.8 / len(plot.series)
                 axes.bar([x + number * width for x in xs], ys, width, label=label)
+            elif plot.style == PAIRED:
+                style = (POINTS, BARE)[number % 2] | {"color": f"C{number // 2}"}
+                if len(plot.series) % 2 and number == len(plot.series) - 1:
+                    style = LEVEL
+                axes.plot(xs, ys, label=label, markersize=MARKER_SIZE, **style)  # type: ignore[arg-type]
             elif plot.style in STYLES:
                 style = STYLES[plot.style][: number + 1][-1]
                 axes.plot(xs, ys, label=label, markersize=MARKER_SIZE, **style)  # type: ignore[arg-type]
             else:
                 raise ValueError(f"{plot.title}: no plot style {plot.style}")
         axes.set(title=plot.title, xlabel=plot.x_label, ylabel=plot.y_label)
-        axes.set_ylim(bottom=0)
+        if plot.style in LOGARITHMIC:
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+        else:
+            axes.set_ylim(bottom=0)
         if plot.ticks:
             axes.set_xticks(range(len(plot.ticks)), plot.ticks)
         axes.grid(alpha=0.3)

@@ -29,6 +29,7 @@ class Session:
     max_rounds: int
     dedicated: bool
     against: str
+    endings: int
     terminal: TextIO
     uncaptured: Callable[[], contextlib.AbstractContextManager[None]]
     modules: dict[str, Module] = field(default_factory=dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import select
+import shlex
 import socket
 import time
 from collections.abc import Mapping
@@ -25,12 +26,16 @@ SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts"
 USER_KNOWN_HOSTS = "~/.ssh/known_hosts"
 USER_CONFIG = "~/.ssh/config"
 CHUNK = 32768
+READ_POLL_S, SEND_POLL_S = 0.1, 0.005  # how often a channel without news is looked at
 LOST = (paramiko.SSHException, EOFError, OSError)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a host is and how one gets in: the lab file's section, completed by ~/.ssh/config."""
+    """Where a host is and how one gets in: the lab file's section, completed by ~/.ssh/config.
+
+    ``connect_s``: longest time to connect. ``silence_s``: after which a connection is lost.
+    """
 
     name: str
     address: str
@@ -40,9 +45,15 @@ class Target:
     known_hosts: tuple[str, ...]
     jump: str | None
     connect_s: float
+    silence_s: float
 
     def __str__(self) -> str:
         return f"{self.name} ({self.user}@{self.address}, port {self.port})"
+
+    @property
+    def known_name(self) -> str:
+        """What known_hosts calls it."""
+        return self.address if self.port == paramiko.config.SSH_PORT else f"[{self.address}]:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ def target(host: HostSection, config: Path | None = None) -> Target:
         known_hosts=tuple(known) if known else (SYSTEM_KNOWN_HOSTS, str(Path(USER_KNOWN_HOSTS).expanduser())),
         jump=host.jump,
         connect_s=host.connect_s,
+        silence_s=host.heartbeat_s,
     )
 
 
@@ -93,7 +105,7 @@ class _Refuse(paramiko.MissingHostKeyPolicy):
 
     def missing_host_key(self, client: paramiko.SSHClient, hostname: str, key: paramiko.PKey) -> None:
         where = self._where
-        kind = key.get_name().removeprefix("ssh-")
+        kind = key.get_name().removeprefix("ssh-").partition("-")[0]  # ecdsa-sha2-nistp256: ecdsa
         scan = f"ssh-keyscan -t {kind} -p {where.port} {where.address}"
         raise StartError(
             f"{where}: its host key is not known: {key.get_name()} {key.fingerprint}\n"
@@ -158,30 +170,36 @@ class Connection:
                 f"{where}: its host key has CHANGED: it shows {error.key.get_name()} {error.key.fingerprint},"
                 f" known is {error.expected_key.fingerprint}. Either the host was set up anew or somebody"
                 " stands in between; ask its owner. If it was set up anew:"
-                f" ssh-keygen -R {error.hostname} -f {where.known_hosts[-1]}"
+                f" ssh-keygen -R {shlex.quote(where.known_name)} -f {where.known_hosts[-1]}"
             ) from error
         except paramiko.PasswordRequiredException as error:
             raise StartError(
                 f"{where}: the key {', '.join(keys)} has a passphrase; add it to an agent: ssh-add {keys[0]}"
             ) from error
-        except paramiko.AuthenticationException as error:
-            tried = f"keys tried: {', '.join(keys) or 'those of the agent and ~/.ssh/id_*'}"
-            absent = f"; not there: {', '.join(missing)}" if missing else ""
-            raise StartError(
-                f"{where}: does not let us in ({error}); {tried}{absent}; try: ssh -v -p {where.port}"
-                f" {where.user}@{where.address}"
-            ) from error
         except socket.gaierror as error:
             raise StartError(
-                f"{where}: the name {where.address} is not known ({error.strerror}); correct [[host]] address,"
+                f"{where}: the name {where.address} is not known ({error.strerror}); mend [[host]] address,"
                 " or add it to ~/.ssh/config or /etc/hosts"
             ) from error
         except LOST as error:
+            transport = self._client.get_transport()
+            reached = transport is not None and transport.is_active() and transport.initial_kex_done
+            if reached or isinstance(error, paramiko.AuthenticationException):
+                tried = f"keys tried: {', '.join(keys) or 'those of the agent and ~/.ssh/id_*'}"
+                absent = f"; not there: {', '.join(missing)}" if missing else ""
+                raise StartError(
+                    f"{where}: does not let us in ({error}); {tried}{absent}; try: ssh -v -p {where.port}"
+                    f" {where.user}@{where.address}"
+                ) from error
             raise StartError(
                 f"{where}: not reached within {limit:g} s ({type(error).__name__}: {error}); try: ssh -v"
                 f" -p {where.port} {where.user}@{where.address} true"
             ) from error
         self._transport.set_keepalive(KEEPALIVE_S)
+        wire = self._transport.sock
+        if isinstance(wire, socket.socket):  # through a jump host it is that connection's channel
+            silence_ms = round(where.silence_s * 1000)
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
 
     @property
     def _transport(self) -> paramiko.Transport:
@@ -234,22 +252,33 @@ class Connection:
         rest = memoryview(given)
         channel.settimeout(1.0)
         try:
-            while not (channel.exit_status_ready() and channel.eof_received):
+            while not (channel.exit_status_ready() and (channel.eof_received or channel.closed)):
                 if time.monotonic() > deadline:
                     raise StartError(f"{self.where}: {command[:200]}: not done within {limit_s:g} s")
                 self._drain(channel, out, err)
                 if rest and channel.send_ready():
-                    rest = rest[channel.send(bytes(rest[:CHUNK])) :]
-                    if not rest:
-                        channel.shutdown_write()
-                elif not rest:
-                    if not given and not channel.eof_sent:
-                        channel.shutdown_write()
-                    select.select([channel], [], [], 0.1)
+                    rest = rest[self._send(channel, bytes(rest[:CHUNK])) :]
+                elif not rest and not channel.eof_sent:
+                    channel.shutdown_write()
+                else:
+                    select.select([channel], [], [], SEND_POLL_S if rest else READ_POLL_S)
             self._drain(channel, out, err)
         except LOST as error:
             raise StartError(f"{self.where}: the connection is lost: {error}") from error
-        return Answer(channel.recv_exit_status(), bytes(out), bytes(err))
+        code = channel.recv_exit_status()
+        if code < 0 and not channel.eof_received:  # a command that a signal ended has closed its output
+            raise StartError(f"{self.where}: the connection is lost: {command[:200]} gave no exit status")
+        return Answer(code, bytes(out), bytes(err))
+
+    @staticmethod
+    def _send(channel: paramiko.Channel, piece: bytes) -> int:
+        """How much of a piece was sent, or need not be, because the command has ended without reading it."""
+        try:
+            return channel.send(piece)
+        except OSError:
+            if channel.closed:
+                return len(piece)
+            raise
 
     @staticmethod
     def _drain(channel: paramiko.Channel, out: bytearray, err: bytearray) -> None:

@@ -7,7 +7,6 @@ server, same router, same prompts. The oracle is the factor of the proxy, which 
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 
 import pytest

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from disagglab import facts
+from disagglab import facts, gpu
 from disagglab.hosts import Hosts
 from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS
 from disagglab.model import cache_folder
@@ -63,8 +63,8 @@ def test_gpus_of_each_node_exist(hosts: Hosts, lab: Lab) -> None:
     if not any(node.gpus for node in lab.nodes):
         pytest.skip("NO-GPU: no node of this lab has a GPU")
     for node in lab.nodes:
-        found = facts.gpus(hosts.of(node).facts)
-        assert all(gpu < len(found) for gpu in node.gpus), (
+        found = gpu.read_gpus(hosts.of(node).facts)
+        assert all(number < len(found) for number in node.gpus), (
             f"{node.name}: GPUs {node.gpus}, the host has {len(found)}"
         )
 
@@ -74,18 +74,6 @@ def test_data_address_is_on_an_interface(hosts: Hosts, lab: Lab) -> None:
     for node in lab.nodes:
         found = facts.network(hosts.of(node).facts, node.kv_address)
         assert int(found["MTU"]) >= SMALLEST_MTU, f"{node.name}: {found}"
-
-
-def test_rdma_devices_are_active(hosts: Hosts, lab: Lab) -> None:
-    """Every RDMA device that the lab file names has an active port."""
-    if not any(node.rdma for node in lab.nodes):
-        pytest.skip("NO-RDMA: no node of this lab has an RDMA device")
-    for node in lab.nodes:
-        for device in node.rdma:
-            state = facts.rdma_state(hosts.of(node).facts, device)
-            assert "ACTIVE" in state.get("state", "absent"), (
-                f"{node.name}: {device} is {state or 'absent'}; try ibstat"
-            )
 
 
 def test_enough_ports_are_free(hosts: Hosts, lab: Lab) -> None:

@@ -12,37 +12,23 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import client, ledger, linefit, nixlprobe
+from disagglab import ledger, linefit, nixlprobe
 from disagglab.figures import percentile
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape, reusable_tokens
+from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
-from disagglab.ledger import Sent
 from disagglab.linefit import LineFit
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.topology import Topology
+from disagglab.transfer import transfer
 
 BLOCKS = (1, 4, 8, 16, 24)
 REPEATS, SHORT_REPEATS = 10, 5
 PROBE_LIMIT_S = 300.0
 
 Measured = dict[int, list[float]]  # bytes: seconds of each transfer
-
-
-def transfer(
-    topology: Topology, length: int, number: int, lab: Lab, shape: KvShape, block: int
-) -> ledger.Ledger:
-    """One proved transfer of a prompt that prefill may hold and decode does not."""
-    request = client.body(topology.served_name, client.prompt_of(length, length), 1)
-    held = reusable_tokens(length, block) if number else 0
-    before = ledger.read(topology)
-    handshake = client.prefill(topology.prefill[0].url, request | {"cache_salt": "transfer"})
-    client.decode(topology.decode[0].url, request | {"cache_salt": f"transfer-{length}-{number}"}, handshake)
-    after = ledger.settle(topology, before, 1)
-    sent = [Sent(length, 1, held_by_prefill=held)]
-    return ledger.prove(topology, before, after, sent, shape, lab.vllm.version)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,34 @@
+"""One KV transfer at a time, proved to the byte, by asking both servers directly."""
+
+from __future__ import annotations
+
+from disagglab import client, ledger
+from disagglab.kv import KvShape, reusable_tokens
+from disagglab.ledger import Ledger, Sent
+from disagglab.section import Lab
+from disagglab.topology import Topology
+
+
+def transfer(
+    topology: Topology, length: int, number: int, lab: Lab, shape: KvShape, block: int, tag: str = ""
+) -> Ledger:
+    """Move a prompt of ``length`` tokens; prefill holds it if ``number`` is not 0, decode never does.
+
+    Args:
+        number: which transfer of this prompt it is, from 0.
+        block: tokens per KV cache block.
+        tag: tells prompts from those of other tests.
+
+    Raises:
+        TransferError: if the transfer failed or moved something else than computed.
+        InvalidRun: if the counters do not settle.
+    """
+    request = client.body(topology.served_name, client.prompt_of(length, length), 1)
+    held = reusable_tokens(length, block) if number else 0
+    before = ledger.read(topology)
+    salt = f"transfer{tag}"
+    handshake = client.prefill(topology.prefill[0].url, request | {"cache_salt": salt})
+    client.decode(topology.decode[0].url, request | {"cache_salt": f"{salt}-{length}-{number}"}, handshake)
+    after = ledger.settle(topology, before, 1)
+    sent = [Sent(length, 1, held_by_prefill=held)]
+    return ledger.prove(topology, before, after, sent, shape, lab.vllm.version)
