@@ -49,8 +49,17 @@ class Stage:
     took_s: dict[str, list[float]] = field(default_factory=dict)
 
     def pids(self) -> dict[str, list[int]]:
-        """Processes of each host beside its init, which is the SSH server, as this machine sees them."""
-        return {name: self.local.call("tree", name)[2:] for name in self.holders}
+        """Processes of each host as this machine sees them, but for its SSH server's own.
+
+        The SSH server keeps a process for a connection that died silently until TCP gives up; it is the
+        host's, and runs nothing.
+        """
+        found = {}
+        for name in self.holders:
+            _, server, *others = self.local.call("tree", name)
+            program = executable(server)
+            found[name] = [pid for pid in others if executable(pid) not in (program, "")]
+        return found
 
     def end_of_link(self, number: int) -> str:
         """This machine's end of a host's control link."""
@@ -61,6 +70,14 @@ class Stage:
         """Pull the plug of every control link, or put it back."""
         for number in range(len(self.holders)):
             subprocess.run(["ip", "link", "set", self.end_of_link(number), state], check=True)
+
+
+def executable(pid: int) -> str:
+    """The program that a process runs; empty for one that is gone."""
+    try:
+        return os.readlink(f"/proc/{pid}/exe")
+    except OSError:
+        return ""
 
 
 @pytest.fixture(scope="module")
