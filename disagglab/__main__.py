@@ -1,5 +1,6 @@
 """What the suite computes without a lab: ``kv CONFIG``, a model's KV cache in bytes; ``gate FILE``, a
-verdict on pairs of figures; ``history``, figures over many runs and where their level changed.
+verdict on pairs of figures; ``history``, figures over many runs and where their level changed; ``predict``,
+where disaggregation would pay off on a lab. And ``provision``, which makes the environments of a lab's hosts.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from disagglab import kv, kvlayout, kvtable
-from disagglab.errors import ConfigError, Problem
+from disagglab.errors import ConfigError, LabError, Problem
 
 LEFT_OUT = 1  # exit status: a part of the input could not be read; the rest was computed
+MISSING = 1  # exit status: a host lacks something
 REFUSED = 2  # exit status: the input cannot be computed
+INTERRUPTED = 130
 REPORTS = Path(__file__).resolve().parent.parent / "reports"
+LOADS = (0.25, 0.5, 0.75)  # of what the replicas can bear
 DTYPE_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -73,7 +77,53 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="join runs of different hardware and package versions",
     )
+    predicted = commands.add_parser(
+        "predict",
+        help="where disaggregation would answer sooner",
+        description="Print a map of prompt and output lengths from a lab file alone, with its assumptions.",
+    )
+    predicted.add_argument("--lab", required=True, help="a lab by its name or path; it wants [speed]")
+    predicted.add_argument("--model", help="model folder, config.json or shipped name (the lab's)")
+    predicted.add_argument(
+        "--load",
+        type=float,
+        action="append",
+        help="share of what the replicas can bear; may be repeated (0.25, 0.5, 0.75)",
+    )
+    predicted.add_argument("--link", help="rate of the link: 100Gbps, 12.5GB/s (the lab's link_gbit_s)")
+    predicted.add_argument("--peak-tflop-s", type=float, help="of a node (the lab's [speed])")
+    predicted.add_argument("--memory-gb-s", type=float, help="of a node (the lab's [speed])")
+    predicted.add_argument(
+        "--prefill-efficiency", type=float, default=0.5, help="share of the arithmetic reached (%(default)s)"
+    )
+    predicted.add_argument(
+        "--decode-efficiency", type=float, default=0.7, help="share of the bandwidth reached (%(default)s)"
+    )
+    predicted.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    _add_provision(commands)
     return parser
+
+
+def _add_provision(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
+    asked = commands.add_parser(
+        "provision",
+        help="environments on the hosts of a lab, over SSH",
+        description="Bring files and environments of a lab's hosts up to date, and print what they hold.",
+    )
+    asked.add_argument("--lab", required=True, help="a lab by its name or path")
+    asked.add_argument("--vllm", default="", metavar="X.Y.Z", help="for this vLLM version (the lab's)")
+    asked.add_argument(
+        "--check", action="store_true", help="change nothing; exit status 1 if something lacks"
+    )
+    asked.add_argument(
+        "--host", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
+    )
+    asked.add_argument(
+        "--offline", action="store_true", help="the hosts reach no registry: download wheels here, copy them"
+    )
+    asked.add_argument(
+        "--wheels", type=Path, metavar="FOLDER", help="keep these wheels here (the user's cache); implies it"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(_kv(arguments))
             case "gate":
                 print(_gate(arguments.file))
+            case "predict":
+                print(_predict(arguments))
+            case "provision":
+                return _provision(arguments)
             case _:
                 text, left_out = _history(arguments)
                 print(text)
@@ -128,6 +182,41 @@ def _gate(path: Path) -> str:
 
     gate = gatefile.read(path)
     return json.dumps(gatefile.as_dict(gate, gate.judge()))
+
+
+def _predict(arguments: argparse.Namespace) -> str:
+    from disagglab import breakevenmap, lab, roofline  # needs pydantic; the arithmetic does without
+
+    result = breakevenmap.predict(
+        lab.load_lab(arguments.lab),
+        loads=arguments.load or LOADS,
+        efficiency=roofline.Efficiency(arguments.prefill_efficiency, arguments.decode_efficiency),
+        model=arguments.model,
+        link_bytes_per_s=None if arguments.link is None else kvtable.parse_rate(arguments.link),
+        peak_tflop_s=arguments.peak_tflop_s,
+        memory_gb_s=arguments.memory_gb_s,
+    )
+    return json.dumps(result.as_dict()) if arguments.json else "\n".join(result.lines())
+
+
+def _provision(arguments: argparse.Namespace) -> int:
+    from disagglab import hostcheck, lab, provision  # needs paramiko; the arithmetic does without
+
+    want = provision.wanted(
+        lab.load_lab(arguments.lab), arguments.vllm, arguments.host, arguments.offline, arguments.wheels
+    )
+    try:
+        rows = provision.check(want) if arguments.check else provision.provision(want)
+    except ConfigError:
+        raise
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return MISSING
+    except KeyboardInterrupt:
+        print("interrupted; what was started on the host has ended", file=sys.stderr)
+        return INTERRUPTED
+    print("\n".join(hostcheck.table(rows)))
+    return MISSING if any(row.missing for row in rows) else 0
 
 
 def _kv(arguments: argparse.Namespace) -> str:

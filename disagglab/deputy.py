@@ -193,6 +193,11 @@ class Deputy:
         """Begin to end a process; :meth:`stop` waits until it has ended."""
         self._processes[name].ask_to_stop()
 
+    def ask_all_to_stop(self) -> None:
+        """Begin to end every process; :meth:`close` waits until all have."""
+        for process in self._processes.values():
+            process.ask_to_stop()
+
     def stop(self, name: str) -> dict[str, Any] | None:
         """End a process and everything it started; how it ended, None if its supervisor was killed."""
         process = self._processes[name]
@@ -205,7 +210,11 @@ class Deputy:
 
     def write_text(self, path: str, text: str) -> None:
         """Write a file that only this account can read, all at once."""
-        supervisor.write_atomically(path, text)
+        temporary = f"{path}.{os.getpid()}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(descriptor, "w") as stream:
+            stream.write(text)
+        os.replace(temporary, path)
 
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
@@ -301,7 +310,8 @@ def logs_folder(run_id: str) -> Path:
     runs = lease.state_folder() / "runs"
     folder = runs / run_id
     folder.mkdir(parents=True)
-    for old in sorted(runs.iterdir())[:-LOGS_KEPT]:
+    others = sorted(path for path in runs.iterdir() if path != folder)  # two controllers' clocks may differ
+    for old in others[: 1 - LOGS_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 

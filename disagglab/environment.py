@@ -125,14 +125,17 @@ class Plan:
         alias = (str(self.alias),) if self.platform == "cpu" else ()
         return Step("this package", ("--no-build-isolation", *alias, "-e", str(self.root)))
 
-    def keys(self) -> dict[str, str]:
-        """Hashes of what the environment follows from. ``own`` alone may change without a new environment."""
+    def keys(self, root: str = "") -> dict[str, str]:
+        """Hashes of what the environment follows from. ``own`` alone may change without a new environment.
+
+        ``root``: the folder that it lies in, where it is another host's (disagglab/provision.py).
+        """
         locks = [self.requirements / "torch-cpu.txt", self.lock]
         locks += [] if self.vllm else [self.requirements / "model.txt"]
         own = [self.root / "pyproject.toml", self.requirements / "vllm-alias" / "pyproject.toml"]
         # scripts and the editable install name the folder: a copied .venv would run the code of the original
         return {
-            "pinned": _sha256([self.platform, self.python, str(self.root)], locks),
+            "pinned": _sha256([self.platform, self.python, root or str(self.root)], locks),
             "own": _sha256([], own),
         }
 

@@ -77,6 +77,7 @@ def hosts(live: Session) -> Iterator[Hosts]:
             found.open()
         if found.reaped:
             live.store.write_meta(reaped=found.reaped)
+        found.require_environments()
         for host in found.all:
             nodes = live.lab.nodes_on(host.name)
             python = found.python_of(nodes[0], live.lab.vllm.version) if nodes else host.suite_python

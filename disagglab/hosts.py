@@ -113,13 +113,33 @@ class Hosts:
             return host.suite_python
         return str(environment_python(Path(host.folder), version))
 
+    def require_environments(self) -> None:
+        """Refuse a remote node whose environment does not hold the lab's vLLM.
+
+        Raises:
+            StartError: with what is there instead, and the command that makes it.
+        """
+        version = self.lab.vllm.version
+        for node in self.lab.nodes:
+            python = self.python_of(node, version)
+            answer = self.of(node).facts.run("%s -c %s", python, release.ASK)
+            found = release.number(answer.stdout.strip()) if answer.rc == 0 else ""
+            if found != version:
+                holds = f"vLLM {found}" if found else "no vLLM"
+                mend = f"python -m disagglab provision --lab {self.lab.file} --vllm {version}"
+                raise StartError(
+                    f"{node.name}: {python} on {node.host} holds {holds}, not {version}; make it: {mend}"
+                )
+
     def model_on(self, node: NodeSection, model: Model, python: str) -> Model:
         """The lab's model as it lies on a node's host, found there by ``python``.
 
         Raises:
             LabError: if it is not there; the message has the folder and the command that fetches it.
         """
-        return self._model(self.of(node), model, python)
+        host = self.of(node)
+        named = isinstance(host, RemoteHost) and host.section.environments
+        return self._model(host, model, python if named else host.suite_python)
 
     def on_controller(self, model: Model) -> Model:
         """The lab's model as it lies on the controller's host; its tokenizer is enough there."""
@@ -155,10 +175,17 @@ class Hosts:
             except StartError as error:  # the other hosts must be cleared too
                 errors.append(error)
 
-        for host in reversed([host for host in self._hosts.values() if isinstance(host, RemoteHost)]):
+        remote = [host for host in self._hosts.values() if isinstance(host, RemoteHost)]
+        for host in remote:
+            with contextlib.suppress(StartError):  # said again by the call below
+                host.call("ask_all_to_stop")
+        for host in remote:
             with kept():
                 host.close()
-                require_memory_back(host)
+        for host in remote:  # made hosts share their memory
+            if not host.line.lost:
+                with kept():
+                    require_memory_back(host)
             host.disconnect()
         for connection in reversed(self._connections.values()):
             connection.close()

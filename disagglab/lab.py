@@ -193,8 +193,8 @@ def _suggest(key: str, known: set[str]) -> str:
 def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
     """What no single section shows: checked on whatever sections are valid in themselves."""
     nodes: tuple[NodeSection, ...] = parts.get("nodes", ())
-    yield from _node_problems(nodes, parts.get("controller"), file)
     hosts: tuple[HostSection, ...] = parts.get("hosts", ())
+    yield from _node_problems(nodes, hosts, parts.get("controller"), file)
     yield from _host_problems(hosts, nodes, parts.get("controller"), file)
     yield from _made_host_problems(hosts, nodes, parts.get("transport"), file)
     vllm: VllmSection | None = parts.get("vllm")
@@ -288,8 +288,12 @@ def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
 
 
 def _node_problems(
-    nodes: tuple[NodeSection, ...], controller: ControllerSection | None, file: str
+    nodes: tuple[NodeSection, ...],
+    hosts: tuple[HostSection, ...],
+    controller: ControllerSection | None,
+    file: str,
 ) -> Iterator[Problem]:
+    here = {"local", *(host.name for host in hosts if host.namespace)}  # on cores of this machine
     for role in ("prefill", "decode"):
         if nodes and not any(node.role == role for node in nodes):
             yield Problem(
@@ -306,7 +310,8 @@ def _node_problems(
             yield Problem(file, key, "neither cpus nor gpus", "add cpus = [0] or gpus = [0]")
         for kind, units in (("cpus", node.cpus), ("gpus", node.gpus)):
             for unit in units:
-                owner = owners.setdefault((node.host, kind, unit), node.name)
+                machine = "local" if node.host in here else node.host
+                owner = owners.setdefault((machine, kind, unit), node.name)
                 if unit < 0:
                     yield Problem(file, f"{key}.{kind}", f"{unit} is negative", "count from 0")
                 elif owner != node.name:
@@ -316,7 +321,7 @@ def _node_problems(
                         f"{kind[:-1]} {unit} of {node.host} belongs to {owner} already",
                         "give each node its own, or the comparison is void",
                     )
-        if node.host == "local":
+        if node.host in here:
             have = os.cpu_count() or 1
             for cpu in (cpu for cpu in node.cpus if cpu >= have):
                 yield Problem(
@@ -368,11 +373,22 @@ def _host_problems(
                 break
             passed.add(hop)
             hop = by_name[hop].jump
-    if controller is not None and controller.host == "local":
+    if controller is None or controller.host == "local":
         return
-    if controller is not None and ipaddress.ip_address(controller.address).is_loopback:
+    if controller.host in by_name and by_name[controller.host].namespace:
+        wrong = f"{controller.host} is a made host, which reaches no other host's control link"
+        yield Problem(file, "controller.host", wrong, 'set it to "local"')
+    if _is_loopback(controller.address):
         wrong = f"{controller.address} on {controller.host} cannot be reached from here"
         yield Problem(file, "controller.address", wrong, "write an address of that host")
+
+
+def _is_loopback(address: str) -> bool:
+    """Whether an address, or the name localhost, stays on its host."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _made_host_problems(
@@ -391,6 +407,11 @@ def _made_host_problems(
         wrong = "two hosts with one node each can be made"
         yield Problem(file, f"{first}.namespace", wrong, "set namespace = true on two hosts, or on none")
         return
+    names = {host.name for _, host in made}
+    for index, node in enumerate(nodes):
+        if node.host not in names:
+            wrong = f"{node.host} beside made hosts"
+            yield Problem(file, f"node[{index}].host", wrong, "put every node on a made host, or none")
     for index, host in made:
         for key in ("address", "port", "user", "key_file", "known_hosts", "jump"):
             if getattr(host, key) is not None:
@@ -407,7 +428,12 @@ def _made_host_problems(
             yield Problem(file, f"node[{index}].address", str(error), mend)
     for name, bits, joined in (("address", 30, False), ("data_address", 24, True)):
         given = [getattr(nodes[index], name) for index in asked if getattr(nodes[index], name)]
-        networks = {ipaddress.ip_network(f"{address}/{bits}", strict=False) for address in given}
+        try:
+            networks = {ipaddress.ip_network(f"{address}/{bits}", strict=False) for address in given}
+        except ValueError as error:
+            mend = "write an address, such as 198.18.9.1; a made host has no other names"
+            yield Problem(file, f"node[{asked[0]}].{name}", str(error), mend)
+            continue
         if len(given) == 2 and (len(networks) == 1) != joined:
             wrong = f"{' and '.join(given)} are {'not ' * joined}in one /{bits}"
             mend = "put them into one" if joined else "give each control link a network of its own"

@@ -59,7 +59,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--against", metavar="X.Y.Z", help="also serve with this vLLM version, and compare the two"
     )
     group.addoption(
+        "--endings", type=int, default=0, metavar="N", help="end N sessions in each hard way (lab two-hosts)"
+    )
+    group.addoption(
         "--dedicated", action="store_true", help="also measure on servers without any KV connector"
+    )
+    group.addoption(
+        "--plan", action="store_true", help="print what a session would run on every host; start nothing"
     )
 
 
@@ -69,6 +75,24 @@ def _tests_lab(config: pytest.Config) -> bool:
         return False
     roots = [(config.invocation_params.dir / arg.partition("::")[0]).resolve() for arg in config.args]
     return any(root == ROOT or (ROOT / "tests") in (root, *root.parents) for root in roots)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """With --plan, print the commands in place of a session: no run folder, no collection, no tests."""
+    if not config.getoption("--plan"):
+        return None
+    from disagglab import plan
+
+    try:
+        lab = load_lab(config.getoption("--lab"))
+        if config.getoption("--vllm"):
+            lab = release.with_release(lab, config.getoption("--vllm"))
+        found = plan.lines(lab, config.getoption("--against") or "", config.getoption("--dedicated"))
+    except LabError as error:
+        raise pytest.UsageError(str(error)) from error
+    print("\n".join(found))
+    return int(pytest.ExitCode.OK)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -93,9 +117,11 @@ def _chosen_lab(config: pytest.Config) -> Lab:
     asked, against = config.getoption("--vllm"), config.getoption("--against")
     if asked:
         lab = release.with_release(lab, asked)
+    if asked and lab.shares_our_files:
         release.require(lab, "--vllm")
-    if against:
+    if against and lab.shares_our_files:
         release.require(release.with_release(lab, against), "--against")
+    if against:
         release.require_room(lab)
         if against == lab.vllm.version:
             wrong = f"{against} is what the lab serves already"
@@ -141,6 +167,7 @@ def _open_session(config: pytest.Config, lab: Lab) -> Session:
         max_rounds=config.getoption("--max-rounds"),
         dedicated=config.getoption("--dedicated"),
         against=config.getoption("--against") or "",
+        endings=config.getoption("--endings"),
         terminal=os.fdopen(os.dup(2), "w"),
         uncaptured=capture.global_and_fixture_disabled if capture else contextlib.nullcontext,
     )

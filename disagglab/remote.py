@@ -74,7 +74,12 @@ class Line:
         if placed.code:
             said = placed.err.decode(errors="replace").strip()
             raise StartError(f"{connection.where}: cannot put the suite's own part there: {said}")
-        folder = placed.out.decode().strip().splitlines()[-1]
+        *greeting, folder = placed.out.decode(errors="replace").strip().splitlines()
+        if greeting:
+            raise StartError(
+                f"{connection.where}: the account's shell prints {greeting[0]!r} whenever it starts, which"
+                " looks like an answer; do so in interactive shells only (~/.bashrc: [ -t 1 ] || return)"
+            )
         self.command = f"{SEARCH_PATH}; exec {shlex.quote(python)} -E -s -S {shlex.quote(folder)}"
         self._channel: paramiko.Channel = connection.open(self.command)
         self._numbers = itertools.count()
@@ -132,7 +137,8 @@ class Line:
 
     def close(self) -> None:
         """Close the channel: the deputy ends, and everything it started."""
-        self._channel.close()
+        with contextlib.suppress(*LOST):  # it is going already
+            self._channel.close()
 
 
 class RemoteHost(Host):
@@ -225,13 +231,14 @@ class RemoteHost(Host):
             StartError: naming what is left; or that the connection was lost, so that nothing is proved.
         """
         try:
-            self._fetch(list(self._offsets))
             self.line.ask(CALL_LIMIT_S, method="close", args=[])
+            while self._fetch(list(self._offsets)):
+                pass
         except StartError as error:
             if self.line.lost:
                 raise StartError(
-                    f"{error}\n    the host ends everything of this run by itself within"
-                    f" {self.section.heartbeat_s:g} s; the next session proves it"
+                    f"{error}\n    after {self.section.heartbeat_s:g} s of silence the host ends everything"
+                    " of this run by itself; the next session proves it"
                 ) from error
             raise
 

@@ -296,6 +296,12 @@ class Lab(Section):
         """Every host that takes part: the controller's first, then the nodes' in their order."""
         return tuple(dict.fromkeys([self.controller.host, *(node.host for node in self.nodes)]))
 
+    @property
+    def shares_our_files(self) -> bool:
+        """Whether every node runs on this machine, so that its environment is seen before the start."""
+        made = {"local", *(host.name for host in self.hosts if host.namespace)}
+        return all(node.host in made for node in self.nodes)
+
     def nodes_on(self, host: str) -> tuple[NodeSection, ...]:
         """The nodes of a host."""
         return tuple(node for node in self.nodes if node.host == host)

@@ -6,6 +6,7 @@ that is not known is an error that shows the key and the command that adds it; n
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import select
 import shlex
@@ -78,8 +79,14 @@ def target(host: HostSection, config: Path | None = None) -> Target:
             rows = paramiko.SSHConfig.from_path(str(path)).lookup(host.address or host.name)
         except (paramiko.SSHException, OSError, UnicodeDecodeError) as error:
             raise StartError(f"{path}: not an SSH configuration: {error}; see: ssh -G {host.name}") from error
+    ignored = next((key for key in ("proxyjump", "proxycommand") if rows.get(key, "none") != "none"), None)
+    if ignored and host.jump is None:
+        raise StartError(
+            f"{path}: {ignored} = {rows[ignored]} for {host.name} is not followed; write jump = NAME into its"
+            " [[host]] in the lab file, and a [[host]] with that name"
+        )
     keys = [host.key_file] if host.key_file else list(rows.get("identityfile", ()))
-    known = [host.known_hosts] if host.known_hosts else _files(rows.get("userknownhostsfile"))
+    known = _files(host.known_hosts) if host.known_hosts else _files(rows.get("userknownhostsfile"))
     return Target(
         name=host.name,
         address=str(rows.get("hostname", host.address or host.name)),
@@ -244,7 +251,8 @@ class Connection:
         try:
             return self._exchange(channel, command, given, limit_s)
         finally:
-            channel.close()
+            with contextlib.suppress(*LOST):  # it is going already
+                channel.close()
 
     def _exchange(self, channel: paramiko.Channel, command: str, given: bytes, limit_s: float) -> Answer:
         deadline = time.monotonic() + limit_s
@@ -289,4 +297,5 @@ class Connection:
 
     def close(self) -> None:
         """Close it; what runs over it sees its end."""
-        self._client.close()
+        with contextlib.suppress(*LOST):  # it is going already
+            self._client.close()

@@ -182,6 +182,8 @@ def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recor
             pid = stage.local.call("tree", name)[1]
             left = [*Path(f"/proc/{pid}/root/dev/shm").iterdir()]
             assert not left, f"{host.name}: shared memory is left: {left}"
+            leases = [*(Path.home() / ".local/state/disagglab" / host.name / "leases").iterdir()]
+            assert not leases, f"{host.name}: leases are left: {leases}"
     record.numbers(
         f"time until both hosts are clear, {way}", took, "s", what="endings",
         note=f"moments: {', '.join(repr(STAGES[i % len(STAGES)]) for i in range(live.endings))}",

@@ -1,0 +1,211 @@
+"""The dry run shows the commands of a session, and starts, connects to and writes nothing."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagglab import plan, shaping, ssh
+from disagglab.lab import load_lab
+from disagglab.madehost import UNSHARE
+from disagglab.remote import bundle
+from disagglab.section import HostSection, Lab
+from disagglab.topology import TOPOLOGIES
+
+LABS = sorted(file.stem for file in Path("labs").glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Processes and connections are errors; the account's SSH configuration is empty."""
+
+    def refuse(*args: Any, **_: Any) -> None:
+        raise AssertionError(f"the dry run did something: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    monkeypatch.setattr(ssh, "USER_CONFIG", str(tmp_path / "config"))
+
+
+def sections(lab: Lab, **options: Any) -> dict[str, list[str]]:
+    """The plan's lines by host."""
+    found: dict[str, list[str]] = {"": []}
+    name = ""
+    for line in plan.lines(lab, **options):
+        if line.startswith("# ===== "):
+            name = line.removeprefix("# ===== ").partition(":")[0]
+        found.setdefault(name, []).append(line)
+    return found
+
+
+def words(line: str) -> list[str]:
+    """A command as a shell would take it apart, without its environment."""
+    return [word for word in shlex.split(line) if not re.match(r"^[A-Z_]+=", word)]
+
+
+def one(lines: list[str], part: str) -> str:
+    """The one command that contains ``part``."""
+    (found,) = [line for line in lines if part in line and not line.startswith("#")]
+    return found
+
+
+def option(line: str, name: str) -> str:
+    found = words(line)
+    return found[found.index(name) + 1]
+
+
+@pytest.mark.parametrize("name", LABS)
+def test_every_lab_has_a_plan_with_all_servers_routers_and_loads(name: str) -> None:
+    lab = load_lab(name)
+    lines = [line for line in plan.lines(lab) if not line.startswith("#")]
+    assert sum(" serve " in line and "entrypoints" in line for line in lines) == len(lab.nodes)
+    assert sum("/vllm-router " in line for line in lines) == len(TOPOLOGIES)
+    workloads = {gate.workload for gate in lab.gates}
+    assert sum("vllm bench serve" in line for line in lines) == len(TOPOLOGIES) * len(workloads)
+    assert not any("what follows from the answer" in line for line in lines)
+
+
+def test_spark_needs_no_spark_and_says_what_runs_where() -> None:
+    lab = load_lab("spark")
+    found = sections(lab)
+    assert list(found) == ["", "local", "spark-01", "spark-02"]
+    server = one(found["spark-01"], "entrypoints")
+    assert words(server)[0] == "disagg-lab/.venv/bin/python"
+    assert "UCX_NET_DEVICES=rocep1s0f0:1,roceP2p1s0f0:1" in shlex.split(server)
+    assert "VLLM_NIXL_SIDE_CHANNEL_HOST=192.168.100.10" in shlex.split(server)
+    assert option(server, "--host") == "192.168.100.10"
+    assert '"kv_buffer_device": "cpu"' in option(server, "--kv-transfer-config")
+    assert lab.model.id in words(server)
+    assert '"kv_consumer"' in one(found["spark-02"], "entrypoints")
+    assert not any("entrypoints" in line for line in found["local"])
+    assert not any("unshare" in line or line.startswith("tc ") for lines in found.values() for line in lines)
+
+
+def test_routers_lead_to_the_ports_that_the_servers_listen_on() -> None:
+    found = [line for lines in sections(load_lab("embedded")).values() for line in lines]
+    a, b = (line for line in found if "entrypoints" in line)
+    urls = [f"http://127.0.0.1:{option(server, '--port')}" for server in (a, b)]
+    single, replicated, split = (line for line in found if "/vllm-router " in line)
+    assert words(single)[-2:] == ["--worker-urls", urls[0]]
+    assert words(replicated)[-3:] == ["--worker-urls", *urls]
+    assert (option(split, "--prefill"), option(split, "--decode")) == (urls[0], urls[1])
+    loads = [line for line in found if "vllm bench serve" in line and not line.startswith("#")]
+    assert {option(load, "--base-url") for load in loads} == {
+        f"http://127.0.0.1:{option(router, '--port')}" for router in (single, replicated, split)
+    }
+
+
+def test_no_port_of_an_address_is_given_twice() -> None:
+    lab = load_lab("embedded")
+    deployed = plan.deploy(lab, "0.30.0", dedicated=True)
+    ports = [server.plan.port for one in deployed for server in one.servers]
+    for one_of in deployed:
+        for topology in one_of.topologies:
+            argv = topology.router.argv
+            ports += [int(argv[argv.index(name) + 1]) for name in ("--port", "--prometheus-port")]
+        for server in one_of.servers:
+            channel = server.plan.env.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
+            ports += [int(channel)] if channel else []
+    assert len(ports) == len(set(ports))
+    assert min(ports) == lab.ports.first
+
+
+def test_made_hosts_come_with_the_commands_that_make_them_and_their_link() -> None:
+    lab = load_lab("two-hosts")
+    found = sections(lab)
+    assert sum(line.startswith(shlex.join(UNSHARE)) for line in found["local"]) == 2
+    assert "ip link add data0 netns PID-alpha type veth peer name data0 netns PID-beta" in found["local"]
+    assert shlex.join(shaping.command(lab.nodes[0], plan.SHAPED_BIT_S)) in found["alpha"]
+    assert one(found["alpha"], "exec python3").startswith("ssh -p 22 -i SCRATCH/client_key ")
+
+
+def test_a_remote_host_is_told_first_to_end_what_earlier_sessions_left() -> None:
+    lines = sections(load_lab("spark"))["spark-01"]
+    deputy = lines.index(one(lines, "exec python3"))
+    assert bundle()[0] in lines[deputy]
+    reaping = next(number for number, line in enumerate(lines) if '"method": "reap"' in line)
+    server = lines.index(one(lines, "entrypoints"))
+    assert deputy < reaping < server
+
+
+def test_a_jump_host_and_a_key_are_in_the_command() -> None:
+    lab = load_lab("spark")
+    hosts = (
+        HostSection(name="spark-01", address="10.0.0.1", user="u", key_file="/k", jump="gate"),
+        HostSection(name="spark-02", address="10.0.0.2", user="u"),
+        HostSection(name="gate", address="gate.example", port=2222, user="g"),
+    )
+    lab = lab.model_copy(update={"hosts": hosts})
+    command = shlex.split(plan.ssh_command(lab, hosts[0]))
+    assert command[:5] == ["ssh", "-p", "22", "-i", "/k"]
+    assert command[-3:] == ["-J", "g@gate.example:2222", "u@10.0.0.1"]
+
+
+def test_a_controller_of_its_own_runs_routers_and_load() -> None:
+    lab = load_lab("spark")
+    controller = lab.controller.model_copy(update={"host": "controller", "address": "192.168.100.12"})
+    hosts = (*lab.hosts, HostSection(name="controller"))
+    found = sections(lab.model_copy(update={"hosts": hosts, "controller": controller}))
+    assert list(found) == ["", "local", "controller", "spark-01", "spark-02"]
+    assert not any("vllm-router" in line for line in found["local"] if not line.startswith("#"))
+    router = next(line for line in found["controller"] if "/vllm-router " in line)
+    assert words(router)[0] == "disagg-lab/.venv/bin/vllm-router"
+    assert option(router, "--host") == "192.168.100.12"
+
+
+def test_an_environment_that_the_lab_file_names_serves() -> None:
+    lab = load_lab("spark")
+    named = lab.hosts[0].model_copy(update={"environments": {"0.31.0": "~/vllm", "0.30.0": "/opt/v/python3"}})
+    lab = lab.model_copy(update={"hosts": (named, lab.hosts[1])})
+    servers = [line for line in sections(lab, against="0.30.0")["spark-01"] if "entrypoints" in line]
+    assert [words(server)[0] for server in servers] == ["vllm/bin/python", "/opt/v/python3"]
+    other = [line for line in sections(lab, against="0.30.0")["spark-02"] if "entrypoints" in line]
+    assert words(other[1])[0] == "disagg-lab/.venvs/vllm-0.30.0/bin/python"
+
+
+def test_the_option_prints_the_plan_and_runs_no_session(
+    pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from disagglab import plugin
+
+    class Config:
+        """A command line with --plan, and nothing that a session would need."""
+
+        @staticmethod
+        def getoption(name: str) -> Any:
+            return {"--plan": True, "--lab": "spark"}.get(name)
+
+    status: Any = plugin.pytest_cmdline_main(Config())  # type: ignore[arg-type]
+    assert status == 0
+    assert "# ===== spark-02: decode node spark-02" in capsys.readouterr().out
+    assert pytestconfig.stash.get(plugin.SESSION, None) is None
+
+
+def test_without_the_option_pytest_goes_on() -> None:
+    from disagglab import plugin
+
+    class Config:
+        @staticmethod
+        def getoption(_: str) -> bool:
+            return False
+
+    assert plugin.pytest_cmdline_main(Config()) is None  # type: ignore[arg-type]
+
+
+def test_a_lab_that_is_not_there_is_a_usage_error() -> None:
+    from disagglab import plugin
+
+    class Config:
+        @staticmethod
+        def getoption(name: str) -> Any:
+            return {"--plan": True, "--lab": "nope"}.get(name)
+
+    with pytest.raises(pytest.UsageError, match="no such lab file"):
+        plugin.pytest_cmdline_main(Config())  # type: ignore[arg-type]
