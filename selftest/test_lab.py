@@ -18,12 +18,13 @@ from disagglab.errors import ConfigError
 from disagglab.lab import LABS_FOLDER, check_against_model, find_lab, load_lab, parse_lab
 
 GOOD = tomllib.loads((LABS_FOLDER / "embedded.toml").read_text())
+MADE = tomllib.loads((LABS_FOLDER / "two-hosts.toml").read_text())
 ROOT = LABS_FOLDER.parent
 
 
-def broken(**changes: Any) -> dict[str, Any]:
+def broken(good: dict[str, Any] = GOOD, /, **changes: Any) -> dict[str, Any]:
     """The embedded lab with values set by path: ``node__1__cpus=[0]``; the value ``...`` deletes."""
-    raw: dict[str, Any] = copy.deepcopy(GOOD)
+    raw: dict[str, Any] = copy.deepcopy(good)
     for path, value in changes.items():
         *way, last = (int(part) if part.isdigit() else part for part in path.split("__"))
         place: Any = raw
@@ -56,15 +57,6 @@ BROKEN = {
     ),
     "argument with dashes": (
         broken(vllm__args={"--enforce-eager": True}), "vllm.args.--enforce-eager", "enforce-eager =",
-    ),
-    "one namespace for two nodes": (
-        broken(node__0__namespace=True), "node[0].namespace", "on both, or on none",
-    ),
-    "namespace without a data link": (
-        broken(node__0__namespace=True), "node[0].interface", "add interface",
-    ),
-    "namespace at an address that no host can have": (
-        broken(node__0__namespace=True, node__0__address="198.18.1.0"), "node[0].address", "198.18.1.2",
     ),
     "a vLLM whose block rule nobody knows": (
         broken(vllm__version="9.9.9"), "vllm.version", "add a line",
@@ -128,28 +120,110 @@ def test_all_mistakes_come_at_once() -> None:
     assert "5 problems found; nothing was started" in str(caught.value)
 
 
-def wired(section: str, key: str, value: Any, number: int | None = None) -> dict[str, Any]:
-    """The lab with network namespaces, with one thing wrong."""
-    good = tomllib.loads((LABS_FOLDER / "namespaces.toml").read_text())
-    (good[section] if number is None else good[section][number])[key] = value
-    return good
+def reached(*hosts: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The embedded lab with its second node on ``far``, which is reached over SSH."""
+    return broken(**{"host": list(hosts), "node__1__host": "far", "node__1__address": "192.0.2.2", **changes})
 
 
-@pytest.mark.parametrize(
-    ("raw", "key"),
-    [
-        (wired("node", "address", "198.18.2.1", 0), "node[0].address"),
-        (wired("node", "data_address", "198.18.8.1", 0), "node[0].data_address"),
-        (wired("transport", "ucx_tls", ["tcp", "sm", "self"]), "transport.ucx_tls"),
-        (wired("transport", "ucx_tls", []), "transport.ucx_tls"),
-        (wired("node", "namespace", False, 1), "node[0].namespace"),
-    ],
-)
-def test_networks_that_do_not_join_are_refused(raw: dict[str, Any], key: str) -> None:
-    """One /30 for both control links, two networks for the data link, a way around it, one namespace."""
+FAR, GATE = {"name": "far", "jump": "gate"}, {"name": "gate"}
+MADE_TWICE = broken(MADE, node__1__host="alpha", node__1__cpus=[1])
+HOSTS = {
+    "node on a host that is not there": (
+        broken(node__1__host="far"), ["node[1].host"], 'add [[host]] with name = "far"',
+    ),
+    "node on a host with a slip of the pen": (
+        reached({"name": "far"}, node__1__host="fer"), ["node[1].host"], "did you mean far?",
+    ),
+    "node on local, misspelt": (broken(node__1__host="locale"), ["node[1].host"], "did you mean local?"),
+    "controller on a host that is not there": (
+        broken(controller={"host": "far", "address": "192.0.2.9"}), ["controller.host"],
+        'add [[host]] with name = "far"',
+    ),
+    "host called local": (
+        broken(host=[{"name": "local"}]), ["host[0].name"], "another name",
+    ),
+    "two hosts of one name": (reached({"name": "far"}, {"name": "far"}), ["host[1].name"], "its own name"),
+    "jump through nobody": (reached(FAR), ["host[0].jump"], 'add [[host]] with name = "gate"'),
+    "jump through itself": (
+        reached({"name": "far", "jump": "far"}), ["host[0].jump"], "remove one jump",
+    ),
+    "jump around in a ring": (
+        reached(FAR, {"name": "gate", "jump": "far"}), ["host[0].jump", "host[1].jump"], "remove one jump",
+    ),
+    "remote controller at a loopback address": (
+        reached({"name": "far"}, controller={"host": "far"}), ["controller.address"], "address of that host",
+    ),
+    "local controller at an address without a use": (
+        broken(controller={"address": "192.0.2.1"}), ["controller.address"], "127.0.0.1",
+    ),
+    "name that no host can have": (
+        reached({"name": "far"}, {"name": "a/b"}), ["host[1].name"], "correct the value of name",
+    ),
+    "heartbeat of no time": (
+        reached({"name": "far", "heartbeat_s": 0}), ["host[0].heartbeat_s", "node[1].host"], "correct",
+    ),
+    "one made host": (
+        broken(MADE, host__1__namespace=False), ["host[0].namespace"], "on two hosts, or on none",
+    ),
+    "two nodes on a made host": (MADE_TWICE, ["host[0].namespace"], "on two hosts, or on none"),
+    "made host with an address": (
+        broken(MADE, host__1__address="192.0.2.1"), ["host[1].address"], "remove it",
+    ),
+    "made host with a key": (broken(MADE, host__0__key_file="~/k"), ["host[0].key_file"], "remove it"),
+    "made host behind another": (broken(MADE, host__0__jump="beta"), ["host[0].jump"], "remove it"),
+    "made host without a data link": (
+        broken(MADE, node__0__interface=...), ["node[0].interface"], "add interface",
+    ),
+    "made host without a data address": (
+        broken(MADE, node__1__data_address=...), ["node[1].data_address"], "add data_address",
+    ),
+    "made host at an address that no host can have": (
+        broken(MADE, node__0__address="198.18.1.0"), ["node[0].address"], "198.18.1.2",
+    ),
+    "one /30 for both control links": (
+        broken(MADE, node__0__address="198.18.2.1"), ["node[0].address"], "a network of its own",
+    ),
+    "two networks for the data link": (
+        broken(MADE, node__0__data_address="198.18.8.1"), ["node[0].data_address"], "into one",
+    ),
+    "a way around the wire": (
+        broken(MADE, transport__ucx_tls=["tcp", "sm", "self"]), ["transport.ucx_tls"], '["tcp", "self"]',
+    ),
+    "any way around the wire": (
+        broken(MADE, transport__ucx_tls=[]), ["transport.ucx_tls"], '["tcp", "self"]',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_hosts_that_cannot_be_are_refused(case: str) -> None:
+    """One mistake gives the problems that it is, and no others; the first says what mends it."""
+    raw, keys, mend = HOSTS[case]
     with pytest.raises(ConfigError) as caught:
         parse_lab(raw, "my.toml")
-    assert [problem.key for problem in caught.value.problems] == [key]
+    assert [problem.key for problem in caught.value.problems] == keys
+    assert mend in caught.value.problems[0].mend
+
+
+def test_hosts_that_can_be_are_accepted() -> None:
+    """A way through two gates, a remote controller, cores of the same number on two hosts."""
+    gates = [GATE, {"name": "inner", "jump": "gate"}]
+    lab = parse_lab(
+        reached(
+            {"name": "far", "jump": "inner"},
+            *gates,
+            node__1__cpus=[0],
+            controller={"host": "gate", "address": "192.0.2.9"},
+        ),
+        "my.toml",
+    )
+    assert lab.host_names == ("gate", "local", "far"), "the controller's first; a gate alone takes no part"
+    assert [node.name for node in lab.nodes_on("far")] == ["b"]
+
+
+def test_a_core_that_this_machine_lacks_may_be_another_hosts() -> None:
+    """How many cores a remote host has is not known before it is asked."""
+    assert parse_lab(reached({"name": "far"}, node__1__cpus=[4096]), "my.toml").nodes[1].cpus == [4096]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in LABS_FOLDER.glob("*.toml")))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -38,6 +39,8 @@ if os.fork() == 0:
 pathlib.Path("child").write_text(f"{os.getpid()}\\n")
 time.sleep(300)
 """
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 60
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -243,4 +246,41 @@ def test_without_a_lease_there_is_nothing_to_do(state: Path) -> None:
     """The first session of an account finds no folder and makes it."""
     assert lease.reap() == []
     lease.wait_for_orphaned_supervisors(deadline_s=0.0)
-    assert lease.folder() == state / "leases"
+    assert lease.folder() == state / os.uname().nodename / "leases"
+
+
+def test_hosts_that_share_a_home_do_not_share_leases(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pids of another host say nothing here: its leases and its lock lie in a folder of its name."""
+    here = lease.folder()
+    (here / "corrupt.json").write_text("not a lease")
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(nodename="elsewhere"))
+    assert lease.folder() == state / "elsewhere" / "leases"
+    assert lease.reap() == []
+    monkeypatch.undo()
+    assert (here / "corrupt.json").exists()
+
+
+def test_two_sessions_cannot_run_a_lab_at_once(state: Path) -> None:
+    """The second is refused at once, with the pid of the first and how to end it; then the lock is free."""
+    program = "from disagglab.lease import exclusive\nwith exclusive(): pass"
+    with lease.exclusive():
+        answer = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT
+        )
+        assert answer.returncode != 0
+        assert f"another session (pid {os.getpid()})" in answer.stderr
+        assert f"kill -INT {os.getpid()}" in answer.stderr
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
+def test_within_one_process_the_lock_is_held_once(state: Path) -> None:
+    """A second session of the same process is refused as well, and the first one keeps the lock."""
+    with lease.exclusive():
+        for _ in range(2):
+            with pytest.raises(StartError, match=f"another session .pid {os.getpid()}"), lease.exclusive():
+                pass
+    with lease.exclusive():
+        pass

@@ -1,13 +1,20 @@
-"""Run-level figures from per-request lists, and the refusal of runs that are not whole."""
+"""Run-level figures from per-request lists, refusal of runs that are not whole, and jobs for the worker."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from disagglab import figures, load
+from disagglab import figures, load, loadworker
 from disagglab.errors import InvalidRun
+from disagglab.host import Host, local_host
 from disagglab.loadworker import keep_token_ids
 from disagglab.workload import Workload
 
@@ -90,3 +97,119 @@ def test_e2e_is_the_sum_of_its_parts_where_it_is_not_kept() -> None:
     without = {key: value for key, value in RESULT.items() if key != "latencies"}
     run = load.run_from(without, "single", WORKLOAD, 1, 0, "vllm bench serve", None)
     assert run.e2e_s == pytest.approx(RESULT["latencies"])
+
+
+# Plays the worker: answers jobs until one asks it for a failure or for its death.
+WORKER = """
+import json, os, pathlib, sys, time
+assert sys.argv[1:] == ["-m", "disagglab.loadworker"], sys.argv
+assert os.environ["PYTHONHASHSEED"] == "0"
+folder = pathlib.Path(os.environ["TMPDIR"])
+number = 0
+while True:
+    number += 1
+    while not (folder / f"{number}.job").exists():
+        time.sleep(0.01)
+    options = json.loads((folder / f"{number}.job").read_text())
+    given = dict(zip(options[::2], options[1::2]))
+    if given["--model"] == "deadly":
+        sys.exit("no more")
+    prompts = pathlib.Path(given["--dataset-path"]).read_text().splitlines()
+    answer = {"error": "why"} if given["--model"] == "bad" else {"result": RESULT, "client": None}
+    if len(prompts) != 2 or given["--base-url"] != "http://r":
+        answer = {"error": f"not what was asked for: {options}"}
+    (folder / "part").write_text(json.dumps(answer))
+    (folder / "part").rename(folder / f"{number}.answer")
+"""
+
+
+@pytest.fixture
+def host(state: Path, tmp_path: Path) -> Iterator[Host]:
+    """This machine, whose suite has a stand-in for the worker."""
+    program = tmp_path / "worker.py"
+    program.write_text(WORKER.replace("RESULT", repr(RESULT)))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {program} "$@"\n')
+    python.chmod(0o755)
+    made = local_host("selftest", (20700, 20799), tmp_path, str(python))
+    yield made
+    made.close()
+
+
+def topology(model: str) -> Any:
+    """As much of one as a job needs."""
+    return SimpleNamespace(name="single", served_name=model, router=SimpleNamespace(url="http://r"))
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_job_is_a_file_and_so_is_its_answer(host: Host, tmp_path: Path, is_local: bool) -> None:
+    """One worker answers run after run; on another host it finds a copy of the trace in its scratch."""
+    host.is_local = is_local  # type: ignore[misc]
+    engine = load.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
+    for number in range(2):
+        run = engine.run(topology("M"), WORKLOAD, seed=1, number=number)
+        assert run.ttft_s == tuple(RESULT["ttfts"])
+        assert (run.round, run.client) == (number, None)
+    (trace,) = (tmp_path / "traces").iterdir()
+    process = engine._process
+    assert process is not None
+    copy = Path(process.scratch) / trace.name
+    where = trace if is_local else copy
+    assert f"--dataset-path {where} " in run.command
+    assert copy.exists() != is_local
+    assert where.read_text() == trace.read_text()
+
+
+def test_a_job_that_fails_makes_the_run_invalid(host: Host, tmp_path: Path) -> None:
+    """The reason and the command are shown; the worker lives, and the next job is answered."""
+    engine = load.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
+    with pytest.raises(InvalidRun, match=r"single: load engine: why; command: .* vllm bench serve "):
+        engine.run(topology("bad"), WORKLOAD, seed=1)
+    assert engine.run(topology("M"), WORKLOAD, seed=1).ttft_s == tuple(RESULT["ttfts"])
+
+
+def test_a_worker_that_died_shows_its_last_words(host: Host, tmp_path: Path) -> None:
+    """At once, not after the deadline of a job."""
+    engine = load.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
+    with pytest.raises(InvalidRun, match=r"the load engine died; last lines of .*load\.log:\nno more"):
+        engine.run(topology("deadly"), WORKLOAD, seed=1)
+
+
+def test_the_worker_answers_jobs_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A result as vLLM computed it; an option that it does not know, or an exception, is an answer, too."""
+
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--say")
+
+    async def main_async(given: argparse.Namespace) -> dict[str, Any]:
+        if given.say == "stop":
+            raise KeyboardInterrupt
+        if given.say == "fail":
+            raise ValueError("why")
+        return {"said": given.say, "start_times": []}
+
+    modules: dict[str, dict[str, Any]] = {
+        "vllm": {},
+        "vllm.benchmarks": {},
+        "vllm.benchmarks.datasets": {},
+        "vllm.benchmarks.datasets.datasets": {"TimedTrace": type("Trace", (TextTrace,), {})},
+        "vllm.benchmarks.serve": {"add_cli_args": add_cli_args, "main_async": main_async},
+        "vllm.utils": {},
+        "vllm.utils.argparse_utils": {"FlexibleArgumentParser": argparse.ArgumentParser},
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    jobs = (["--say", "a b"], ["--unknown"], ["--say", "fail"], ["--say", "stop"])
+    for number, options in enumerate(jobs, start=1):
+        (tmp_path / f"{number}.job").write_text(json.dumps(options))
+    with pytest.raises(KeyboardInterrupt):
+        loadworker.serve(tmp_path)
+    answers = [json.loads((tmp_path / f"{number}.answer").read_text()) for number in (1, 2, 3)]
+    assert answers == [
+        {"result": {"said": "a b", "start_times": []}, "client": None},
+        {"error": "SystemExit: 2"},
+        {"error": "ValueError: why"},
+    ]
+    assert not (tmp_path / "4.answer").exists()

@@ -6,6 +6,7 @@ The conversion itself is a stand-in program here; the real one runs in every fir
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +19,8 @@ from disagglab.errors import ConfigError, LabError
 from disagglab.lab import load_lab
 from disagglab.section import Lab
 
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 60
 CONFIG = {"max_position_embeddings": 8192}
 CONVERTER = """
 import json, sys, time
@@ -166,3 +169,30 @@ def test_a_missing_model_names_where_and_how(
         model.find(lab_with(model_id))
     assert looked_in in str(caught.value)
     assert mend in str(caught.value)
+
+
+def test_a_remote_host_is_asked_by_program(tmp_path: Path) -> None:
+    """``python -m disagglab.model``: the folders as JSON, or an error with its mend on standard error."""
+    for name in ("weights", "words"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))
+    section = lab_with(str(tmp_path / "weights")).model
+
+    def ask(**changes: str) -> subprocess.CompletedProcess[str]:
+        argv = [
+            sys.executable,
+            "-m",
+            "disagglab.model",
+            section.model_copy(update=changes).model_dump_json(),
+            "my.toml",
+        ]
+        return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT_S)
+
+    assert json.loads(ask().stdout) == {"folder": str(tmp_path / "weights"), "other_tokenizer": None}
+    assert json.loads(ask(tokenizer=str(tmp_path / "words")).stdout) == {
+        "folder": str(tmp_path / "weights"),
+        "other_tokenizer": str(tmp_path / "words"),
+    }
+    missing = ask(id="./not/there")
+    assert missing.returncode != 0
+    assert "my.toml: model.id: ./not/there not found" in missing.stderr

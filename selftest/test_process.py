@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from disagglab import supervisor
+from disagglab import lease, supervisor
 from disagglab.errors import StartError
 from disagglab.process import OwnedProcess
 
@@ -241,7 +241,7 @@ def test_a_binding_to_absent_cores_is_refused(own: Own, tmp_path: Path) -> None:
 def test_a_command_whose_lease_cannot_be_written_does_not_stay(own: Own, state: Path, tmp_path: Path) -> None:
     """A full or vanished state folder gives an answer, not a tree that no later session can find."""
     owned = own(TREE)
-    (state / "leases").rmdir()
+    lease.folder().rmdir()
     with pytest.raises(StartError, match=r"standin: could not start sh: .*No such file or directory"):
         owned.start()
     working_here = [each.pid for each in psutil.process_iter(["cwd"]) if each.info["cwd"] == str(tmp_path)]

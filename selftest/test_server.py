@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from disagglab.progress import ProgressLine
 from disagglab.section import Lab
 from disagglab.server import ServerPlan, VllmServer, phase_of, plan_server, post_mortem, require_memory
 
+PYTHON = "/opt/vllm/bin/python"
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
 
 
@@ -33,7 +33,7 @@ def lab() -> Lab:
 
 def plan(lab: Lab, node: int, connector: bool = True) -> ServerPlan:
     """The plan of one of its servers."""
-    return plan_server(lab, lab.nodes[node], MODEL, "M-1234", 21000, 21001 if connector else None)
+    return plan_server(lab, lab.nodes[node], MODEL, "M-1234", 21000, 21001 if connector else None, PYTHON)
 
 
 def test_roles_and_settings_reach_the_command(lab: Lab) -> None:
@@ -49,13 +49,14 @@ def test_roles_and_settings_reach_the_command(lab: Lab) -> None:
         assert made.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == lab.nodes[node].address
         assert "--enforce-eager" in made.argv
         assert "M-1234" in made.argv
+        assert made.argv[0] == PYTHON
 
 
 def test_kv_goes_over_the_data_link() -> None:
     """A node listens on its address and moves KV over its data link; the tokenizer may be another's."""
-    lab = load_lab("namespaces")
+    lab = load_lab("two-hosts")
     lent = Model("M", Path("/models/m"), {}, other_tokenizer=Path("/models/words"))
-    made = plan_server(lab, lab.nodes[1], lent, "M-1234", 21100, 21101)
+    made = plan_server(lab, lab.nodes[1], lent, "M-1234", 21100, 21101, PYTHON)
     assert made.url == "http://198.18.2.2:21100"
     assert made.env["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "198.18.9.2"
     assert (made.env["UCX_NET_DEVICES"], made.env["UCX_TLS"]) == ("data0", "tcp,self")
@@ -79,12 +80,13 @@ def test_the_shown_command_holds_the_environment(lab: Lab) -> None:
 
 def test_routers_never_retry(lab: Lab) -> None:
     """A retried request would hide a failure from the measurement; both modes switch retries off."""
-    plain = router.router_argv(lab, 1, 2, ["http://a", "http://b"], [], [])
-    split = router.router_argv(lab, 1, 2, [], ["http://a"], ["http://b"])
+    plain = router.router_argv(lab, PYTHON, 1, 2, ["http://a", "http://b"], [], [])
+    split = router.router_argv(lab, PYTHON, 1, 2, [], ["http://a"], ["http://b"])
     assert "--disable-retries" in plain
     assert "--disable-retries" in split
     assert plain[-3:] == ["--worker-urls", "http://a", "http://b"]
     assert split[-4:] == ["--prefill", "http://a", "--decode", "http://b"]
+    assert plain[0] == split[0] == "/opt/vllm/bin/vllm-router", "the one beside the suite's Python"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,10 @@ def test_phases_are_read_from_the_log(line: str, phase: str) -> None:
         ("RuntimeError: NIXL is not available", "NIXL"),
         ("OSError: /m does not appear to have a file named config.json", "model is missing"),
         ("vllm serve: error: unrecognized arguments: --enforce-eagr", "does not know an option"),
+        (
+            "disagg-lab: ended by its supervisor: MemAvailable fell below 0.5 GiB ([memory] stop_gib)",
+            "before the host stalled",
+        ),
         ("something new", "not recognised"),
     ],
 )
@@ -154,36 +160,38 @@ def standin() -> Iterator[int]:
 
 
 def server_at(
-    lab: Lab, port: int, tree: list[Any], alive: bool = True, log: Path = Path("/nonexistent")
+    lab: Lab, port: int, strangers: tuple[int, ...] = (), alive: bool = True, log: Path = Path("/nonexistent")
 ) -> VllmServer:
-    """A server whose process is made up."""
-    made = plan_server(lab, lab.nodes[0], MODEL, "M-1234", port, None)
-    process: Any = SimpleNamespace(tree=lambda: tree, alive=alive, log=log)
+    """A server whose process is made up. ``strangers``: ports that others listen on."""
+    made = plan_server(lab, lab.nodes[0], MODEL, "M-1234", port, None, PYTHON)
+    process: Any = SimpleNamespace(
+        is_anothers_port=lambda asked: asked in strangers, cpu_s=lambda: 0.0, alive=alive, log=log
+    )
     return VllmServer(made, process)
 
 
 def test_a_strangers_server_is_not_ready(lab: Lab, standin: int) -> None:
     """An open port with another model's name, or with the right name in a foreign process, is an error."""
     with pytest.raises(StartError, match="which this run did not start"):
-        server_at(lab, standin, []).is_ready()
+        server_at(lab, standin, strangers=(standin,)).is_ready()
     Models.name = "other"
     try:
         with pytest.raises(StartError, match=r"answers as \['other'\]"):
-            server_at(lab, standin, []).is_ready()
+            server_at(lab, standin).is_ready()
     finally:
         Models.name = "M-1234"
 
 
 def test_our_own_server_is_ready(lab: Lab, standin: int) -> None:
-    """The right name, and the listening process is in our tree."""
-    assert server_at(lab, standin, [SimpleNamespace(pid=os.getpid())]).is_ready()
+    """The right name, and nobody else listens there; whether that is so is tested in test_deputy.py."""
+    assert server_at(lab, standin).is_ready()
 
 
 def test_a_server_that_dies_is_reported_at_once(lab: Lab, tmp_path: Path) -> None:
     """A dead process ends the wait with its log, not with the deadline."""
     log = tmp_path / "vllm-a.log"
     log.write_text("ValueError: the reason\n")
-    dead = server_at(lab, 1, [], alive=False, log=log)
+    dead = server_at(lab, 1, alive=False, log=log)
     with pytest.raises(StartError, match=r"died while starting(.|\n)*the reason"):
         wait_ready([dead], lab, ProgressLine("servers"))
 
@@ -195,7 +203,7 @@ def test_a_server_without_a_sign_of_life_has_failed(lab: Lab, tmp_path: Path) ->
     vllm = lab.vllm.model_copy(update={"stall_s": 0.6})
     hurried = lab.model_copy(update={"vllm": vllm})
     with pytest.raises(StartError, match="no CPU use"):
-        wait_ready([server_at(lab, 1, [], log=log)], hurried, ProgressLine("servers"))
+        wait_ready([server_at(lab, 1, log=log)], hurried, ProgressLine("servers"))
 
 
 def test_too_little_memory_is_refused_before_the_start(lab: Lab) -> None:
@@ -205,3 +213,16 @@ def test_too_little_memory_is_refused_before_the_start(lab: Lab) -> None:
         StartError, match=r"1\.0 GiB available on local, the lab wants 6 GiB before 2 servers"
     ):
         require_memory(host, lab, 2)
+
+
+@pytest.mark.parametrize(("stop_gib", "stop_bytes"), [(0.5, 2**29), (0, 0)])
+def test_the_memory_limit_reaches_the_supervisor(lab: Lab, stop_gib: float, stop_bytes: int) -> None:
+    """[memory] stop_gib, in bytes; what the supervisor does with it is tested in test_deputy.py."""
+    started: list[tuple[Any, ...]] = []
+    host: Any = SimpleNamespace(start=lambda *args, **options: started.append((args, options)))
+    limited = lab.model_copy(update={"memory": lab.memory.model_copy(update={"stop_gib": stop_gib})})
+    made = plan(lab, 1)
+    VllmServer.start(host, limited, made, [21000, 21001])
+    assert started == [
+        (("vllm-b", made.argv, made.env, [1], [21000, 21001]), {"memory_stop_bytes": stop_bytes})
+    ]
