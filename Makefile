@@ -10,6 +10,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(or $(shell for python in $(CANDIDATES); do \
 	"$$python" -c '$(IN_RANGE)' >/dev/null 2>&1 && echo "$$python" && break; done),python3)
 PYTEST = .venv/bin/python -m pytest
+OVER_SSH = tests/environment tests/kvcache/test_wire.py tests/kvcache/test_transfer.py tests/disagg
 UV ?= uv
 
 help:  ## this list
@@ -24,14 +25,17 @@ versions: setup  ## two vLLM versions in turns, OLD=0.30.0 [NEW=0.31.0]: verdict
 	$(if $(NEW),@$(MAKE) --no-print-directory setup VLLM=$(NEW))
 	$(PYTEST) tests/disagg/test_versions.py --against $(OLD) $(if $(NEW),--vllm $(NEW)) $(ARGS)
 
-test: setup  ## the selftests, every live module on the embedded lab in short form, then the wire and other models
+test: setup  ## the selftests, every live module in short form (as root disagg over SSH on made hosts), then other models
 	$(PYTEST) selftest $(ARGS)
-	$(PYTEST) tests --short $(ARGS)
+	@if unshare --net --mount true 2>/dev/null && [ -x /usr/sbin/sshd ]; then \
+		set -ex; $(PYTEST) tests --short -m "not disagg" $(ARGS); \
+		$(PYTEST) $(OVER_SSH) --lab two-hosts --short --endings 1 $(ARGS); \
+	else \
+		set -ex; $(PYTEST) tests --short $(ARGS); \
+		echo "test: lab two-hosts left out: it needs root, network namespaces and /usr/sbin/sshd (openssh-server)"; \
+	fi
 	$(PYTEST) tests/disagg/test_path.py --lab hybrid --short $(ARGS)
 	$(PYTEST) tests/disagg/test_path.py --lab latent --short $(ARGS)
-	@if unshare --net --mount true 2>/dev/null; then \
-		set -x; $(PYTEST) tests/kvcache/test_wire.py tests/kvcache/test_transfer.py --lab namespaces --short $(ARGS); \
-	else echo "test: lab namespaces left out: this user may not make network namespaces (run as root)"; fi
 
 selftest: setup  ## the tests that need no server
 	$(PYTEST) selftest $(ARGS)
