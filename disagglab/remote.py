@@ -42,9 +42,9 @@ d="${{DISAGGLAB_STATE:-${{XDG_STATE_HOME:-$HOME/.local/state}}/disagglab}}/deput
 f="$d/{digest}"
 mkdir -p "$d"
 t=$(mktemp -d "$d/.new-XXXXXX")
-tar -x -C "$t"
+trap 'rm -rf "$t"' EXIT
+tar -x -f - -C "$t"
 [ -d "$f" ] || mv -T "$t" "$f" 2>/dev/null || [ -d "$f" ]
-rm -rf "$t"
 echo "$f"
 """
 

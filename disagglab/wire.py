@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from disagglab import facts
-from disagglab.errors import InvalidRun, TransferError
+from disagglab.errors import InvalidRun, StartError, TransferError
 from disagglab.host import Host
 from disagglab.section import NodeSection
 
@@ -62,7 +62,7 @@ def read(host: Host, node: NodeSection) -> Wire | None:
 def _number(host: Host, node: NodeSection, path: str) -> int:
     try:
         return int(host.read_text(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StartError) as error:
         raise InvalidRun(f"{node.name} exposes no {path} ({error}); look: rdma link show") from error
 
 

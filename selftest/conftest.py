@@ -197,7 +197,8 @@ class SshServer:
 
     @staticmethod
     def _key(path: Path, kind: str = "ed25519") -> Path:
-        argv = ["ssh-keygen", "-q", "-t", kind, "-N", "", "-C", "", "-f", str(path)]
+        bits = ["-b", "2048"] if kind == "rsa" else []  # more take a second to find
+        argv = ["ssh-keygen", "-q", "-t", kind, *bits, "-N", "", "-C", "", "-f", str(path)]
         subprocess.run(argv, check=True)
         return path
 
@@ -233,10 +234,16 @@ class SshServer:
 
     def sessions(self) -> list[psutil.Process]:
         """Its processes that serve a connection each."""
-        return psutil.Process(self.process.pid).children()
+        try:
+            return psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
 
     def close(self) -> None:
         """End it and every connection to it."""
+        for session in self.sessions():  # each is in a session of its own, and one may be suspended
+            with contextlib.suppress(psutil.NoSuchProcess):
+                session.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,4 +1,4 @@
-"""What a host says of its GPUs: recorded text of real drivers, and the reader on a machine with or without one."""
+"""What a host says of its GPUs: recorded text of real drivers, and the readers on any machine."""
 
 from __future__ import annotations
 

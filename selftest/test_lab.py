@@ -180,6 +180,16 @@ HOSTS = {
     "made host at an address that no host can have": (
         broken(MADE, node__0__address="198.18.1.0"), ["node[0].address"], "198.18.1.2",
     ),
+    "made host with a data address that is a name": (
+        broken(MADE, node__0__data_address="data0"), ["node[0].data_address"], "write an address",
+    ),
+    "made hosts beside this machine": (
+        broken(MADE, node=[*MADE["node"], {**GOOD["node"][0], "name": "c", "cpus": [], "gpus": [0]}]),
+        ["node[2].host"], "every node on a made host",
+    ),
+    "controller on a made host": (
+        broken(MADE, controller={"host": "alpha", "address": "198.18.1.2"}), ["controller.host"], '"local"',
+    ),
     "one /30 for both control links": (
         broken(MADE, node__0__address="198.18.2.1"), ["node[0].address"], "a network of its own",
     ),
@@ -219,6 +229,12 @@ def test_hosts_that_can_be_are_accepted() -> None:
     )
     assert lab.host_names == ("gate", "local", "far"), "the controller's first; a gate alone takes no part"
     assert [node.name for node in lab.nodes_on("far")] == ["b"]
+
+
+def test_a_remote_controller_may_have_a_name() -> None:
+    """Only an address of the loopback interface is known to be wrong before anybody is asked."""
+    lab = parse_lab(reached({"name": "far"}, controller={"host": "far", "address": "far.example"}), "my.toml")
+    assert lab.controller.address == "far.example"
 
 
 def test_a_core_that_this_machine_lacks_may_be_another_hosts() -> None:

@@ -61,14 +61,12 @@ def node_of(number: int) -> NodeSection:
 
 
 NODES = (node_of(0), node_of(1))
-OTHERS = (node_of(2), node_of(3))
 
 
 class Pair:
     """Two made hosts. ``holders``: the processes that hold them; ``remote``: the hosts, connected."""
 
-    def __init__(self, logs: Path, nodes: tuple[NodeSection, ...] = NODES) -> None:
-        self.nodes = nodes
+    def __init__(self, logs: Path) -> None:
         self.local: Host = local_host("selftest", PORTS, logs, "")
         self.holders: list[HostProcess] = []
         self.remote: list[RemoteHost] = []
@@ -86,8 +84,8 @@ class Pair:
 
     def make(self) -> Pair:
         """Make them, and connect."""
-        sections = [HostSection(name=node.host, namespace=True, cpus=[CORE]) for node in self.nodes]
-        found, self.names = madehost.make(self.local, sections, {node.host: node for node in self.nodes})
+        sections = [HostSection(name=node.host, namespace=True, cpus=[CORE]) for node in NODES]
+        found, self.names = madehost.make(self.local, sections, {node.host: node for node in NODES})
         self.sections = list(found.values())
         for section in self.sections:
             self.remote.append(
@@ -119,23 +117,23 @@ def has(process: psutil.Process, argv: list[str]) -> bool:
 
 
 @contextlib.contextmanager
-def making(folder: Path, nodes: tuple[NodeSection, ...] = NODES) -> Iterator[Pair]:
+def making(folder: Path) -> Iterator[Pair]:
     """Two hosts, and no trace of them afterwards; their state lies in the account's own folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISAGGLAB_STATE", str(folder / "state"))
-        made = Pair(folder, nodes)
+        made = Pair(folder)
         try:
             yield made.make()
         finally:
             made.close()
             patch.delenv("DISAGGLAB_STATE")
-            for node in nodes:
+            for node in NODES:
                 shutil.rmtree(lease.state_folder().parent / node.host, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, may_make_hosts: None) -> Iterator[Pair]:
-    """Two hosts that no test ends."""
+    """Two hosts for all tests; the last one ends them."""
     with making(tmp_path_factory.mktemp("made")) as made:
         yield made
 
@@ -251,35 +249,6 @@ def test_only_the_hosts_own_key_is_let_in(pair: Pair, tmp_path: Path) -> None:
     assert os.stat(str(first.key_file)).st_mode & 0o077 == 0
 
 
-@makes_hosts
-def test_a_killed_holder_takes_its_host_along(tmp_path: Path, standins: Standins) -> None:
-    """SIGKILL of it, or of its supervisor: processes and interfaces go; others stay."""
-    bystander = standins.start(TREE)
-    standins.told("grandchild")
-    with making(tmp_path, OTHERS) as made:
-        for host in made.remote:
-            host.start(f"standin-{host.name}", TREE, {})
-        inside = [made.inside(number) for number in (0, 1)]
-        assert all(any(has(process, TREE) for process in tree) for tree in inside)
-        assert made.interface(0).exists()
-
-        os.kill(made.holders[0].pid, 9)
-
-        standins.until(lambda: standins.gone(*inside[0]), "every process of the host has ended")
-        standins.until(lambda: not made.interface(0).exists(), "its interface is gone")
-        assert not standins.gone(*inside[1][:2])
-        assert made.interface(1).exists()
-        with pytest.raises(StartError, match="the connection is lost"):
-            standins.until(lambda: not made.remote[0].exists("/"), "the connection ends")
-        assert made.remote[1].exists("/")
-
-        psutil.Process(made.holders[1].pid).parent().kill()
-
-        standins.until(lambda: standins.gone(*inside[1]), "every process of the other host has ended")
-        standins.until(lambda: not made.interface(1).exists(), "its interface is gone, too")
-    assert bystander.cmdline() == TREE
-
-
 def no_root(patch: pytest.MonkeyPatch) -> None:
     """As any user."""
     patch.setattr(madehost.os, "geteuid", lambda: 1000)
@@ -323,3 +292,34 @@ def test_a_holder_that_cannot_be_shows_its_last_words(
         made.make()
     made.close()
     assert str(tmp_path) in str(caught.value)
+
+
+@makes_hosts
+def test_a_killed_holder_takes_its_host_along(pair: Pair, standins: Standins) -> None:
+    """SIGKILL of it, or of its supervisor: processes and interfaces go; others stay.
+
+    The last test of the pair, because it ends both.
+    """
+    bystander = standins.start(TREE)
+    standins.told("grandchild")
+    for host in pair.remote:
+        host.start(f"standin-{host.name}", TREE, {})
+    inside = [pair.inside(number) for number in (0, 1)]
+    assert all(any(has(process, TREE) for process in tree) for tree in inside)
+    assert pair.interface(0).exists()
+
+    os.kill(pair.holders[0].pid, 9)
+
+    standins.until(lambda: standins.gone(*inside[0]), "every process of the host has ended")
+    standins.until(lambda: not pair.interface(0).exists(), "its interface is gone")
+    assert not standins.gone(*inside[1][:2])
+    assert pair.interface(1).exists()
+    with pytest.raises(StartError, match="the connection is lost"):
+        standins.until(lambda: not pair.remote[0].exists("/"), "the connection ends")
+    assert pair.remote[1].exists("/")
+
+    psutil.Process(pair.holders[1].pid).parent().kill()
+
+    standins.until(lambda: standins.gone(*inside[1]), "every process of the other host has ended")
+    standins.until(lambda: not pair.interface(1).exists(), "its interface is gone, too")
+    assert bystander.cmdline() == TREE

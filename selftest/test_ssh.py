@@ -257,6 +257,18 @@ def test_without_a_configuration_there_are_defaults(tmp_path: Path) -> None:
     assert found.known_hosts == ("/etc/ssh/ssh_known_hosts", str(tmp_path / ".ssh" / "known_hosts"))
 
 
+@pytest.mark.parametrize("line", ["ProxyJump gate", "ProxyCommand ssh -W %h:%p gate"])
+def test_a_way_that_is_not_followed_is_refused(tmp_path: Path, line: str) -> None:
+    """A jump of ~/.ssh/config would be left out in silence; a [[host]] jump in its place is the mend."""
+    path = tmp_path / "config"
+    path.write_text(f"Host gpu-1\n    {line}\nHost gpu-2\n    ProxyJump none\n")
+    with pytest.raises(StartError, match=r"proxy\w+ = .*gate.* is not followed; write jump = NAME") as caught:
+        target(HostSection(name="gpu-1"), path)
+    assert str(path) in str(caught.value)
+    assert target(HostSection(name="gpu-1", jump="gate"), path).jump == "gate"
+    assert target(HostSection(name="gpu-2"), path).jump is None
+
+
 @pytest.mark.parametrize("text", ["Match nonsense\n", "Host \xff\n"])
 def test_a_configuration_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     """The message has the file."""
