@@ -221,8 +221,8 @@ def test_transfer_share_of_ttft_falls_with_the_rate(
     within = [size * BITS * (1 - share) / (share * rest) / FRAME_SHARE / 1e9 for share in SLOW_CLAIM]
     record.numbers(
         "links on which the claim for plain TCP holds here", within[::-1], "Gbit/s", what="computed",
-        note=f"share of {SLOW_CLAIM[1]:.0%} and {SLOW_CLAIM[0]:.0%}: {size:,} B beside {rest:.3f} s; prefill k"
-        " times as fast wants k times the link",
+        note=f"share of {SLOW_CLAIM[1]:.0%} and {SLOW_CLAIM[0]:.0%}: {size:,} B beside {rest:.3f} s;"
+        " prefill k times as fast wants k times the link",
     )  # fmt: skip
     rates = sorted(rate for rate in measured if rate is not None)
     ordered = [shares[rate] for rate in rates]
