@@ -211,8 +211,12 @@ def test_transfer_share_of_ttft_falls_with_the_rate(
         )
     block = layout(shape, lab.block_size)
     size = block.bytes_to_move(PROMPT_BLOCKS * lab.block_size, lab.vllm.version)
-    free = measured[None]
-    rest = (percentile(free.ttft_s, 50) or 0.0) * (1 - shares[None])
+    others = [
+        ttft * (1 - share)
+        for row in measured.values()
+        for ttft, share in zip(row.ttft_s, row.share, strict=True)
+    ]
+    rest = percentile(others, 50) or 0.0
     rdma = transfer_time_s(size, RDMA_GBIT_S * 1e9 / BITS)
     record.numbers(
         f"transfer / TTFT, {RDMA_GBIT_S:g} Gbit/s", [rdma / (rest + rdma)], "ratio", what="computed",
