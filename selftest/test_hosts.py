@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
 GIB = 2**30
 LIMIT_S = 60
+# where a made host keeps its state: sshd gives the account's home, whatever HOME is here
+STATE_THERE = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".local" / "state" / "disagglab"
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def count(argv: list[str]) -> int:
 def made(calm: None, may_make_hosts: None) -> Iterator[Lab]:
     """A lab that makes its hosts; their state folders, in the account's own, are removed."""
     lab = made_lab()
-    folders = [Path.home() / ".local" / "state" / "disagglab" / host.name for host in lab.hosts]
+    folders = [STATE_THERE / host.name for host in lab.hosts]
     yield lab
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -108,7 +111,7 @@ def test_a_session_on_made_hosts(made: Lab, tmp_path: Path, standins: Standins) 
     orphan = standins.start(["sleep", "300"])
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     write_lease(lease.folder(), "earlier-here", boot_id, identify(orphan.pid))
-    there = Path.home() / ".local" / "state" / "disagglab" / made.hosts[1].name / "leases"
+    there = STATE_THERE / made.hosts[1].name / "leases"
     write_lease(there, "earlier-there", "an earlier boot", identify(orphan.pid))
     before = set(psutil.Process().children(recursive=True))
     session = Hosts("selftest", made, tmp_path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pwd
 import re
 import signal
 import subprocess
@@ -34,6 +35,8 @@ RUNNER_DEADLINE_S = 120.0
 POLL_S = 0.1
 # The moment of the end: what the session says on its terminal then.
 STAGES = ("servers: ", "load weights", "servers: ", "KV cache", "ready after")
+# where a made host keeps its state: sshd gives the account's home, whatever HOME is here
+STATE_THERE = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".local" / "state" / "disagglab"
 SESSION = ("-m", "pytest", "tests/disagg/test_path.py", "-q", "-p", "no:cacheprovider")
 
 
@@ -182,7 +185,7 @@ def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recor
             pid = stage.local.call("tree", name)[1]
             left = [*Path(f"/proc/{pid}/root/dev/shm").iterdir()]
             assert not left, f"{host.name}: shared memory is left: {left}"
-            leases = [*(Path.home() / ".local/state/disagglab" / host.name / "leases").iterdir()]
+            leases = [*(STATE_THERE / host.name / "leases").iterdir()]
             assert not leases, f"{host.name}: leases are left: {leases}"
     record.numbers(
         f"time until both hosts are clear, {way}", took, "s", what="endings",
