@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pwd
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ ASK = """
 import socket, sys
 print(socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).recv(99).decode())
 """
+# sshd gives the account's home, whatever HOME is here
+STATE_THERE = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".local" / "state" / "disagglab"
 PORTS = (20600, 20699)  # of no lab
 CORE = min(os.sched_getaffinity(0))
 ROLES = ("prefill", "decode")
@@ -102,10 +105,17 @@ class Pair:
         return Path(f"/sys/class/net/dl{self.holders[number].pid}")
 
     def close(self) -> None:
-        """End both."""
+        """End both; remove what a host that was killed leaves to its next session."""
         for host in self.remote:
             host.disconnect()
         self.local.call("close", self.names)
+        left = [Path(holder.scratch) for holder in self.holders]
+        for node in NODES:
+            state = STATE_THERE / node.host
+            left += [Path(json.loads(path.read_text())["scratch"]) for path in state.glob("leases/*.json")]
+            left.append(state)
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def has(process: psutil.Process, argv: list[str]) -> bool:
