@@ -105,17 +105,10 @@ class Pair:
         return Path(f"/sys/class/net/dl{self.holders[number].pid}")
 
     def close(self) -> None:
-        """End both; remove what a host that was killed leaves to its next session."""
+        """End both."""
         for host in self.remote:
             host.disconnect()
         self.local.call("close", self.names)
-        left = [Path(holder.scratch) for holder in self.holders]
-        for node in NODES:
-            state = STATE_THERE / node.host
-            left += [Path(json.loads(path.read_text())["scratch"]) for path in state.glob("leases/*.json")]
-            left.append(state)
-        for folder in left:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def has(process: psutil.Process, argv: list[str]) -> bool:
@@ -124,6 +117,16 @@ def has(process: psutil.Process, argv: list[str]) -> bool:
         return process.cmdline() == argv
     except psutil.Error:
         return False
+
+
+def traces(pair: Pair) -> list[Path]:
+    """What hosts that were killed leave to their next session: state, leases, scratch folders."""
+    found = [Path(holder.scratch) for holder in pair.holders]
+    for node in NODES:
+        state = STATE_THERE / node.host
+        found += [Path(json.loads(path.read_text())["scratch"]) for path in state.glob("leases/*.json")]
+        found.append(state)
+    return found
 
 
 @contextlib.contextmanager
@@ -137,8 +140,8 @@ def making(folder: Path) -> Iterator[Pair]:
         finally:
             made.close()
             patch.delenv("DISAGGLAB_STATE")
-            for node in NODES:
-                shutil.rmtree(lease.state_folder().parent / node.host, ignore_errors=True)
+            for left in traces(made):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
