@@ -156,13 +156,8 @@ class Deputy:
 
     def cpu_s(self, name: str) -> float:
         """CPU time used by the process's living tree so far, s."""
-        total = 0
-        for pid in self.tree(name):
-            with contextlib.suppress(OSError):
-                text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-                fields = text[text.rindex(")") + 2 :].split()
-                total += int(fields[11]) + int(fields[12])  # utime, stime: man 5 proc
-        return total / CLOCK_TICKS
+        stats = map(supervisor.read_stat, self.tree(name))
+        return sum(stat.cpu_ticks for stat in stats if stat is not None) / CLOCK_TICKS
 
     def cores_of_threads(self, name: str) -> dict[str, str]:
         """Cores that each thread of the process's tree may run on (``0-3,7``), by thread id."""
@@ -210,11 +205,7 @@ class Deputy:
 
     def write_text(self, path: str, text: str) -> None:
         """Write a file that only this account can read, all at once."""
-        temporary = f"{path}.{os.getpid()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "w") as stream:
-            stream.write(text)
-        os.replace(temporary, path)
+        supervisor.write_atomically(path, text)
 
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from disagglab import lease, madehost, release
-from disagglab.environment import environment_python
 from disagglab.errors import StartError
 from disagglab.host import Host, local_host
 from disagglab.model import Model
@@ -105,13 +104,7 @@ class Hosts:
         host = self.of(node)
         if not isinstance(host, RemoteHost) or host.section.namespace:
             return release.python_of(release.with_release(self.lab, version))
-        named = host.section.environments.get(version)
-        if named is not None:
-            path = PurePosixPath(host.about["home"]) / named.removeprefix("~/")
-            return str(path if path.name.startswith("python") else path / "bin" / "python")
-        if version == release.installed():
-            return host.suite_python
-        return str(environment_python(Path(host.folder), version))
+        return str(PurePosixPath(host.about["home"]) / release.python_there(host.section, version))
 
     def require_environments(self) -> None:
         """Refuse a remote node whose environment does not hold the lab's vLLM.

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from disagglab import facts, madehost, release, remote, shaping
-from disagglab.environment import environment_python
 from disagglab.host import HostProcess
 from disagglab.load import HASH_SEED, bench_options
 from disagglab.model import PACKAGE_PREFIX, Model
@@ -155,21 +154,15 @@ def suite_python(lab: Lab, host: str) -> str:
     section = _section(lab, host)
     if section is None or section.namespace:
         return sys.executable
-    return f"{section.folder}/.venv/bin/python"
+    return release.suite_python_there(section)
 
 
 def server_python(lab: Lab, node: NodeSection) -> str:
     """As Hosts.python_of has it."""
-    section, version = _section(lab, node.host), lab.vllm.version
+    section = _section(lab, node.host)
     if section is None or section.namespace:
         return release.python_of(lab)
-    named = section.environments.get(version)
-    if named is not None:
-        path = PurePosixPath(named.removeprefix("~/"))
-        return str(path if path.name.startswith("python") else path / "bin" / "python")
-    if version == release.installed():
-        return suite_python(lab, node.host)
-    return str(environment_python(Path(section.folder), version))
+    return release.python_there(section, lab.vllm.version)
 
 
 def _head(lab: Lab) -> Iterator[str]:

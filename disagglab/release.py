@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import httpx
 
@@ -13,7 +13,7 @@ from disagglab.environment import environment_python
 from disagglab.errors import ConfigError, Problem, StartError
 from disagglab.kvlayout import RULE_MEND, has_rule
 from disagglab.lab import ports_needed
-from disagglab.section import Lab
+from disagglab.section import HostSection, Lab
 
 ROOT = Path(__file__).resolve().parent.parent
 ASK_S = 60.0
@@ -54,6 +54,22 @@ def python_of(lab: Lab) -> str:
         return str(path / "bin" / "python" if path.is_dir() else path)
     made = environment_python(ROOT, lab.vllm.version)
     return str(made) if installed() != lab.vllm.version and made.is_file() else sys.executable
+
+
+def python_there(host: HostSection, version: str) -> str:
+    """The Python of vLLM ``version`` on a remote host; a relative path starts at the account's home."""
+    named = host.environments.get(version)
+    if named is not None:
+        path = PurePosixPath(named.removeprefix("~/"))
+        return str(path if path.name.startswith("python") else path / "bin" / "python")
+    if version == installed():
+        return suite_python_there(host)
+    return str(environment_python(Path(host.folder), version))
+
+
+def suite_python_there(host: HostSection) -> str:
+    """The Python of the suite on a remote host; a relative path starts at the account's home."""
+    return f"{host.folder}/.venv/bin/python"
 
 
 def require(lab: Lab, option: str) -> None:

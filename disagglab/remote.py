@@ -176,7 +176,6 @@ class RemoteHost(Host):
         )
         self.folder = str(PurePosixPath(self.about["home"]) / section.folder)
         self.suite_python = f"{self.folder}/.venv/bin/python"
-        self.memory_before = int(self.about["memory_available"])
         self._follower = threading.Thread(target=self._follow_all, name=f"follow-{section.name}", daemon=True)
         self._follower.start()
 

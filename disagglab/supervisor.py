@@ -82,12 +82,13 @@ class Process:
 
 @dataclass(frozen=True)
 class Stat:
-    """The part of ``/proc/PID/stat`` that ownership needs."""
+    """The part of ``/proc/PID/stat`` that is used here (man 5 proc). ``cpu_ticks``: user and system time."""
 
     state: str
     ppid: int
     session: int
     start_ticks: int
+    cpu_ticks: int
 
 
 def read_stat(pid: int) -> Stat | None:
@@ -97,7 +98,13 @@ def read_stat(pid: int) -> Stat | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text[text.rindex(")") + 2 :].split()  # the name may hold spaces and brackets
-    return Stat(state=fields[0], ppid=int(fields[1]), session=int(fields[3]), start_ticks=int(fields[19]))
+    return Stat(
+        state=fields[0],
+        ppid=int(fields[1]),
+        session=int(fields[3]),
+        start_ticks=int(fields[19]),
+        cpu_ticks=int(fields[11]) + int(fields[12]),
+    )
 
 
 def identify(pid: int) -> Process:
@@ -199,9 +206,10 @@ def memory_available() -> int:
 
 
 def write_atomically(path: str, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
+    """Write a file that its owner alone can read, so that a reader sees all of it or none."""
     temporary = f"{path}.{os.getpid()}"
-    with open(temporary, "w") as stream:
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w") as stream:
         stream.write(text)
     os.replace(temporary, path)
 
