@@ -1,6 +1,8 @@
 """What the suite computes without a lab: ``kv CONFIG``, a model's KV cache in bytes; ``gate FILE``, a
 verdict on pairs of figures; ``history``, figures over many runs and where their level changed; ``predict``,
-where disaggregation would pay off on a lab. And ``provision``, which makes the environments of a lab's hosts.
+where disaggregation would pay off on a lab; ``reference``, finished sessions as files to commit. And two that
+go to a lab's hosts: ``provision``, which makes their environments, and ``scatter``, which reads scattered
+memory of one from another.
 """
 
 from __future__ import annotations
@@ -101,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     predicted.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     _add_provision(commands)
+    _add_scatter(commands)
+    _add_reference(commands)
     return parser
 
 
@@ -126,6 +130,46 @@ def _add_provision(commands: argparse._SubParsersAction[_OneLineParser]) -> None
     )
 
 
+def _add_scatter(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
+    asked = commands.add_parser(
+        "scatter",
+        help="NIXL reads of scattered memory on a lab, without servers",
+        description="Read memory between two nodes in pieces, and print what bytes and pieces cost.",
+    )
+    asked.add_argument("--lab", required=True, help="a lab by its name or path")
+    asked.add_argument(
+        "--env", action="extend", nargs="+", default=[], metavar="UCX_X=1", help="beside the lab's own"
+    )
+    asked.add_argument("--threads", type=int, help="of NIXL's UCX backend (the connector's); 0: none")
+    asked.add_argument("--mib", help="of a read, with commas between (256,1024 on GPUs, else 4,16)")
+    asked.add_argument("--pieces", help="of a read, with commas between (1,128,512,4096)")
+    asked.add_argument("--at-once", default="1", help="reads posted together (%(default)s)")
+    asked.add_argument(
+        "--repeats", type=int, default=9, help="of each, after one that does not count (%(default)s)"
+    )
+    asked.add_argument("--json", type=Path, metavar="FILE", help="also write every time to a file")
+
+
+def _add_reference(commands: argparse._SubParsersAction[_OneLineParser]) -> None:
+    asked = commands.add_parser(
+        "reference",
+        help="finished sessions as files to commit",
+        description="Make reports/reference/NAME/ from run folders, without paths and names of their hosts.",
+    )
+    asked.add_argument("folder", type=Path, nargs="+", metavar="RUN_FOLDER", help="of a session that ended")
+    asked.add_argument("name", metavar="NAME", help="lower-case letters, digits, dots, hyphens")
+    asked.add_argument(
+        "--allow-failures", action="store_true", help="also sessions that failed; the README says which tests"
+    )
+    asked.add_argument(
+        "--replace",
+        action="append",
+        default=[],
+        metavar="TEXT=BY",
+        help="replace a further path or name; may be repeated",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 2 if the input cannot be computed, and 1 if ``history`` had to
     leave out a part of it.
@@ -142,6 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(_predict(arguments))
             case "provision":
                 return _provision(arguments)
+            case "scatter":
+                return _scatter(arguments)
+            case "reference":
+                print(_reference(arguments))
             case _:
                 text, left_out = _history(arguments)
                 print(text)
@@ -217,6 +265,49 @@ def _provision(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     print("\n".join(hostcheck.table(rows)))
     return MISSING if any(row.missing for row in rows) else 0
+
+
+def _reference(arguments: argparse.Namespace) -> str:
+    from disagglab import referencerun  # needs matplotlib and jinja2; the arithmetic does without
+
+    further = dict(text.split("=", 1) for text in arguments.replace if "=" in text[1:])
+    if len(further) < len(arguments.replace):
+        wrong = f"{' '.join(arguments.replace)}: TEXT=BY is wanted, each TEXT once"
+        raise ConfigError([Problem("reference", "--replace", wrong, "--replace '/mnt/models=$MODELS'")])
+    return str(referencerun.make(arguments.folder, arguments.name, arguments.allow_failures, further))
+
+
+def _scatter(arguments: argparse.Namespace) -> int:
+    from disagglab import lab, nixlprobe, screen  # needs pydantic; the arithmetic does without
+
+    for key, least in (("threads", 0), ("repeats", 1)):
+        given = getattr(arguments, key)
+        if given is not None and given < least:
+            wrong = f"{given} is too few"
+            raise ConfigError([Problem("command line", key, wrong, f"write --{key} {least} or more")])
+    chosen = screen.with_variables(lab.load_lab(arguments.lab), arguments.env)
+    sizes = screen.MEBIBYTES[nixlprobe.memory_of(chosen)]
+    wanted = screen.reads(
+        sizes if arguments.mib is None else screen.whole_numbers(arguments.mib, "mib"),
+        screen.PIECES if arguments.pieces is None else screen.whole_numbers(arguments.pieces, "pieces"),
+        screen.whole_numbers(arguments.at_once, "at-once"),
+    )
+    try:
+        found = screen.run(chosen, wanted, arguments.repeats, arguments.threads)
+    except ConfigError:
+        raise
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return MISSING
+    except KeyboardInterrupt:
+        print("interrupted; what was started on the hosts has ended", file=sys.stderr)
+        return INTERRUPTED
+    print("\n".join(found.lines()))
+    if arguments.json:
+        screen.write(arguments.json, found)
+    if found.wrong:
+        print("\n".join(found.wrong), file=sys.stderr)
+    return MISSING if found.wrong else 0
 
 
 def _kv(arguments: argparse.Namespace) -> str:

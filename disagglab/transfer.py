@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from disagglab import client, ledger
 from disagglab.kv import KvShape, reusable_tokens
 from disagglab.ledger import Ledger, Sent
 from disagglab.section import Lab
+from disagglab.server import VllmServer
 from disagglab.topology import Topology
 
 
 def transfer(
-    topology: Topology, length: int, number: int, lab: Lab, shape: KvShape, block: int, tag: str = ""
+    topology: Topology,
+    length: int,
+    number: int,
+    lab: Lab,
+    shape: KvShape,
+    block: int,
+    tag: str = "",
+    prefill: VllmServer | None = None,
+    decode: VllmServer | None = None,
 ) -> Ledger:
     """Move a prompt of ``length`` tokens; prefill holds it if ``number`` is not 0, decode never does.
 
@@ -18,6 +29,7 @@ def transfer(
         number: which transfer of this prompt it is, from 0.
         block: tokens per KV cache block.
         tag: tells prompts from those of other tests.
+        prefill, decode: the servers asked; the first of each role by default.
 
     Raises:
         TransferError: if the transfer failed or moved something else than computed.
@@ -27,8 +39,10 @@ def transfer(
     held = reusable_tokens(length, block) if number else 0
     before = ledger.read(topology)
     salt = f"transfer{tag}"
-    handshake = client.prefill(topology.prefill[0].url, request | {"cache_salt": salt})
-    client.decode(topology.decode[0].url, request | {"cache_salt": f"{salt}-{length}-{number}"}, handshake)
+    source, target = prefill or topology.prefill[0], decode or topology.decode[0]
+    topology = replace(topology, name=f"{topology.name}, {source.name} to {target.name}")
+    handshake = client.prefill(source.url, request | {"cache_salt": salt})
+    client.decode(target.url, request | {"cache_salt": f"{salt}-{length}-{number}"}, handshake)
     after = ledger.settle(topology, before, 1)
     sent = [Sent(length, 1, held_by_prefill=held)]
     return ledger.prove(topology, before, after, sent, shape, lab.vllm.version)

@@ -6,6 +6,7 @@ carried at least the connector's bytes, and not more than those with the headers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagglab import facts
@@ -57,6 +58,27 @@ def read(host: Host, node: NodeSection) -> Wire | None:
             mtu = int(facts.network(host.facts, node.kv_address)["MTU"])
             return Wire(node.name, source, numbers[0], numbers[8], mtu)
     raise InvalidRun(f"{node.name} has no interface {node.interface}; look: cat {source}")
+
+
+def read_all(places: Sequence[tuple[Host, NodeSection]]) -> Wire | None:
+    """The data links of several nodes as one; None where a node names neither interface nor RDMA device.
+
+    Bytes are summed, and a link that nodes of one host share counts once; ``mtu`` is the smallest.
+
+    Raises:
+        InvalidRun: see :func:`read`.
+    """
+    links = {(host.name, node.interface, *node.rdma): (host, node) for host, node in places}
+    found = [wire for host, node in links.values() if (wire := read(host, node)) is not None]
+    if len(found) < len(links):
+        return None
+    return Wire(
+        " + ".join(wire.node for wire in found),
+        " + ".join(dict.fromkeys(wire.source for wire in found)),
+        sum(wire.received for wire in found),
+        sum(wire.sent for wire in found),
+        min(wire.mtu for wire in found),
+    )
 
 
 def _number(host: Host, node: NodeSection, path: str) -> int:

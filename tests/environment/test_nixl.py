@@ -29,7 +29,8 @@ def test_a_buffer_arrives_intact(
     RDMA in one picture: one side says where its memory is, the other side's network card (here: UCX over the
     lab's transports) fetches it; no message with the data in it is ever sent by the owner.
     """
-    (result,), command = nixlprobe.between_nodes(hosts, lab, f"nixlprobe-{size}", [size], REPEATS, LIMIT_S)
+    read = nixlprobe.Read(size)
+    (result,), command = nixlprobe.between_nodes(hosts, lab, f"nixlprobe-{size}", [read], REPEATS, LIMIT_S)
     assert result["equal"], f"{size} bytes were read, and differ from what the other process holds"
     record.numbers(
         f"NIXL read of {size / 2**20:.0f} MiB between two processes",

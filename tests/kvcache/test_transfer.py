@@ -49,8 +49,9 @@ def transfers(disaggregated: Topology, lab: Lab, shape: KvShape, live: Session) 
 def raw(transfers: Measured, hosts: Hosts, lab: Lab, live: Session) -> tuple[Measured, str]:
     """NIXL reads of the same sizes between two bare processes, and the command."""
     repeats = SHORT_REPEATS if live.short else REPEATS
+    reads = [nixlprobe.Read(size) for size in transfers]
     rows, command = nixlprobe.between_nodes(
-        hosts, lab, "nixlprobe-transfer", list(transfers), repeats + 1, PROBE_LIMIT_S
+        hosts, lab, "nixlprobe-transfer", reads, repeats + 1, PROBE_LIMIT_S
     )
     assert all(row["equal"] for row in rows), f"bytes arrived damaged: {rows}"
     return {row["bytes"]: row["seconds"][1:] for row in rows}, command  # the first read also connects

@@ -35,11 +35,10 @@ Reader = Callable[[], Wire]
 
 @pytest.fixture
 def counters(hosts: Hosts, disaggregated: Topology, lab: Lab) -> Reader:
-    """Reads the data link of the decode node."""
-    node = lab.decode[0]
+    """Reads the data links of the decode nodes."""
 
     def read() -> Wire:
-        found = wire.read(hosts.of(node), node)
+        found = wire.read_all([(hosts.of(node), node) for node in lab.decode])
         if found is None:
             pytest.skip(
                 "NO-WIRE: the lab file names no interface and no rdma device; KV stays in this machine"

@@ -1,0 +1,152 @@
+"""``python -m disagglab scatter``: NIXL reads of many shapes on a lab's nodes, without servers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from disagglab import nixlprobe, scatter
+from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.hosts import Hosts
+from disagglab.nixlprobe import Read
+from disagglab.scatter import ScatterFit
+from disagglab.section import Lab
+from disagglab.session import new_run_id
+
+LIMIT_S = 540.0  # of all reads together
+MEBIBYTES = {"DRAM": (4, 16), "VRAM": (256, 1024)}  # of a read, unless asked otherwise
+PIECES = (1, 128, 512, 4096)
+PREFIXES = ("UCX_", "NIXL_")
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What was read on which settings, and the fit where there were shapes enough for one."""
+
+    lab: str
+    environment: dict[str, str]
+    command: str
+    rows: list[dict[str, Any]]
+    fit: ScatterFit | None
+
+    @property
+    def wrong(self) -> list[str]:
+        """What refutes the measurement: bytes that differ, descriptors that were merged."""
+        found = []
+        for row in self.rows:
+            read = Read(row["bytes"], row["pieces"], row["at_once"])
+            if not row["equal"]:
+                found.append(f"{read}: bytes arrived damaged")
+            if set(row["descriptors"]) != {read.pieces * read.at_once}:
+                found.append(f"{read}: NIXL used {sorted(set(row['descriptors']))} descriptors")
+        return found
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        settings = " ".join(f"{key}={value}" for key, value in sorted(self.environment.items()))
+        first = self.rows[0]
+        head = [f"{self.lab}: {first['memory']}, {first['threads']} threads, {settings or 'no variables'}"]
+        tail = [str(self.fit)] if self.fit else []
+        return [*head, *scatter.lines(self.rows, self.fit), *tail]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file; an infinite bandwidth is null."""
+        fitted = None
+        if self.fit is not None:
+            fitted = dataclasses.asdict(self.fit)
+            fitted["bytes_per_s"] = None if fitted["bytes_per_s"] == float("inf") else self.fit.bytes_per_s
+        return {**dataclasses.asdict(self), "fit": fitted}
+
+
+def reads(mebibytes: Sequence[int], pieces: Sequence[int], at_once: Sequence[int]) -> list[Read]:
+    """Every combination.
+
+    Raises:
+        ConfigError: naming those that do not divide.
+    """
+    found, problems = [], []
+    for together, size, count in itertools.product(at_once, mebibytes, pieces):
+        try:
+            found.append(Read(size * 2**20, count, together))
+        except ValueError as error:
+            problems.append(
+                Problem("command line", "pieces", str(error), "take powers of two, and whole MiB")
+            )
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def with_variables(lab: Lab, given: Sequence[str]) -> Lab:
+    """The lab with further ``NAME=VALUE`` in ``[transport] env``; UCX_TLS among them replaces ``ucx_tls``.
+
+    Raises:
+        ConfigError: for what is no variable of UCX or NIXL.
+    """
+    problems, found = [], {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.startswith(PREFIXES):
+            wrong = f"{text!r:.60} is no variable of UCX or NIXL"
+            problems.append(Problem("command line", "env", wrong, "write UCX_NAME=VALUE or NIXL_NAME=VALUE"))
+        found[name] = value
+    if problems:
+        raise ConfigError(problems)
+    transport = lab.transport.model_copy(update={"env": {**lab.transport.env, **found}})
+    return lab.model_copy(update={"transport": transport})
+
+
+def whole_numbers(text: str, key: str) -> list[int]:
+    """``1,16`` as numbers.
+
+    Raises:
+        ConfigError: if it is something else.
+    """
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        wrong = f"{text!r:.60} is no list of whole numbers above 0"
+        raise ConfigError([Problem("command line", key, wrong, f"write --{key} 1,16")])
+    return [int(part) for part in parts]
+
+
+def run(lab: Lab, wanted: Sequence[Read], repeats: int, threads: int | None) -> Screen:
+    """Do the reads on the lab's hosts; end and clear everything that was started there.
+
+    Raises:
+        LabError: if a host cannot be had, a probe fails, or it takes more than 9 minutes.
+    """
+    with tempfile.TemporaryDirectory(prefix="disagglab-scatter-") as folder:
+        hosts = Hosts(new_run_id(), lab, Path(folder))
+        try:
+            hosts.open()
+            rows, command = nixlprobe.between_nodes(
+                hosts, lab, "scatter", wanted, repeats + 1, LIMIT_S, threads
+            )
+        finally:
+            hosts.close()
+    if len(rows) != len(wanted):
+        raise LabError(f"{len(wanted)} kinds of reads were asked for, {len(rows)} reported; run it again")
+    try:
+        fitted = scatter.fit(scatter.points(rows))
+    except ValueError:  # too few shapes were asked for
+        fitted = None
+    return Screen(lab.name, nixlprobe.environment(lab, lab.decode[0]), command, rows, fitted)
+
+
+def write(path: Path, screen: Screen) -> None:
+    """Write a screen as JSON.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(screen.as_dict(), indent=1) + "\n")
+    except OSError as error:
+        mend = "name a file in a folder that is there"
+        raise ConfigError([Problem("command line", "json", str(error), mend)]) from error
