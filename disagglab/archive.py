@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -65,7 +66,8 @@ def read(reports: Path) -> Archive:
     if not reports.is_dir():
         problem = Problem(str(reports), "--reports", "no such folder", "name the folder of the run folders")
         raise ConfigError([problem])
-    found = {path.name: path for path in [*_run_folders(reports / COMMITTED), *_run_folders(reports)]}
+    found = _references(reports / COMMITTED)
+    found |= {path.name: path for path in [*_run_folders(reports / COMMITTED), *_run_folders(reports)]}
     runs, problems, passed_over = [], [], 0
     for run_id in sorted(found):
         folder = found[run_id]
@@ -86,6 +88,18 @@ def _run_folders(parent: Path) -> list[Path]:
     if not parent.is_dir():
         return []
     return [path for path in parent.iterdir() if RUN_ID.match(path.name) and path.is_dir()]
+
+
+def _references(parent: Path) -> dict[str, Path]:
+    """Sessions that ``python -m disagglab reference`` made, by run id: a folder each, or folders in one."""
+    found = {}
+    for path in sorted([*parent.glob(f"*/{META}"), *parent.glob(f"*/*/{META}")]):
+        run_id = path.parent.name
+        if not RUN_ID.match(run_id):
+            with contextlib.suppress(ConfigError):  # said of the folder's name when it is read
+                run_id = str(_meta(path).get("run", run_id))
+        found[run_id] = path.parent
+    return found
 
 
 def _meta(path: Path) -> Mapping[str, Any]:

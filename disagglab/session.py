@@ -13,6 +13,7 @@ from typing import TextIO
 from disagglab.comparison import Comparison
 from disagglab.progress import ProgressLine
 from disagglab.report import Claim, Module, lesson_html
+from disagglab.resume import Earlier
 from disagglab.section import Lab
 from disagglab.store import Store
 
@@ -30,10 +31,12 @@ class Session:
     dedicated: bool
     against: str
     endings: int
+    variants: tuple[str, ...]
     terminal: TextIO
     uncaptured: Callable[[], contextlib.AbstractContextManager[None]]
     modules: dict[str, Module] = field(default_factory=dict)
     comparison: Comparison | None = None
+    earlier: Earlier = field(default_factory=Earlier)
 
     def progress(self, what: str, budget_s: float | None = None) -> ProgressLine:
         """A progress line on the terminal."""
@@ -47,5 +50,5 @@ class Session:
 
 
 def new_run_id() -> str:
-    """An id that sorts by time and that no other run has."""
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    """An id that sorts by time (UTC) and that no other run has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"

@@ -167,12 +167,17 @@ class Store:
             stream.write(json.dumps(asdict(item)) + "\n")
 
     def add_run(self, run: Run) -> None:
-        """Keep every request of a run, valid or not, and every counter of its servers before and after."""
+        """Keep every request of a run, valid or not, and every counter of its servers before and after.
+
+        The file gets its name when it is whole, so a session that is killed leaves none that is cut off.
+        """
         name = f"{run.workload.name}.{run.round:02d}.{run.topology}.{time.time_ns()}"
         raw = dataclasses.asdict(dataclasses.replace(run, readings=None))
         raw["workload"] = run.workload.model_dump()
         del raw["readings"]
-        (self.folder / "runs" / f"{name}.json").write_text(json.dumps(raw))
+        unfinished = self.folder / "runs" / f"{name}.part"
+        unfinished.write_text(json.dumps(raw))
+        os.replace(unfinished, unfinished.with_name(f"{name}.json"))
         if run.readings is not None:
             path = self.folder / "runs" / f"{name}.metrics.json.gz"
             path.write_bytes(gzip.compress(json.dumps(_counters(run.readings)).encode()))

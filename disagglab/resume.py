@@ -1,0 +1,338 @@
+"""Runs of earlier sessions, read back, so that a comparison goes on where they ended (--resume)."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from disagglab import release, variant
+from disagglab.errors import ConfigError, Problem
+from disagglab.lab import parse_lab
+from disagglab.ledger import Reading
+from disagglab.load import Run
+from disagglab.metrics import Snapshot
+from disagglab.section import Lab
+from disagglab.store import Store
+
+META, RUNS, METRICS = "run.json", "runs", ".metrics.json.gz"
+# Keys of a lab that no run depends on: what is judged, and by which limits, is computed from the runs anew.
+JUDGEMENT = {"file", "label", "gates", "slo", "speed", "variants"}
+WORDS = {"what", "expects"}  # of a [[variant]]
+LABEL = re.compile(r'(\w+)="(.*?)"(?=,\w+="|$)', re.DOTALL)
+PER_REQUEST = ("ttft_s", "e2e_s", "itl_s", "prompt_tokens", "output_tokens", "start_s", "streams")
+DELETE = "copy the file again, or delete it: its round is then left out"
+LEAVE_OUT = "or leave this --resume out"
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """A run on disk. ``session``: in whose folder; ``moment``: when it was stored, ns since the epoch."""
+
+    run: Run
+    path: Path
+    session: str
+    moment: int
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What ``--resume`` named: ids of sessions, the runs of their folders by time, what to know of them."""
+
+    sessions: tuple[str, ...] = ()
+    runs: tuple[KeptRun, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read(
+    folders: Sequence[Path], lab: Lab, variants: Sequence[str], fingerprint: Mapping[str, Any], commit: str
+) -> Earlier:
+    """The runs of earlier sessions on the workloads of the lab's gates; a run in two folders counts once.
+
+    Args:
+        lab: of this session, as it will be served; ``variants``: names of those that it measures.
+        fingerprint: of this session. Another ``commit`` is noted, not refused.
+
+    Raises:
+        ConfigError: if a file is missing or damaged, or a session measured something else: another lab,
+            vLLM version, workload or fingerprint.
+    """
+    problems: list[Problem] = []
+    sessions: list[str] = []
+    notes: list[str] = []
+    kept: dict[tuple[str, str, int], KeptRun] = {}
+    for folder in sorted({folder.resolve() for folder in folders}, key=lambda path: path.name):
+        try:
+            meta = _meta(folder)
+            name = str(meta.get("run") or folder.name)
+            found = list(_runs(folder, name))
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        problems += _differences(folder, meta, lab, variants, fingerprint)
+        problems += _other_workloads(found, lab)
+        sessions += [*map(str, meta.get("resumed") or ()), name]
+        if meta.get("commit") != commit:
+            notes.append(f"{name}: code {meta.get('commit', 'not recorded')}; this session's is {commit}")
+        for one in found:
+            kept.setdefault((one.run.workload.name, one.run.topology, one.moment), one)
+    if problems:
+        raise ConfigError(problems)
+    definitions = {workload.definition for workload in _workloads(lab).values()}
+    runs = sorted(kept.values(), key=lambda one: one.moment)
+    counted = tuple(one for one in runs if one.run.workload.definition in definitions and one.run.round >= 0)
+    return Earlier(tuple(dict.fromkeys(sessions)), counted, tuple(notes))
+
+
+def complete(earlier: Earlier, arms: Sequence[str]) -> tuple[list[KeptRun], list[str]]:
+    """The rounds that hold a run of every arm, numbered anew from 0 for each workload; then what was left
+    out, and why.
+
+    A round is what one session measured with one seed. Of other arms nothing is taken.
+    """
+    rounds: dict[tuple[str, str, int], dict[str, KeptRun]] = {}
+    for one in earlier.runs:
+        rounds.setdefault((one.session, one.run.workload.name, one.run.seed), {})[one.run.topology] = one
+    taken: list[KeptRun] = []
+    numbers: dict[str, int] = {}
+    lacking: dict[tuple[str, str, str], int] = {}
+    for (session, workload, _), found in rounds.items():
+        missing = [arm for arm in arms if arm not in found]
+        if missing:
+            left_out = (session, workload, ", ".join(missing))
+            lacking[left_out] = lacking.get(left_out, 0) + 1
+            continue
+        number = numbers.get(workload, 0)
+        numbers[workload] = number + 1
+        taken += [replace(found[arm], run=replace(found[arm].run, round=number)) for arm in arms]
+    return taken, [
+        f"{session}: {count} round{'s' if count > 1 else ''} of {workload} left out, no run of {absent}"
+        for (session, workload, absent), count in lacking.items()
+    ]
+
+
+def begin(earlier: Earlier, arms: Sequence[str], store: Store, show: Callable[[str], None]) -> list[Run]:
+    """Put the complete rounds of earlier sessions into this session's folder, and say in ``run.json`` whose.
+
+    So the folder holds every run that its verdicts are made of, and may itself be resumed alone.
+    """
+    if not earlier.sessions:
+        return []
+    taken, left_out = complete(earlier, arms)
+    for one in taken:
+        _copy(one, store.folder / RUNS)
+    notes = [*earlier.notes, *left_out]
+    store.write_meta(resumed=list(earlier.sessions), resumed_notes=notes)
+    for note in notes:
+        show(note)
+    return [one.run for one in taken]
+
+
+def _copy(kept: KeptRun, into: Path) -> None:
+    run = kept.run
+    raw = json.loads(kept.path.read_text())
+    name = f"{run.workload.name}.{run.round:02d}.{run.topology}.{kept.moment}"
+    (into / f"{name}.json").write_text(json.dumps({**raw, "round": run.round}))
+    counters = kept.path.with_name(kept.path.name.removesuffix(".json") + METRICS)
+    if counters.is_file():
+        shutil.copyfile(counters, into / f"{name}{METRICS}")
+
+
+def _workloads(lab: Lab) -> dict[str, Any]:
+    return {name: lab.workload(name) for name in dict.fromkeys(gate.workload for gate in lab.gates)}
+
+
+def _json(path: Path, mend: str) -> Mapping[str, Any]:
+    try:
+        content = path.read_bytes()
+        raw = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
+    except (OSError, EOFError) as error:
+        wrong = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError([Problem(str(path), "(whole file)", wrong, mend)]) from error
+    except (ValueError, RecursionError) as error:
+        wrong = f"not JSON, cut off perhaps: {error}"
+        raise ConfigError([Problem(str(path), "(whole file)", wrong, mend)]) from error
+    if not isinstance(raw, Mapping):
+        raise ConfigError([Problem(str(path), "(whole file)", "not an object", mend)])
+    return raw
+
+
+def _meta(folder: Path) -> Mapping[str, Any]:
+    mend = "name the folder of an earlier session, with its run.json and runs/*.json"
+    if not folder.is_dir():
+        raise ConfigError([Problem(str(folder), "--resume", "no such folder", mend)])
+    meta = _json(folder / META, mend)
+    missing = [key for key in ("lab_file", "vllm") if not isinstance(meta.get(key), str)]
+    if not isinstance(meta.get("fingerprint"), Mapping):
+        missing.append("fingerprint")
+    if missing:
+        raise ConfigError([Problem(str(folder / META), key, "missing", mend) for key in missing])
+    return meta
+
+
+def _runs(folder: Path, session: str) -> Iterator[KeptRun]:
+    """Every run of a folder.
+
+    Raises:
+        ConfigError: with every file that is damaged, or if there is none at all.
+    """
+    paths = sorted((folder / RUNS).glob("*.json"))
+    if not paths:
+        mend = "name a session that measured something, and bring its runs/*.json along"
+        raise ConfigError([Problem(str(folder / RUNS), "*.json", "no run is there", mend)])
+    problems: list[Problem] = []
+    for path in paths:
+        moment = path.name.split(".")[-2]
+        try:
+            if not moment.isdigit():
+                mend = "give it back the name that its session gave it: WORKLOAD.ROUND.TOPOLOGY.TIME.json"
+                raise ConfigError([Problem(str(path), "(file name)", "no time in it", mend)])
+            yield KeptRun(read_run(path), path, session, int(moment))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def read_run(path: Path) -> Run:
+    """A run as :meth:`disagglab.store.Store.add_run` wrote it; with its counters if they lie beside it.
+
+    Who answered (``Reading.processes``) and at which address is not kept.
+
+    Raises:
+        ConfigError: if a file is damaged.
+    """
+    raw = _json(path, DELETE)
+    try:
+        run = TypeAdapter(Run).validate_python(dict(raw))
+    except ValidationError as error:
+        raise ConfigError(
+            [
+                Problem(str(path), ".".join(map(str, row["loc"])) or "(whole file)", row["msg"], DELETE)
+                for row in error.errors()
+            ]
+        ) from error
+    lengths = {key: len(getattr(run, key)) for key in PER_REQUEST}
+    if len(set(lengths.values())) > 1:
+        wrong = "as many values as requests are wanted; " + ", ".join(f"{k}: {n}" for k, n in lengths.items())
+        raise ConfigError([Problem(str(path), PER_REQUEST[0], wrong, DELETE)])
+    counters = path.with_name(path.name.removesuffix(".json") + METRICS)
+    return replace(run, readings=_readings(counters)) if counters.is_file() else run
+
+
+def _readings(path: Path) -> tuple[Reading, Reading]:
+    mend = f"copy the file again, or delete it: figures of a run do without ({METRICS})"
+    raw = _json(path, mend)
+
+    def snapshot(server: str, samples: Mapping[str, float]) -> Snapshot:
+        found = []
+        for name, value in samples.items():
+            metric, _, inside = name.partition("{")
+            found.append((metric, frozenset(LABEL.findall(inside.removesuffix("}"))), float(value)))
+        return Snapshot(server, "", tuple(found))
+
+    def reading(moment: str) -> Reading:
+        return Reading({server: snapshot(server, samples) for server, samples in raw[moment].items()}, {})
+
+    try:
+        return reading("before"), reading("after")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError([Problem(str(path), "before, after", f"no counters: {error!r}", mend)]) from error
+
+
+def _differences(
+    folder: Path, meta: Mapping[str, Any], lab: Lab, variants: Sequence[str], fingerprint: Mapping[str, Any]
+) -> list[Problem]:
+    """What of a session makes its runs another measurement than this session's."""
+    file = str(folder / META)
+    problems = []
+    if meta["vllm"] != lab.vllm.version:
+        wrong = f"{meta['vllm']} there, {lab.vllm.version} here"
+        problems.append(Problem(file, "vllm", wrong, f"pass --vllm {meta['vllm']}, {LEAVE_OUT}"))
+    if meta["fingerprint"].get("key") != fingerprint["key"]:
+        there, here = _flat(meta["fingerprint"]), _flat(fingerprint)
+        differs = [
+            f"{key} {there.get(key, 'none')} there, {here.get(key, 'none')} here"
+            for key in sorted(there.keys() | here.keys())
+            if key != "key" and there.get(key) != here.get(key)
+        ]
+        wrong = f"another machine or other versions: {'; '.join(differs) or 'unknown'}"
+        mend = f"resume on the same kind of machine and versions, {LEAVE_OUT}"
+        problems.append(Problem(file, "fingerprint.key", wrong, mend))
+    try:
+        earlier = parse_lab(tomllib.loads(meta["lab_file"]), file)
+        measured = [name for name in map(str, meta.get("variants") or ()) if name in variants]
+        earlier = variant.beside(earlier, len(meta.get("variants") or ()))
+        pairs = {"": (_lab(earlier), _lab(lab))}
+        for name in measured:
+            there, here = (_variant(each, name) for each in (earlier, lab))
+            pairs[f"variant {name}."] = (there, here)
+    except (ConfigError, tomllib.TOMLDecodeError) as error:
+        wrong = f"this version of the suite does not take it: {error}"
+        return [
+            *problems,
+            Problem(file, "lab_file", wrong, "resume with the code that made it, " + LEAVE_OUT),
+        ]
+    mend = f"use the lab file of that session (key lab_file of its run.json) and its --variant, {LEAVE_OUT}"
+    for prefix, (there, here) in pairs.items():
+        problems += [
+            Problem(
+                file,
+                f"lab_file: {prefix}{key}",
+                f"{there.get(key)} there, {here.get(key)} in {lab.file}",
+                mend,
+            )
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        ]
+    return problems
+
+
+def _lab(lab: Lab) -> dict[str, str]:
+    """What decides a measurement; the version is compared by itself, because ``--vllm`` overrides it."""
+    return _flat(release.with_release(lab, "").model_dump(exclude=JUDGEMENT))
+
+
+def _variant(lab: Lab, name: str) -> dict[str, str]:
+    (found,) = variant.chosen(lab, [name])
+    return _flat(found.model_dump(exclude=WORDS))
+
+
+def _other_workloads(found: Sequence[KeptRun], lab: Lab) -> list[Problem]:
+    """Gated workloads of which a session has runs, all of them of another definition.
+
+    Other tests of a session may have run a workload changed, at another rate say; those are passed over.
+    """
+    problems = []
+    for name, workload in _workloads(lab).items():
+        own = [one for one in found if one.run.workload.name == name and one.run.round >= 0]
+        if not own or any(one.run.workload.definition == workload.definition for one in own):
+            continue
+        there, here = _flat(own[0].run.workload.model_dump()), _flat(workload.model_dump())
+        differs = "; ".join(
+            f"{key} {there.get(key, 'none')} there, {here.get(key, 'none')} here"
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key)
+        )
+        mend = f"give workloads/{name}.toml the values of that session, {LEAVE_OUT}"
+        problems.append(Problem(str(own[0].path), "workload", f"another {name}: {differs}", mend))
+    return problems
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """Dotted keys and values as text, of nested mappings and lists."""
+    if isinstance(value, Mapping):
+        items = [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list | tuple) and any(isinstance(inner, Mapping) for inner in value):
+        items = [(f"{name}[{place}]", inner) for place, inner in enumerate(value)]
+    else:
+        return {name: str(list(value) if isinstance(value, tuple) else value)}
+    return {key: text for inner_name, inner in items for key, text in _flat(inner, inner_name).items()}
