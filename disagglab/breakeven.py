@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from disagglab.kv import transfer_time_s
 from disagglab.kvlayout import KvLayout
@@ -91,6 +91,11 @@ class Cluster:
     def replicas(self) -> int:
         """Nodes in all."""
         return self.prefill_nodes + self.decode_nodes
+
+    @property
+    def links(self) -> int:
+        """Transfers that can be under way at full rate: a node has one link, so the smaller role decides."""
+        return min(self.prefill_nodes, self.decode_nodes)
 
     def prompt_costs_s(self, prompt_tokens: int) -> tuple[float, float]:
         """What prompts of this length that wait together share, and what each of them adds.
@@ -242,6 +247,19 @@ def disaggregated_capacity_per_s(cluster: Cluster, prompt_tokens: int, output_to
     return 1 / max(_disaggregated_use(cluster, point).values())
 
 
+def best_split(cluster: Cluster, prompt_tokens: int, output_tokens: int) -> Cluster:
+    """The same nodes with as many of them on prefill as let the most requests through.
+
+    That is the split in which the stations are most equally used: the slowest one sets the capacity, and a
+    node moved away from it makes it slower still. Of two equal splits the one with fewer prefill nodes.
+    """
+    splits = [
+        replace(cluster, prefill_nodes=nodes, decode_nodes=cluster.replicas - nodes)
+        for nodes in range(1, cluster.replicas)
+    ]
+    return max(splits, key=lambda split: disaggregated_capacity_per_s(split, prompt_tokens, output_tokens))
+
+
 def replicated(cluster: Cluster, point: Point) -> Side:
     """Every node takes every n-th request and does all of it: prefills stop the sequences that decode."""
     speeds, rate = cluster.speeds, point.rate_per_s / cluster.replicas
@@ -283,7 +301,7 @@ def disaggregated(cluster: Cluster, point: Point) -> Side:
     busy = decoding_share(rate, point.output_tokens, speeds.step.base_s, own)
     step = speeds.step.time_s(batch, point.context_tokens)
     transfer = cluster.transfer_s(point.prompt_tokens)
-    transfer += queue_s(rate, transfer)
+    transfer += queue_s(point.rate_per_s / cluster.links, transfer)
     # The scheduler looks once a step: for the request, and for the end of its transfer.
     waiting = busy * (step / 2 + max(step, transfer + step / 2)) + (1 - busy) * transfer
     handover = speeds.handoff_s + waiting + step + own
@@ -298,7 +316,7 @@ def _disaggregated_use(cluster: Cluster, point: Point) -> dict[str, float]:
     return {
         "prefill": rate / cluster.prefill_nodes * cluster.prompt_costs_s(point.prompt_tokens)[1],
         "decode": rate / cluster.decode_nodes * point.output_tokens * own,
-        "link": rate / cluster.decode_nodes * cluster.transfer_s(point.prompt_tokens),
+        "link": rate / cluster.links * cluster.transfer_s(point.prompt_tokens),
     }
 
 

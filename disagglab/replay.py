@@ -2,11 +2,13 @@
 
 The formulas of disagglab/breakeven.py hold in equilibrium, and a run of seconds never gets there: it begins
 with idle nodes. Here the same engine is advanced from step to step through the very arrivals of a run. That
-also checks the formulas (selftest/test_breakeven.py): both say the same of a run that is long.
+also checks the formulas (selftest/test_breakeven.py): both say the same of a run that is long. And it tells
+what each request gets, of which the formulas know the mean only.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,21 @@ class Means:
     e2e_s: float
 
 
+@dataclass(frozen=True)
+class Served:
+    """Every request of a run, in the order of its arrivals; s. ``duration_s``: until the last answer."""
+
+    ttft_s: tuple[float, ...]
+    tpot_s: tuple[float, ...]
+    e2e_s: tuple[float, ...]
+    duration_s: float
+
+    @property
+    def means(self) -> Means:
+        """Over the requests."""
+        return Means(*(statistics.fmean(each) for each in (self.ttft_s, self.tpot_s, self.e2e_s)))
+
+
 @dataclass
 class _Engine:
     """One engine between two steps. By request: ``under_way``, tokens that it still wants; ``first_s``,
@@ -36,16 +53,30 @@ class _Engine:
     first_s: dict[int, float] = field(default_factory=dict)
     last_s: dict[int, float] = field(default_factory=dict)
 
-    def step(self, alone_s: float) -> None:
-        """A step that takes ``alone_s`` beside what its sequences cost, and gives each of them a token."""
-        own = self.speeds.step.sequence_s(self.context_tokens)
-        self.now_s += alone_s + own * len(self.under_way)
-        self.under_way = {number: wanted - 1 for number, wanted in self.under_way.items()}
+    def step(self, alone_s: float, count: int = 1) -> None:
+        """Equal steps that take ``alone_s`` each beside what their sequences cost, and give each of these a
+        token.
+        """
+        each = self._each_s(alone_s)
+        for number in self.under_way:
+            self.first_s.setdefault(number, self.now_s + each)
+        self.now_s += each * count
+        self.under_way = {number: wanted - count for number, wanted in self.under_way.items()}
         for number, wanted in self.under_way.items():
-            self.first_s.setdefault(number, self.now_s)
             if wanted == 0:
                 self.last_s[number] = self.now_s
         self.under_way = {number: wanted for number, wanted in self.under_way.items() if wanted}
+
+    def decode(self, until_s: float) -> None:
+        """Steps without a prompt, until a sequence has its last token or ``until_s`` has come."""
+        alone = self.speeds.step.base_s
+        count = min(self.under_way.values())
+        if until_s < self.now_s + count * self._each_s(alone):
+            count = max(1, math.ceil((until_s - self.now_s) / self._each_s(alone)))
+        self.step(alone, count)
+
+    def _each_s(self, alone_s: float) -> float:
+        return alone_s + self.speeds.step.sequence_s(self.context_tokens) * len(self.under_way)
 
 
 def _serve(cluster: Cluster, point: Point, arrivals_s: Sequence[float], tokens: int) -> _Engine:
@@ -69,7 +100,7 @@ def _serve(cluster: Cluster, point: Point, arrivals_s: Sequence[float], tokens: 
                 else:
                     engine.last_s[number] = engine.now_s
         else:
-            engine.step(speeds.step.base_s)
+            engine.decode(waiting[0][1] if waiting else math.inf)
     return engine
 
 
@@ -94,7 +125,7 @@ def _fetch_and_serve(
         while moving and moving[0][1] <= engine.now_s:
             engine.under_way[moving.pop(0)[0]] = tokens
         if engine.under_way:
-            engine.step(speeds.step.base_s)
+            engine.decode(min((at for _, at in (*waiting[:1], *moving[:1])), default=math.inf))
     return engine
 
 
@@ -106,17 +137,27 @@ def _dealt(arrivals_s: Sequence[float], nodes: int) -> list[list[int]]:
 
 def replicated(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -> Means:
     """What the replicas make of these arrivals; the point's rate is not looked at."""
+    return by_replicas(cluster, point, arrivals_s).means
+
+
+def disaggregated(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -> Means:
+    """What prefill and decode nodes make of these arrivals; the point's rate is not looked at."""
+    return by_prefill_and_decode(cluster, point, arrivals_s).means
+
+
+def by_replicas(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -> Served:
+    """Each request that the replicas serve; the point's rate is not looked at."""
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     for numbers in _dealt(arrivals_s, cluster.replicas):
         found = _serve(cluster, point, [arrivals_s[i] for i in numbers], point.output_tokens)
         first |= {number: found.first_s[place] for place, number in enumerate(numbers)}
         last |= {number: found.last_s[place] for place, number in enumerate(numbers)}
-    return _means(cluster, point, arrivals_s, first, last)
+    return _served(cluster, point, arrivals_s, first, last)
 
 
-def disaggregated(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -> Means:
-    """What prefill and decode nodes make of these arrivals; the point's rate is not looked at."""
+def by_prefill_and_decode(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -> Served:
+    """Each request that prefill and decode nodes serve; the point's rate is not looked at."""
     speeds = cluster.speeds
     ended: dict[int, float] = {}
     for numbers in _dealt(arrivals_s, cluster.prefill_nodes):
@@ -126,23 +167,25 @@ def disaggregated(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     transfer = cluster.transfer_s(point.prompt_tokens)
-    for numbers in _dealt(handed, cluster.decode_nodes):
+    for dealt in _dealt(arrivals_s, cluster.decode_nodes):  # the router chooses both nodes on arrival
+        numbers = sorted(dealt, key=lambda number: handed[number])
         times = [handed[number] for number in numbers]
         found = _fetch_and_serve(speeds, point, times, transfer, point.output_tokens)
         first |= {number: found.first_s[place] for place, number in enumerate(numbers)}
         last |= {number: found.last_s[place] for place, number in enumerate(numbers)}
-    return _means(cluster, point, arrivals_s, first, last)
+    return _served(cluster, point, arrivals_s, first, last)
 
 
-def _means(
+def _served(
     cluster: Cluster,
     point: Point,
     arrivals_s: Sequence[float],
     first_s: dict[int, float],
     last_s: dict[int, float],
-) -> Means:
+) -> Served:
     outside = cluster.speeds.request_s
     numbers = range(len(arrivals_s))
-    ttft = statistics.fmean(first_s[i] - arrivals_s[i] for i in numbers) + outside
-    decode = statistics.fmean(last_s[i] - first_s[i] for i in numbers)
-    return Means(ttft, decode / (point.output_tokens - 1), ttft + decode)
+    ttft = tuple(first_s[i] - arrivals_s[i] + outside for i in numbers)
+    tpot = tuple((last_s[i] - first_s[i]) / (point.output_tokens - 1) for i in numbers)
+    e2e = tuple(last_s[i] - arrivals_s[i] + outside for i in numbers)
+    return Served(ttft, tpot, e2e, max(last_s.values()) + outside)

@@ -19,30 +19,23 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import breakeven, breakevencheck, breakevenmap, figures, ledger, linefit, replay, speedfit
-from disagglab.breakeven import Cluster, Outcome, Speeds
+from disagglab import breakeven, breakevencheck, breakevenmap, figures, ledger, replay, speedfit
+from disagglab.breakeven import Cluster, Outcome
 from disagglab.breakevencheck import Agreement, Budget
+from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
 from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
 from disagglab.load import LoadEngine, Run
-from disagglab.metrics import delta
 from disagglab.recorder import Recorder
 from disagglab.roofline import Efficiency
 from disagglab.section import Lab
 from disagglab.session import Session
-from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 from disagglab.trace import arrivals
 from disagglab.verdict import Verdict, judge
-from disagglab.workload import CHUNK, Workload
 
-SEED = 67_000
-PROMPT_SHARES, SHORT_PROMPT_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2), (1 / 32, 1 / 8, 1 / 4)  # of max_model_len
-BATCHES, SHORT_BATCHES = (2, 4, 8, 16), (8,)  # sequences on each node; 1 is measured with the prompts
-PASSES, SHORT_PASSES = 2, 1  # the quieter one counts, because a shared core is slow for seconds at a time
-PROMPT_REPEATS, PROMPT_OUTPUT, STEP_OUTPUT = 2, 8, 24  # requests; tokens
+SEED = 68_000
 POINTS, SHORT_POINTS = 6, 3
 WINDOW_S, SHORT_WINDOW_S = 7.0, 2.5  # in which the requests of one run arrive
 # of a request; the nearer to the window, the farther from equilibrium
@@ -54,7 +47,6 @@ MARGIN = 0.05  # differences below it count as equivalent
 FIT_FACTOR = 2.0  # between a measured speed and the fit; a shared core is half as fast for seconds at a time
 HOSTLESS_LOADS = (0.25, 0.5, 0.75)
 CURVE = 1.2  # ratio of neighbouring prompt lengths on a drawn boundary
-PREFILL_TIME = "vllm:request_prefill_time_seconds_sum"
 FIGURES: dict[str, Callable[[Run], float]] = {
     "e2e_s": lambda run: statistics.fmean(run.e2e_s),
     "ttft_s": lambda run: statistics.fmean(run.ttft_s),
@@ -62,17 +54,6 @@ FIGURES: dict[str, Callable[[Run], float]] = {
 }
 NAMES = {"e2e_s": "mean E2E", "ttft_s": "mean TTFT", "tpot_s": "mean TPOT"}
 ONE_USER = "one user at a time"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The speeds of this lab, and what they were fitted to."""
-
-    prefills: list[PrefillTime]
-    steps: list[StepTime]
-    handed: list[HandedTime]
-    link: linefit.LineFit
-    speeds: Speeds
 
 
 @dataclass
@@ -114,95 +95,6 @@ def said(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def calibration(
-    live: Session,
-    lab: Lab,
-    engine: LoadEngine,
-    single: Topology,
-    replicated: Topology,
-    disaggregated: Topology,
-    shape: KvShape,
-    store: Store,
-) -> Calibration:
-    """Prompts alone, on one node and through both; batches of steps on all nodes at once."""
-    line = live.progress("speeds")
-    shares = SHORT_PROMPT_SHARES if live.short else PROMPT_SHARES
-    lengths = [max(CHUNK, int(share * lab.model.max_model_len)) for share in shares]
-    batches = SHORT_BATCHES if live.short else BATCHES
-    nodes = len(lab.nodes)
-    alone: dict[int, list[tuple[PrefillTime, StepTime]]] = {length: [] for length in lengths}
-    handed: dict[int, list[HandedTime]] = {length: [] for length in lengths}
-    together: dict[int, list[StepTime]] = {batch: [] for batch in batches}
-    seed = SEED
-
-    def run(topology: Topology, prompt: int, output: int, requests: int, concurrency: int) -> Run:
-        nonlocal seed
-        seed += 1
-        line.show(f"{topology.name}, {requests} prompts of {prompt} tokens, {concurrency} at once")
-        asked = Workload(
-            name=f"speed-{prompt}-{concurrency}",
-            prompt_tokens=prompt,
-            output_tokens=output,
-            requests=requests,
-            concurrency=concurrency,
-        )
-        done = measure(engine, topology, asked, seed, 0, shape)
-        store.add_run(done)
-        assert done.invalid is None, done.invalid
-        return done
-
-    with live.uncaptured():
-        for topology in (single, replicated, disaggregated):
-            run(
-                topology, lengths[0], 2, nodes, nodes
-            )  # a first request is slower, through a router above all
-        for _ in range(SHORT_PASSES if live.short else PASSES):
-            for length in lengths:
-                done = run(single, length, PROMPT_OUTPUT, PROMPT_REPEATS, 1)
-                alone[length].append(alone_on(single, done))
-                handed[length].append(
-                    handed_over(run(disaggregated, length, PROMPT_OUTPUT, PROMPT_REPEATS, 1))
-                )
-            for batch in batches:
-                done = run(replicated, CHUNK, STEP_OUTPUT, nodes * batch, nodes * batch)
-                gaps = speedfit.full_gaps(done)
-                assert gaps, f"{batch} sequences a node: the first had its answer before the last had a token"
-                together[batch].append(StepTime(batch, CHUNK + STEP_OUTPUT / 2, statistics.median(gaps)))
-    prefills = [min((one for one, _ in rows), key=lambda one: one.ttft_s) for rows in alone.values()]
-    steps = [min((one for _, one in rows), key=lambda one: one.step_s) for rows in alone.values()]
-    steps += [min(rows, key=lambda one: one.step_s) for rows in together.values()]
-    quieter = [min(rows, key=lambda one: one.ttft_s) for rows in handed.values()]
-    transfers = [one for rows in handed.values() for one in rows]
-    link = linefit.fit([one.kv_bytes for one in transfers], [one.transfer_s for one in transfers])
-    return Calibration(prefills, steps, quieter, link, speedfit.fit_speeds(prefills, steps, quieter, link))
-
-
-def alone_on(topology: Topology, run: Run) -> tuple[PrefillTime, StepTime]:
-    """TTFT of prompts that came one at a time, and the steps between their tokens."""
-    assert run.readings is not None
-    before, after = run.readings
-    counted = sum(
-        delta(before.snapshots[server.name], after.snapshots[server.name], PREFILL_TIME)
-        for server in topology.servers
-    )
-    length, output = run.workload.prompt_tokens, run.workload.output_tokens
-    outside = (sum(run.ttft_s) - counted) / len(run.ttft_s)
-    gaps = [gap for one in run.itl_s for gap in one]
-    return (
-        PrefillTime(length, statistics.median(run.ttft_s), outside),
-        StepTime(1, length + output / 2, statistics.median(gaps)),
-    )
-
-
-def handed_over(run: Run) -> HandedTime:
-    """TTFT of prompts that came one at a time and crossed the link, and their transfers."""
-    book = run.ledger
-    assert book is not None
-    moved, seconds = book.kv_bytes / book.transfers, book.transfer_s / book.transfers
-    return HandedTime(run.workload.prompt_tokens, statistics.median(run.ttft_s), moved, seconds)
-
-
-@pytest.fixture(scope="module")
 def checked(
     calibration: Calibration,
     live: Session,
@@ -214,15 +106,7 @@ def checked(
     store: Store,
 ) -> Checked:
     """Both topologies at points of the map, round by round, in mirrored order; same arrivals for both."""
-    block = ledger.block_size(disaggregated.decode[0].metrics())
-    cluster = Cluster(
-        calibration.speeds,
-        layout(shape, block),
-        lab.vllm.version,
-        breakevenmap.step_tokens(lab),
-        len(lab.prefill),
-        len(lab.decode),
-    )
+    cluster = calibration.cluster(lab, shape, ledger.block_size(disaggregated.decode[0].metrics()))
     first_window = SHORT_WINDOW_S if live.short else WINDOW_S
     count = SHORT_POINTS if live.short else POINTS
     longest = lab.model.max_model_len
@@ -242,7 +126,7 @@ def checked(
     assert len(points) == count, f"runs of {window:g} s can show {len(found)} points, {count} are wanted"
     result = Checked(cluster, points)
     line = live.progress("break-even")
-    seed = SEED + 1000
+    seed = SEED
     with live.uncaptured():
         for number in range(live.rounds):
             order = (replicated, disaggregated) if number % 2 == 0 else (disaggregated, replicated)
