@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv import KvShape, tokens_from_prefill
 from disagglab.kvlayout import layout
 from disagglab.metrics import Snapshot, delta
+from disagglab.server import VllmServer
 from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 
@@ -78,6 +79,7 @@ class Ledger:
 
     ``external``, ``computed`` and ``cached`` are prompt tokens by source on the servers that decode: fetched
     from prefill, computed there, found in the prefix cache there. ``prefill_computed``: on prefill servers.
+    ``kv_bytes_by``, ``transfers_by``: by the server that counts them, the one that moves the blocks.
     """
 
     finished: Mapping[str, int]
@@ -92,6 +94,8 @@ class Ledger:
     computed_tokens: int
     cached_tokens: int
     prefill_computed_tokens: int
+    kv_bytes_by: Mapping[str, int] = field(default_factory=dict)
+    transfers_by: Mapping[str, int] = field(default_factory=dict)
 
 
 def read(topology: Topology) -> Reading:
@@ -143,7 +147,8 @@ def settle(topology: Topology, before: Reading, requests: int) -> Reading:
         after = read(topology)
         finished = sum(_delta(before, after, server.name, FINISHED) for server in finishing)
         idle = all(s.value(RUNNING) + s.value(WAITING) == 0 for s in after.snapshots.values())
-        moved = sum(_delta(before, after, server.name, TRANSFERS) for server in topology.decode)
+        connected = (server for server in topology.servers if server.plan.connector)
+        moved = sum(_delta(before, after, server.name, TRANSFERS) for server in connected)
         if finished >= requests and idle and (not topology.decode or moved >= requests):
             return after
         if time.monotonic() > deadline:
@@ -187,6 +192,8 @@ def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
         computed_tokens=round(total(decode, BY_SOURCE, source="local_compute")),
         cached_tokens=round(total(decode, BY_SOURCE, source="local_cache_hit")),
         prefill_computed_tokens=round(total(prefill, BY_SOURCE, source="local_compute")),
+        kv_bytes_by={name: round(total([name], BYTES)) for name in connected},
+        transfers_by={name: round(total([name], TRANSFERS)) for name in connected},
     )
 
 
@@ -272,12 +279,15 @@ def prove(
     _equal(where, "prompt tokens computed", book.computed_tokens, prompt - held)
     _equal(where, "tokens generated", sum(book.generated.values()), output)
     if topology.kind == REPLICATED:
-        share = sorted(book.finished.values())
-        if share[-1] - share[0] > 1:
-            raise InvalidRun(
-                f"{where}: round robin did not alternate: requests by server {dict(book.finished)}"
-            )
+        _prove_alternation(where, topology.servers, book)
     return book
+
+
+def _prove_alternation(where: str, servers: Sequence[VllmServer], book: Ledger) -> None:
+    """Round robin over equal servers leaves shares that differ by at most one request."""
+    share = {server.name: book.finished[server.name] for server in servers}
+    if max(share.values()) - min(share.values()) > 1:
+        raise InvalidRun(f"{where}: round robin did not alternate: requests by server {share}")
 
 
 def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expected: int) -> None:
@@ -289,7 +299,13 @@ def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expe
     }
     _equal(where, "requests finished by prefill", finished["prefill"], len(sent))
     _equal(where, "requests finished by decode", finished["decode"], len(sent))
+    for role in (topology.prefill, topology.decode):
+        _prove_alternation(where, role, book)
     _equal(where, "transfers", book.transfers, len(sent), TransferError)
+    pulled = any(book.transfers_by[server.name] for server in topology.decode)
+    for server in topology.decode if pulled else topology.prefill:
+        what = f"transfers by {server.name}, which finished as many requests"
+        _equal(where, what, book.transfers_by[server.name], book.finished[server.name], TransferError)
     _equal(where, "bytes moved by the connector", book.kv_bytes, expected, TransferError)
     held = sum(request.held_by_decode for request in sent)
     external = sum(tokens_from_prefill(request.prompt_tokens) for request in sent) - held
