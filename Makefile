@@ -18,7 +18,8 @@ help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
 lab: setup  ## the main job: two real vLLM servers, a router, KV transfer; a report and a table of verdicts
-	$(PYTEST) -m disagg --deselect tests/disagg/test_break_even.py $(ARGS)
+	$(PYTEST) -m disagg --deselect tests/disagg/test_break_even.py \
+		--deselect tests/disagg/test_goodput.py $(ARGS)
 
 versions: VLLM = $(or $(OLD),$(error which versions? as in: make versions OLD=0.30.0 [NEW=0.31.0]))
 versions: setup  ## two vLLM versions in turns, OLD=0.30.0 [NEW=0.31.0]: verdicts, and what differs

@@ -107,15 +107,22 @@ def run_rounds(
     cap: int = 0,
     open_workloads: Callable[[Comparison], Container[str]] = lambda _: (),
     slo: SloSection | None = None,
+    earlier: Sequence[Run] = (),
 ) -> Comparison:
     """Warm every topology up, then measure all of them in every round.
 
     Within a round all topologies get the same prompts; the order is mirrored every other round, so that slow
     drift of the machine cancels; between rounds the prompts change. ``cap``: fixed beforehand; up to so many
     rounds are made of the workloads that ``open_workloads`` names when the planned ones are over.
+    ``earlier``: whole rounds of earlier sessions, numbered from 0 on for each workload; they come first and
+    count among ``rounds``.
     """
-    comparison = Comparison(slo=slo)
-    warm_up = warm_up_of(workloads)
+    comparison = Comparison(list(earlier), slo)
+    done = {
+        one.name: 1 + max((run.round for run in earlier if run.workload.name == one.name), default=-1)
+        for one in workloads
+    }
+    warm_up = warm_up_of(workloads, max(topology.cycle for topology in topologies))
     for topology in topologies:
         progress(f"warm-up, {topology.name}")
         run = measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape)
@@ -124,8 +131,9 @@ def run_rounds(
             comparison.runs.append(run)
     for number in range(max(rounds, cap)):
         order = list(topologies) if number % 2 == 0 else list(reversed(topologies))
-        still_open = open_workloads(comparison) if number >= rounds else {one.name for one in workloads}
-        for workload in (one for one in workloads if one.name in still_open):
+        lacking = [one for one in workloads if done[one.name] <= number]
+        still_open = open_workloads(comparison) if lacking and number >= rounds else done
+        for workload in (one for one in lacking if one.name in still_open):
             seed = random.getrandbits(31)
             for topology in order:
                 progress(f"round {number + 1} of {max(rounds, number + 1)}, {workload.name}, {topology.name}")
@@ -151,10 +159,14 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
     return rows
 
 
-def warm_up_of(workloads: Sequence[Workload]) -> Workload:
-    """As many requests at once as the fullest of the workloads can have; it gets prompts of its own."""
+def warm_up_of(workloads: Sequence[Workload], least: int = 1) -> Workload:
+    """As many requests at once as the fullest of the workloads can have; it gets prompts of its own.
+
+    Args:
+        least: requests that it has in any case, so that every pair of nodes has met before it is measured.
+    """
     fullest = max(workloads, key=lambda workload: workload.most_under_way)
-    count = fullest.most_under_way
+    count = max(fullest.most_under_way, least)
     return fullest.model_copy(
         update={
             "requests": count,
@@ -213,6 +225,30 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
             state = "undecided" + (", underpowered" if verdict.underpowered else "")
         rows.append(dataclasses.replace(row, gate=state))
     return [*rows, *_identical_arms(comparison, lab)]
+
+
+def variant_rows(comparison: Comparison, lab: Lab, variants: Sequence[str]) -> list[VerdictRow]:
+    """One row a gated figure and variant (``disaggregated@tcp``), against the lab's own settings.
+
+    No gate hangs on them. The p values are corrected by Holm as one family.
+    """
+    asked = [
+        (gate, arm)
+        for arm in variants
+        for gate in {(gate.workload, gate.figure): gate for gate in lab.gates}.values()
+        if comparison.pairs(gate.workload, DISAGGREGATED, arm, gate.metric, gate.stream)
+    ]
+    pairs = [comparison.pairs(g.workload, DISAGGREGATED, arm, g.metric, g.stream) for g, arm in asked]
+    own = [gate.model_copy(update={"baseline": None, "limit": None}) for gate, _ in asked]
+    verdicts = [
+        judge(each, METRICS[g.metric][1], g.margin) for (g, _), each in zip(asked, pairs, strict=True)
+    ]
+    adjusted = holm([verdict.p for verdict in verdicts])
+    rows = []
+    for (_, arm), gate, each, p in zip(asked, own, pairs, adjusted, strict=True):
+        row = _row(comparison, gate, each, p, DISAGGREGATED, arm)
+        rows.append(dataclasses.replace(row, gate="variant"))
+    return rows
 
 
 def undecided_workloads(comparison: Comparison, lab: Lab) -> set[str]:

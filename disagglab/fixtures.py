@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, facts, model, modelconfig
-from disagglab.comparison import Comparison, figure_rows, run_rounds, undecided_workloads, verdict_rows
+from disagglab import attention, facts, model, modelconfig, resume, variant
+from disagglab.calibration import Calibration, calibrate
+from disagglab.comparison import (
+    Comparison,
+    figure_rows,
+    run_rounds,
+    undecided_workloads,
+    variant_rows,
+    verdict_rows,
+)
 from disagglab.errors import InvalidRun
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
@@ -101,14 +109,24 @@ def weights(live: Session) -> Model:
 def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) -> Iterator[Deployment]:
     """The lab's servers, ready and proved to be ours."""
     deployed = Deployment(hosts, live.lab, weights)
+    for one in variant.chosen(live.lab, live.variants):
+        changed = variant.changed(live.lab, one)
+        deployed.beside[one.name] = Deployment(hosts, changed, weights, tag=f"@{one.name}")
+    started = (deployed, *deployed.beside.values())
     with live.uncaptured():
-        deployed.start(live.progress("servers", START_BUDGET_S))
-    for server in deployed.servers:
-        live.store.commands[f"server {server.name}"] = server.plan.command
-        starts = live.store.meta.get("ready_s", {})
-        live.store.write_meta(ready_s={**starts, server.name: server.ready_s})
+        for each in started:
+            each.launch()
+        for each in started:
+            each.wait(live.progress(f"servers{each.tag}", START_BUDGET_S))
+    for each in started:
+        for server in each.servers:
+            name = f"{server.name}{each.tag}"
+            live.store.commands[f"server {name}"] = server.plan.command
+            starts = live.store.meta.get("ready_s", {})
+            live.store.write_meta(ready_s={**starts, name: server.ready_s})
     yield deployed
-    deployed.stop()
+    for each in started:
+        each.stop()
 
 
 @pytest.fixture(scope="session")
@@ -145,14 +163,28 @@ def disaggregated(live: Session, deployment: Deployment) -> Topology:
 
 
 @pytest.fixture(scope="session")
+def variants(live: Session, deployment: Deployment) -> list[Topology]:
+    """Prefill and decode apart, on the servers of each ``--variant``; empty without any."""
+    found = [beside.topology(DISAGGREGATED) for beside in deployment.beside.values()]
+    for topology in found:
+        live.store.commands[f"router {topology.name}"] = topology.router.command
+    return found
+
+
+@pytest.fixture(scope="session")
 def comparison(
-    live: Session, deployment: Deployment, engine: LoadEngine, store: Store, shape: KvShape
+    live: Session,
+    deployment: Deployment,
+    variants: list[Topology],
+    engine: LoadEngine,
+    store: Store,
+    shape: KvShape,
 ) -> Comparison:
     """All topologies on the workloads of the lab's gates, in interleaved rounds; verdicts go to the store."""
     if not live.lab.gates:
         pytest.skip(f"NO-GATES: {live.lab.file} has no [[gate]], so there is nothing to compare")
     topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
-    topologies.append(dataclasses.replace(topologies[0], name=SINGLE_AGAIN))
+    topologies += [dataclasses.replace(topologies[0], name=SINGLE_AGAIN), *variants]
     workloads = [live.lab.workload(name) for name in dict.fromkeys(gate.workload for gate in live.lab.gates)]
     line = live.progress("comparison")
     with live.uncaptured():
@@ -167,17 +199,39 @@ def comparison(
             cap=live.max_rounds,
             slo=live.lab.slo,
             open_workloads=lambda found: undecided_workloads(found, live.lab),
+            earlier=resume.begin(live.earlier, [one.name for one in topologies], store, line.show),
         )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
     if len(live.comparison.invalid()) == len(live.comparison.runs):
         raise InvalidRun(
             f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}"
         )
-    for verdict in verdict_rows(live.comparison, live.lab):
+    rows = verdict_rows(live.comparison, live.lab)
+    for verdict in [*rows, *variant_rows(live.comparison, live.lab, [one.name for one in variants])]:
         store.add(verdict)
     for figure in figure_rows(live.comparison):
         store.add(figure)
     return live.comparison
+
+
+@pytest.fixture(scope="session")
+def calibration(
+    live: Session,
+    lab: Lab,
+    engine: LoadEngine,
+    single: Topology,
+    replicated: Topology,
+    disaggregated: Topology,
+    shape: KvShape,
+    store: Store,
+) -> Calibration:
+    """The speeds of this lab, measured once: prompts alone, through both kinds of node, batches of steps."""
+    line = live.progress("speeds")
+    longest = lab.model.max_model_len
+    with live.uncaptured():
+        return calibrate(
+            engine, single, replicated, disaggregated, shape, longest, store, line.show, live.short
+        )
 
 
 @pytest.fixture

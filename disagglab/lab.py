@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from disagglab import variant
 from disagglab.errors import ConfigError, Problem
 from disagglab.kvlayout import RULE_MEND, has_rule
 from disagglab.madehost import control_peer
@@ -34,6 +35,7 @@ from disagglab.section import (
     SloSection,
     SpeedSection,
     TransportSection,
+    VariantSection,
     VllmSection,
 )
 from disagglab.workload import WORKLOADS_FOLDER, load_workload
@@ -70,6 +72,7 @@ _LISTS: dict[str, tuple[type[Section], bool]] = {
     "node": (NodeSection, True),
     "gate": (GateSection, False),
     "host": (HostSection, False),
+    "variant": (VariantSection, False),
 }
 
 
@@ -244,12 +247,16 @@ def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
                 'add "tcp": NIXL cannot connect without it',
             )
     yield from _gate_problems(parts, file)
+    yield from variant.problems(parts.get("variants", ()), transport, RESERVED_ARGS, file)
 
 
 def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
     model: ModelSection | None = parts.get("model")
     scale: ScaleSection | None = parts.get("scale")
     seen: set[tuple[str, str, str, str]] = set()
+    if parts.get("gates") and any(node.share_cpus for node in parts.get("nodes", ())):
+        wrong = "nodes share cores, so servers measure each other and a verdict means nothing"
+        yield Problem(file, "gate", wrong, "remove the gates, or share_cpus from every node")
     for index, gate in enumerate(parts.get("gates", ())):
         where = f"gate[{index}]"
         known = (gate.workload, gate.figure, str(gate.baseline), str(gate.limit))
@@ -300,7 +307,7 @@ def _node_problems(
                 file, "node.role", f"no node has the role {role}", f'set role = "{role}" on one node'
             )
     seen: dict[str, str] = {}
-    owners: dict[tuple[str, str, int], str] = {}
+    owners: dict[tuple[str, str, int], NodeSection] = {}
     for index, node in enumerate(nodes):
         key = f"node[{index}]"
         if node.name in seen:
@@ -311,15 +318,17 @@ def _node_problems(
         for kind, units in (("cpus", node.cpus), ("gpus", node.gpus)):
             for unit in units:
                 machine = "local" if node.host in here else node.host
-                owner = owners.setdefault((machine, kind, unit), node.name)
+                owner = owners.setdefault((machine, kind, unit), node)
+                shared = kind == "cpus" and owner.share_cpus and node.share_cpus
                 if unit < 0:
                     yield Problem(file, f"{key}.{kind}", f"{unit} is negative", "count from 0")
-                elif owner != node.name:
+                elif owner is not node and not shared:
+                    also = "" if kind == "gpus" else "; share_cpus = true on both where only the path counts"
                     yield Problem(
                         file,
                         f"{key}.{kind}",
-                        f"{kind[:-1]} {unit} of {node.host} belongs to {owner} already",
-                        "give each node its own, or the comparison is void",
+                        f"{kind[:-1]} {unit} of {node.host} belongs to {owner.name} already",
+                        f"give each node its own, or the comparison is void{also}",
                     )
         if node.host in here:
             have = os.cpu_count() or 1

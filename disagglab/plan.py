@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from disagglab import facts, madehost, release, remote, shaping
+from disagglab import facts, madehost, release, remote, shaping, variant
 from disagglab.host import HostProcess
 from disagglab.load import HASH_SEED, bench_options
 from disagglab.model import PACKAGE_PREFIX, Model
 from disagglab.router import Router, router_argv
-from disagglab.section import HostSection, Lab, NodeSection
+from disagglab.section import HostSection, Lab, NodeSection, VariantSection
 from disagglab.server import ServerPlan, VllmServer, plan_server
 from disagglab.ssh import Target, target
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Topology
@@ -63,17 +63,20 @@ class Ports:
         return self._first + taken
 
 
-def lines(lab: Lab, against: str = "", dedicated: bool = False) -> list[str]:
+def lines(
+    lab: Lab, against: str = "", dedicated: bool = False, variants: Sequence[VariantSection] = ()
+) -> list[str]:
     """The plan of a session with a lab, host by host; comments begin with ``#``.
 
     Args:
         against: the vLLM version of ``--against``.
         dedicated: whether servers without connector are started as well.
+        variants: those of ``--variant``.
 
     Raises:
         StartError: if ~/.ssh/config cannot be read.
     """
-    deployments = deploy(lab, against, dedicated)
+    deployments = deploy(lab, against, dedicated, variants)
     names = dict.fromkeys([LOCAL, *lab.host_names])
     found = list(_head(lab))
     for name in names:
@@ -81,10 +84,14 @@ def lines(lab: Lab, against: str = "", dedicated: bool = False) -> list[str]:
     return found
 
 
-def deploy(lab: Lab, against: str = "", dedicated: bool = False) -> tuple[Deployed, ...]:
+def deploy(
+    lab: Lab, against: str = "", dedicated: bool = False, variants: Sequence[VariantSection] = ()
+) -> tuple[Deployed, ...]:
     """The deployments of a session in the order in which they start."""
     ports = Ports(lab)
     found = [_deployed(lab, ports, "", True, TOPOLOGIES)]
+    for one in variants:
+        found.append(_deployed(variant.changed(lab, one), ports, f"@{one.name}", True, (DISAGGREGATED,)))
     if dedicated:
         found.append(_deployed(lab, ports, "", False, (SINGLE, REPLICATED)))
     if against:

@@ -6,13 +6,13 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from disagglab import fingerprint, release, report
+from disagglab import fingerprint, release, report, resume, variant
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.lab import load_lab
 from disagglab.recorder import VIRTUAL_CLOCK
@@ -54,12 +54,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--max-rounds", type=int, default=0, help="go on to so many rounds while a gate is undecided"
     )
+    group.addoption(
+        "--resume",
+        action="append",
+        default=[],
+        metavar="RUN_FOLDER",
+        help="go on with the rounds of this earlier session; --rounds counts them too (several: repeat)",
+    )
     group.addoption("--vllm", metavar="X.Y.Z", help="serve with this vLLM version instead of the lab's")
     group.addoption(
         "--against", metavar="X.Y.Z", help="also serve with this vLLM version, and compare the two"
     )
     group.addoption(
         "--endings", type=int, default=0, metavar="N", help="end N sessions in each hard way (lab two-hosts)"
+    )
+    group.addoption(
+        "--workload",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compare on this workload of the lab's gates alone (several: repeat)",
+    )
+    group.addoption(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also measure this [[variant]] of the lab file beside the lab's own settings (several: repeat)",
     )
     group.addoption(
         "--dedicated", action="store_true", help="also measure on servers without any KV connector"
@@ -88,7 +109,11 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         lab = load_lab(config.getoption("--lab"))
         if config.getoption("--vllm"):
             lab = release.with_release(lab, config.getoption("--vllm"))
-        found = plan.lines(lab, config.getoption("--against") or "", config.getoption("--dedicated"))
+        lab = on_workloads(lab, config.getoption("--workload") or ())
+        variants = variant.chosen(lab, config.getoption("--variant") or ())
+        lab = variant.beside(lab, len(variants))
+        against, dedicated = config.getoption("--against") or "", config.getoption("--dedicated")
+        found = plan.lines(lab, against, dedicated, variants)
     except LabError as error:
         raise pytest.UsageError(str(error)) from error
     print("\n".join(found))
@@ -106,9 +131,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     try:
         lab = _chosen_lab(config)
+        earlier = _earlier(config, lab)
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
-    config.stash[SESSION] = _open_session(config, lab)
+    config.stash[SESSION] = _open_session(config, lab, earlier)
 
 
 def _chosen_lab(config: pytest.Config) -> Lab:
@@ -121,6 +147,11 @@ def _chosen_lab(config: pytest.Config) -> Lab:
         release.require(lab, "--vllm")
     if against and lab.shares_our_files:
         release.require(release.with_release(lab, against), "--against")
+    lab = on_workloads(lab, config.getoption("--workload") or ())
+    variants = variant.chosen(lab, config.getoption("--variant") or ())
+    if variants:
+        release.require_ports(lab, 1 + len(variants))
+        lab = variant.beside(lab, len(variants))
     if against:
         release.require_room(lab)
         if against == lab.vllm.version:
@@ -129,7 +160,34 @@ def _chosen_lab(config: pytest.Config) -> Lab:
     return lab
 
 
-def _open_session(config: pytest.Config, lab: Lab) -> Session:
+def _earlier(config: pytest.Config, lab: Lab) -> resume.Earlier:
+    """The sessions of --resume, checked to have measured what this one will."""
+    folders = [config.invocation_params.dir / name for name in config.getoption("--resume")]
+    if not folders:
+        return resume.Earlier()
+    print_key = fingerprint.fingerprint(lab.vllm.version)
+    return resume.read(folders, lab, config.getoption("--variant"), print_key, fingerprint.commit())
+
+
+def on_workloads(lab: Lab, names: Sequence[str]) -> Lab:
+    """The lab with the gates on these workloads alone; with all of them if none is named.
+
+    Raises:
+        ConfigError: if a workload has no gate.
+    """
+    known = dict.fromkeys(gate.workload for gate in lab.gates)
+    problems = [
+        Problem(lab.file, f"--workload {name}", "no gate names it", f"use one of {', '.join(known)}")
+        for name in names
+        if name not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+    kept = tuple(gate for gate in lab.gates if not names or gate.workload in names)
+    return lab.model_copy(update={"gates": kept})
+
+
+def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> Session:
     run_id = new_run_id()
     store = Store.create(REPORTS_FOLDER, run_id)
     print_key = fingerprint.fingerprint(lab.vllm.version)
@@ -149,8 +207,10 @@ def _open_session(config: pytest.Config, lab: Lab) -> Session:
     capture = config.pluginmanager.getplugin("capturemanager")
     store.write_meta(
         command=shlex.join(["pytest", *config.invocation_params.args]),
+        run=run_id,
         lab=lab.name,
         vllm=lab.vllm.version,
+        variants=config.getoption("--variant"),
         against=config.getoption("--against") or "",
         lab_file=Path(lab.file).read_text(),
         model=lab.model.id,
@@ -168,6 +228,8 @@ def _open_session(config: pytest.Config, lab: Lab) -> Session:
         dedicated=config.getoption("--dedicated"),
         against=config.getoption("--against") or "",
         endings=config.getoption("--endings"),
+        variants=tuple(config.getoption("--variant")),
+        earlier=earlier,
         terminal=os.fdopen(os.dup(2), "w"),
         uncaptured=capture.global_and_fixture_disabled if capture else contextlib.nullcontext,
     )
@@ -302,6 +364,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(f"verdicts ({live.lab.label or live.lab.name})")
         for line in report.verdict_lines(live.store):
             terminalreporter.write_line(line)
+    if live.lab.shares_cpus:
+        terminalreporter.write_line("servers share cores (share_cpus): the path counts, no time or rate does")
     if live.store.meta.get("nothing_proved"):
         terminalreporter.write_line("FAILED: every test was skipped; this session proved nothing", red=True)
 

@@ -94,17 +94,26 @@ def require(lab: Lab, option: str) -> None:
         raise ConfigError([Problem(lab.file, option, wrong, mend)])
 
 
+def require_ports(lab: Lab, deployments: int) -> None:
+    """Refuse a lab whose ports do not suffice for the servers of so many deployments at once.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    have, need = lab.ports.last - lab.ports.first + 1, ports_needed(len(lab.nodes), deployments)
+    if have < need:
+        mend = f"set last to {lab.ports.first + need - 1} or more"
+        wrong = f"{have} ports, the servers of {deployments} releases or variants need {need}"
+        raise ConfigError([Problem(lab.file, "ports", wrong, mend)])
+
+
 def require_room(lab: Lab) -> None:
     """Refuse a lab whose GPUs or ports do not suffice for the servers of two releases at once.
 
     Raises:
         ConfigError: naming the key.
     """
-    have, need = lab.ports.last - lab.ports.first + 1, ports_needed(len(lab.nodes), releases=2)
-    if have < need:
-        mend = f"set last to {lab.ports.first + need - 1} or more"
-        wrong = f"{have} ports, two releases need {need}"
-        raise ConfigError([Problem(lab.file, "ports", wrong, mend)])
+    require_ports(lab, 2)
     share = float(lab.vllm.args.get("gpu-memory-utilization", GPU_MEMORY))
     if any(node.gpus for node in lab.nodes) and 2 * share > MOST_GPU_MEMORY:
         wrong = f"{share:g} of a GPU's memory for each of two servers"

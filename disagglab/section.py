@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.vllm_plugin import DELAY_VARIABLE
+from disagglab.vllm_plugin import DELAY_VARIABLE, TRACE_VARIABLE
 from disagglab.workload import Workload, load_workload
 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
@@ -65,6 +65,9 @@ class NodeSection(Section):
     )
     role: Literal["prefill", "decode"] = Field(description="its part in disaggregated serving")
     cpus: list[int] = Field(default=[], description="cores that the server is bound to")
+    share_cpus: bool = Field(
+        False, description="its cores may be another such node's too; then only the path counts, no figure"
+    )
     gpus: list[int] = Field(default=[], description="GPUs that the server sees")
     rdma: list[str] = Field(default=[], description="RDMA devices of its data network (mlx5_0, rocep1s0f0 …)")
     env: dict[str, str] = Field(default={}, description="environment of this server alone")
@@ -139,6 +142,15 @@ class TransportSection(Section):
     link_gbit_s: float | None = Field(
         None, gt=0, description="nominal rate of the link, Gbit/s, for predictions"
     )
+    connector: Literal["NixlConnector", "NixlPushConnector"] = Field(
+        "NixlConnector", description="NixlConnector: decode reads; NixlPushConnector: prefill writes"
+    )
+    extra: dict[str, str | int | float | bool] = Field(
+        default={}, description="further keys of kv_connector_extra_config"
+    )
+    trace: bool = Field(
+        False, description="log when each transfer was posted, looked at and found done; costs microseconds"
+    )
 
     @property
     def variables(self) -> dict[str, str]:
@@ -169,6 +181,9 @@ class MemorySection(Section):
     floor_gib: float = Field(ge=0, description="MemAvailable that one server's start needs, GiB")
     stop_gib: float = Field(
         0.5, ge=0, description="MemAvailable below which a server of ours is killed at once, GiB; 0: never"
+    )
+    kv_beside_gib: float | None = Field(
+        None, gt=0, description="KV cache of each server beside those of variants, GiB; needed on GPUs"
     )
 
 
@@ -230,6 +245,21 @@ class GateSection(Section):
         return f"{self.metric} ({self.stream})" if self.stream else self.metric
 
 
+class VariantSection(Section):
+    """A changed setting that ``--variant`` measures beside the lab's own."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports after an @")
+    what: str = Field(min_length=1, description="what is changed, in words")
+    expects: str = Field(min_length=1, description="what it should do, written before it was measured")
+    transport: dict[str, Any] = Field(default={}, description="keys of [transport] that differ")
+    args: dict[str, str | int | float | bool] = Field(
+        default={}, description="options that differ from [vllm.args], or are added to them"
+    )
+    env: dict[str, str] = Field(
+        default={}, description="environment that differs from [vllm.env], or is added to it"
+    )
+
+
 class Lab(Section):
     """A whole lab file."""
 
@@ -249,6 +279,7 @@ class Lab(Section):
     speed: SpeedSection | None = None
     gates: tuple[GateSection, ...]
     hosts: tuple[HostSection, ...] = ()
+    variants: tuple[VariantSection, ...] = ()
 
     @property
     def prefill(self) -> tuple[NodeSection, ...]:
@@ -259,6 +290,16 @@ class Lab(Section):
     def decode(self) -> tuple[NodeSection, ...]:
         """The nodes that decode when serving is disaggregated."""
         return tuple(node for node in self.nodes if node.role == "decode")
+
+    @property
+    def shares_cpus(self) -> bool:
+        """Whether servers measure each other, so that no figure of this lab means anything."""
+        return any(node.share_cpus for node in self.nodes)
+
+    @property
+    def ratio(self) -> str:
+        """How many nodes prefill and how many decode, as in ``1P2D``."""
+        return f"{len(self.prefill)}P{len(self.decode)}D"
 
     @property
     def block_size(self) -> int:
@@ -283,7 +324,8 @@ class Lab(Section):
         device = {"UCX_NET_DEVICES": node.interface} if node.interface else {}
         delay_us = self.transport.progress_delay_us
         delay = {DELAY_VARIABLE: str(delay_us)} if delay_us else {}
-        return {**device, **delay, **self.transport.variables}
+        trace = {TRACE_VARIABLE: "1"} if self.transport.trace else {}
+        return {**device, **delay, **trace, **self.transport.variables}
 
     @property
     def kv_dtype(self) -> str:

@@ -167,11 +167,11 @@ def plan_server(
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, node.gpus))
     if side_channel_port is not None:
         transfer = {
-            "kv_connector": "NixlConnector",
+            "kv_connector": lab.transport.connector,
             "kv_role": "kv_producer" if node.role == "prefill" else "kv_consumer",
             "kv_buffer_device": lab.transport.kv_buffer_device,
             "kv_load_failure_policy": lab.transport.load_failure_policy,
-            "kv_connector_extra_config": {"kv_lease_duration": lab.transport.lease_s},
+            "kv_connector_extra_config": {"kv_lease_duration": lab.transport.lease_s, **lab.transport.extra},
         }
         argv += ["--kv-transfer-config", json.dumps(transfer)]
         env["VLLM_NIXL_SIDE_CHANNEL_HOST"] = node.kv_address

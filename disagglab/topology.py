@@ -6,6 +6,7 @@ parts: equal memory, equal code, and measurable in turns within one minute.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,16 @@ class Topology:
         return self.servers[0].plan.served_name
 
     @property
+    def cycle(self) -> int:
+        """Requests in which a round robin visits every server, and every pair that it makes of them.
+
+        vllm-router 0.1.17 chooses prefill and decode server together when a request arrives, each role in
+        turn: the k-th gets prefill server k mod P and decode server k mod D, whatever the load. So it comes
+        back to a pair after lcm(P, D) requests, and where P and D share a factor it never makes the others.
+        """
+        return math.lcm(len(self.prefill), len(self.decode)) if self.decode else len(self.servers)
+
+    @property
     def commands(self) -> tuple[str, ...]:
         """Every command that makes up this topology."""
         return (*(server.plan.command for server in self.servers), self.router.command)
@@ -75,15 +86,23 @@ class Deployment:
         self.nodes = tuple(nodes or lab.nodes)
         self.served_name = f"{model.name}-{secrets.token_hex(4)}"
         self.servers: tuple[VllmServer, ...] = ()
+        self.beside: dict[str, Deployment] = {}  # of variants, by name
         self._topologies: dict[str, Topology] = {}
 
     def start(self, line: ProgressLine) -> Deployment:
         """Start all servers at once; return when every one is ready and proved to be ours.
 
         Raises:
-            StartError: if memory is short, or see :func:`disagglab.boot.wait_ready`. What was started is
-            ended by
-                the host's close.
+            StartError: see :meth:`launch` and :meth:`wait`.
+        """
+        self.launch()
+        return self.wait(line)
+
+    def launch(self) -> None:
+        """Start all servers at once; they are not ready yet.
+
+        Raises:
+            StartError: if memory is short. What was started is ended by the host's close.
         """
         for host in dict.fromkeys(map(self.hosts.of, self.nodes)):
             require_memory(host, self.lab, sum(self.hosts.of(node) is host for node in self.nodes))
@@ -98,6 +117,13 @@ class Deployment:
             ports = [port] if side_channel is None else [port, side_channel]
             started.append(VllmServer.start(host, self.lab, plan, ports))
         self.servers = tuple(started)
+
+    def wait(self, line: ProgressLine) -> Deployment:
+        """Return when every server is ready and proved to be ours.
+
+        Raises:
+            StartError: see :func:`disagglab.boot.wait_ready`.
+        """
         boot.wait_ready(self.servers, self.lab, line)
         for server in self.servers:
             release.require_served(server.name, server.url, self.lab.vllm.version)

@@ -1,6 +1,8 @@
-"""A vLLM general plugin with two corrections that a small CPU lab needs; each is a setting of the lab file.
+"""A vLLM general plugin with two corrections that a small CPU lab needs, and a trace of transfers.
 
-vLLM calls :func:`register` in each of its processes, before a connector is built. Both settings arrive by
+Each is a setting of the lab file.
+
+vLLM calls :func:`register` in each of its processes, before a connector is built. The settings arrive by
 environment variable, do nothing when unset, and are recorded with every result, because they change a stock
 component.
 
@@ -16,17 +18,24 @@ component.
     vllm/distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py). Two servers of one machine then compute
     on the same core. With the variable set (``0`` or ``0,2,3``) the connector sees only the cores that the
     lab gave to this node.
+
+``DISAGGLAB_TRANSFER_TRACE``
+    Every transfer is logged step by step (disagglab/transfertrace.py).
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 from typing import Any
 
+from disagglab import transfertrace
+
 DELAY_VARIABLE = "DISAGGLAB_NIXL_PROGRESS_DELAY_US"
 CPUS_VARIABLE = "DISAGGLAB_NODE_CPUS"
+TRACE_VARIABLE = "DISAGGLAB_TRANSFER_TRACE"
 _NIXL_MODULES = ("nixl_cu13._api", "nixl_cu12._api")
 _log = logging.getLogger("vllm.disagglab")
 
@@ -86,6 +95,19 @@ def keep_node_cpus(cpus: frozenset[int]) -> None:
     _log.info("connector keeps to the cores of this node: %s", sorted(cpus))
 
 
+def trace_transfers() -> None:
+    """Log every NIXL transfer of this process.
+
+    Raises:
+        RuntimeError: if no NIXL Python API is installed.
+    """
+    found = [name for name in _NIXL_MODULES if importlib.util.find_spec(name.partition(".")[0]) is not None]
+    if not found:
+        raise RuntimeError(f"{TRACE_VARIABLE} is set but none of {', '.join(_NIXL_MODULES)} is installed")
+    for name in found:
+        transfertrace.watch(importlib.import_module(name).nixl_agent)
+
+
 def register() -> None:
     """Entry point of the group ``vllm.general_plugins``; safe to call more than once.
 
@@ -98,6 +120,8 @@ def register() -> None:
         raise ValueError(f"{DELAY_VARIABLE}={delay!r} is not a whole number of microseconds")
     if int(delay):
         delay_progress_thread(int(delay))
+    if os.environ.get(TRACE_VARIABLE):
+        trace_transfers()
     cpus = os.environ.get(CPUS_VARIABLE, "")
     if cpus:
         if not all(part.isdecimal() for part in cpus.split(",")):

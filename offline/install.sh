@@ -18,6 +18,7 @@ cat "$parts"/part.* | xz -T0 -dc | tar xf - -C "$site" --strip-components=1
 
 # After our own packages come this repository and those of the host, PyTorch among them.
 { echo "$root"; python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; } >"$site/zz-host.pth"
+"$venv/bin/python" "$root/offline/metadata.py" "$site"
 "$venv/bin/python" - "$venv/bin" <<'END'
 """The command that starts the router, as pip would have written it."""
 import sys

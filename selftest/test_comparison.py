@@ -72,7 +72,7 @@ def test_rounds_are_interleaved_and_mirrored(monkeypatch: pytest.MonkeyPatch, tm
         return run(topology.name, workload, number)
 
     monkeypatch.setattr(comparison, "measure", measure)
-    arms: list[Any] = [SimpleNamespace(name=name) for name in TOPOLOGIES]
+    arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in TOPOLOGIES]
     store = Store.create(tmp_path, "run")
     none: Any = None
     found = run_rounds(none, arms, [LAB.workload("chat")], 2, store, none, lambda _: None)
@@ -148,7 +148,7 @@ def test_a_family_of_gates_is_corrected(lab: Lab) -> None:
 def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Up to the cap, and of the open workloads only; without a cap never."""
     monkeypatch.setattr(comparison, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
-    arms: list[Any] = [SimpleNamespace(name=SINGLE)]
+    arms: list[Any] = [SimpleNamespace(name=SINGLE, cycle=1)]
     workloads = [LAB.workload("chat"), LAB.workload("one-user")]
     none: Any = None
 

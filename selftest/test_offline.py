@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from disagglab import vllm_plugin
 from disagglab.lab import load_lab
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,3 +58,13 @@ def test_a_part_that_changed_on_its_way_is_refused(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "part.00" in done.stderr + done.stdout
     assert not (tmp_path / "venv").exists()
+
+
+def test_the_plugin_is_found_where_the_suite_was_not_installed_by_pip(tmp_path: Path) -> None:
+    """vLLM loads the plugin by its entry point, which the unpacked suite would not have."""
+    argv = [sys.executable, OFFLINE / "metadata.py", tmp_path]
+    subprocess.run(argv, check=True, timeout=LIMIT_S)
+    (found,) = importlib.metadata.distributions(name="disagglab", path=[str(tmp_path)])
+    (entry,) = found.entry_points
+    assert (entry.group, entry.name) == ("vllm.general_plugins", "disagglab")
+    assert entry.load() is vllm_plugin.register

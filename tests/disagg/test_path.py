@@ -1,4 +1,4 @@
-"""Prefill on one node, decode on the other: proof that the KV cache really took that path.
+"""Prefill on one node, decode on another: proof that the KV cache really took that path.
 
 The oracle is the connector's own byte counter on the decode server against arithmetic, exactly: an equality
 that stays true only if every block of every prompt moved, once. The last test shows that the check can fail.
@@ -74,7 +74,7 @@ def test_only_missing_blocks_move(
 
     A content-addressed page cache on both ends of the wire. The last token is computed again for its
     logits, so the block that holds it never counts as a hit: even a prompt that decode holds entirely moves
-    one block.
+    one block. Where a role has several nodes the earlier prompt is sent until each of them has had it.
     """
     block = ledger.block_size(disaggregated.decode[0].metrics())
     earlier, length = (blocks * block + more for blocks, more in (first, second))
@@ -82,9 +82,20 @@ def test_only_missing_blocks_move(
     whole = client.prompt_of(max(earlier, length), 500)
     request = client.body(disaggregated.served_name, whole[:earlier], OUTPUT_TOKENS) | salt
     before = ledger.read(disaggregated)
-    client.complete(disaggregated.router.url, request)
-    middle = ledger.settle(disaggregated, before, 1)
-    ledger.prove(disaggregated, before, middle, [Sent(earlier, OUTPUT_TOKENS)], shape, lab.vllm.version)
+    for _ in range(disaggregated.cycle):
+        client.complete(disaggregated.router.url, request)
+    middle = ledger.settle(disaggregated, before, disaggregated.cycle)
+    seen = reusable_tokens(earlier, block)  # by a node that has had the prompt before
+    first_ones = [
+        Sent(
+            earlier,
+            OUTPUT_TOKENS,
+            held_by_decode=seen * (number >= len(disaggregated.decode)),
+            held_by_prefill=seen * (number >= len(disaggregated.prefill)),
+        )
+        for number in range(disaggregated.cycle)
+    ]
+    ledger.prove(disaggregated, before, middle, first_ones, shape, lab.vllm.version)
     client.complete(disaggregated.router.url, request | {"prompt": whole[:length]})
     after = ledger.settle(disaggregated, middle, 1)
     held = min(earlier // block * block, reusable_tokens(length, block))
@@ -108,7 +119,8 @@ def test_what_only_prefill_holds_moves_in_full(disaggregated: Topology, lab: Lab
     length = 3 * block + 1
     request = client.body(disaggregated.served_name, client.prompt_of(length, 501), OUTPUT_TOKENS)
     request |= {"cache_salt": "prefill-holds"}
-    client.complete(disaggregated.prefill[0].url, request)
+    for server in disaggregated.prefill:
+        client.complete(server.url, request)
     before = ledger.read(disaggregated)
     client.complete(disaggregated.router.url, request)
     after = ledger.settle(disaggregated, before, 1)

@@ -1,0 +1,61 @@
+"""What the connector did in a run: bytes, descriptors, seconds of posting and of transfer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from disagglab import ledger
+from disagglab.errors import InvalidRun
+from disagglab.load import Run
+from disagglab.metrics import delta
+
+POST_TIME = "vllm:nixl_post_time_seconds_sum"
+DESCRIPTORS = "vllm:nixl_num_descriptors_sum"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The transfers of one run, in total; ``seconds`` and ``post_s`` are sums over transfers that may
+    overlap.
+    """
+
+    transfers: int
+    bytes: int
+    descriptors: int
+    post_s: float
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes over transfer time, GB/s (1e9 B/s), as one transfer sees it."""
+        return self.bytes / self.seconds / 1e9
+
+    @property
+    def descriptors_per_mib(self) -> float:
+        """Pieces that NIXL moved, after it had merged neighbours, for each MiB: how scattered the blocks
+        are.
+        """
+        return self.descriptors / (self.bytes / MIB)
+
+
+def of(run: Run) -> Moved:
+    """The transfers of a run that was proved.
+
+    Raises:
+        InvalidRun: if the run has no readings, or no KV moved in it.
+    """
+    if run.readings is None or run.ledger is None or not run.ledger.transfers:
+        raise InvalidRun(f"{run.topology}: no transfer was counted in this run of {run.workload.name}")
+    before, after = run.readings
+    return Moved(
+        transfers=run.ledger.transfers,
+        bytes=run.ledger.kv_bytes,
+        descriptors=round(_grown(before, after, DESCRIPTORS)),
+        post_s=_grown(before, after, POST_TIME),
+        seconds=run.ledger.transfer_s,
+    )
+
+
+def _grown(before: ledger.Reading, after: ledger.Reading, name: str) -> float:
+    return sum(delta(before.snapshots[one], after.snapshots[one], name) for one in before.snapshots)

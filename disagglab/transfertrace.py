@@ -1,0 +1,110 @@
+"""How each KV transfer went, step by step, as the server that asked for it saw it.
+
+The connector learns that a transfer has ended when the engine next looks, once a step. Its own figure
+(``vllm:nixl_xfer_time_seconds``) therefore runs from the posting to that look. With ``[transport] trace``
+every server logs a line a transfer: how long the posting took, when the engine looked and found it under way
+for the last time, and when it found it done. The end lies between the two.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MARK = "disagg-lab transfer "
+_log = logging.getLogger("vllm.disagglab")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One transfer. Seconds from the call that posts it: ``posted_s``, when that call came back;
+    ``pending_s``, the last look that found it under way (0 if none did); ``done_s``, the look that found it
+    done. ``looks``: how many there were.
+    """
+
+    bytes: int
+    descriptors: int
+    posted_s: float
+    pending_s: float
+    done_s: float
+    looks: int
+
+    @property
+    def latest_bytes_per_s(self) -> float:
+        """The least speed that the looks allow, bytes/s: as if it had ended with the last one."""
+        return self.bytes / self.done_s
+
+    @property
+    def unseen_s(self) -> float:
+        """How long it may have been over before the engine looked, s."""
+        return self.done_s - max(self.pending_s, self.posted_s)
+
+
+@dataclass
+class _Open:
+    started: float
+    posted_s: float = 0.0
+    pending_s: float = 0.0
+    looks: int = 0
+
+
+def watch(agent: Any) -> None:
+    """Let a NIXL agent class log its transfers; safe to call more than once.
+
+    Args:
+        agent: the class, with ``transfer``, ``check_xfer_state`` and ``get_xfer_telemetry``.
+    """
+    if getattr(agent, "_disagglab_watched", False):
+        return
+    under_way: dict[int, _Open] = {}
+    post, look, tell = agent.transfer, agent.check_xfer_state, agent.get_xfer_telemetry
+
+    @functools.wraps(post)
+    def transfer(self: Any, handle: Any, *args: Any, **kwargs: Any) -> Any:
+        found = under_way[id(handle)] = _Open(time.perf_counter())
+        state = post(self, handle, *args, **kwargs)
+        found.posted_s = time.perf_counter() - found.started
+        return state
+
+    @functools.wraps(look)
+    def check_xfer_state(self: Any, handle: Any) -> Any:
+        state = look(self, handle)
+        found = under_way.get(id(handle))
+        if found is None:
+            return state
+        now = time.perf_counter() - found.started
+        found.looks += 1
+        if state == "PROC":
+            found.pending_s = now
+            return state
+        del under_way[id(handle)]
+        if state == "DONE":
+            told = tell(self, handle)
+            line = Traced(told.totalBytes, told.descCount, found.posted_s, found.pending_s, now, found.looks)
+            _log.info("%s%s", MARK, json.dumps(asdict(line)))
+        return state
+
+    agent.transfer, agent.check_xfer_state = transfer, check_xfer_state
+    agent._disagglab_watched = True
+
+
+def read(lines: Iterable[str]) -> list[Traced]:
+    """The transfers that a server's log tells of, in their order.
+
+    Raises:
+        ValueError: if a line is not what :func:`watch` writes.
+    """
+    found = []
+    for line in lines:
+        _, mark, text = line.partition(MARK)
+        if mark:
+            try:
+                found.append(Traced(**json.loads(text)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"not a line of a transfer: {line!r}: {error}") from error
+    return found

@@ -1,0 +1,78 @@
+"""The trace of transfers: what the engine's looks allow, logged once a transfer and read back."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disagglab import transfertrace
+from disagglab.transfertrace import Traced
+
+
+def agent_class(states: list[str], times: list[float], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A NIXL agent whose transfers pass through ``states``; the clock reads ``times``, one a call."""
+
+    class Agent:
+        def transfer(self, handle: object) -> str:
+            return "PROC"
+
+        def check_xfer_state(self, handle: object) -> str:
+            return states.pop(0)
+
+        def get_xfer_telemetry(self, handle: object) -> SimpleNamespace:
+            return SimpleNamespace(totalBytes=4096, descCount=3)
+
+    monkeypatch.setattr(transfertrace.time, "perf_counter", lambda: times.pop(0))
+    transfertrace.watch(Agent)
+    return Agent
+
+
+def test_a_transfer_is_logged_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    times = [10.0, 10.002, 10.004, 10.010]  # asked for, posted, looked at, found done
+    agent = agent_class(["PROC", "DONE"], times, monkeypatch)()
+    handle = object()
+    with caplog.at_level(logging.INFO, logger="vllm.disagglab"):
+        agent.transfer(handle)
+        assert [agent.check_xfer_state(handle) for _ in range(2)] == ["PROC", "DONE"]
+    (one,) = transfertrace.read(caplog.messages)
+    assert (one.bytes, one.descriptors, one.looks) == (4096, 3, 2)
+    assert [one.posted_s, one.pending_s, one.done_s] == pytest.approx([0.002, 0.004, 0.010])
+    assert one.unseen_s == pytest.approx(0.006)
+    assert one.latest_bytes_per_s == pytest.approx(409_600)
+
+
+def test_a_failed_transfer_is_not_logged_and_a_strange_handle_passes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    agent = agent_class(["ERR", "DONE"], [1.0, 1.1, 1.2], monkeypatch)()
+    handle = object()
+    with caplog.at_level(logging.INFO, logger="vllm.disagglab"):
+        agent.transfer(handle)
+        assert agent.check_xfer_state(handle) == "ERR"
+        assert agent.check_xfer_state(object()) == "DONE"
+    assert transfertrace.read(caplog.messages) == []
+
+
+def test_watching_twice_logs_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    kind = agent_class(["DONE"], [1.0, 1.1, 1.2], monkeypatch)
+    transfertrace.watch(kind)
+    agent, handle = kind(), object()
+    with caplog.at_level(logging.INFO, logger="vllm.disagglab"):
+        agent.transfer(handle)
+        agent.check_xfer_state(handle)
+    assert len(transfertrace.read(caplog.messages)) == 1
+
+
+def test_the_end_lies_after_the_posting_where_no_look_found_it_under_way() -> None:
+    assert Traced(1, 1, posted_s=0.004, pending_s=0.0, done_s=0.005, looks=1).unseen_s == pytest.approx(0.001)
+
+
+def test_a_line_that_is_cut_off_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not a line of a transfer"):
+        transfertrace.read([transfertrace.MARK + '{"bytes": 1'])
+    assert transfertrace.read(["INFO something else"]) == []

@@ -1,0 +1,126 @@
+"""Variants of a lab change what they say and nothing else; what cannot be is refused with its key."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagglab import plan, variant
+from disagglab.errors import ConfigError
+from disagglab.lab import load_lab, parse_lab
+from disagglab.plugin import on_workloads
+from disagglab.section import Lab
+
+RAW = tomllib.loads(Path("labs/two-h200-stock.toml").read_text())
+
+
+def lab_with(**changes: Any) -> Lab:
+    """The two-h200-stock lab with one variant ``v``."""
+    row = {"name": "v", "what": "something", "expects": "something", **changes}
+    return parse_lab({**RAW, "variant": [row]}, "lab.toml")
+
+
+def test_a_variant_changes_its_keys_and_keeps_the_others() -> None:
+    lab = lab_with(
+        transport={"extra": {"num_threads": 1}, "env": {"UCX_A": "1"}},
+        args={"block-size": 64},
+        env={"B": "2"},
+    )
+    changed = variant.changed(lab, lab.variants[0])
+    assert changed.transport.extra == {"num_threads": 1}
+    assert changed.transport.kv_buffer_device == lab.transport.kv_buffer_device
+    assert changed.transport.variables["UCX_A"] == "1"
+    assert changed.vllm.args == {**lab.vllm.args, "block-size": 64}
+    assert changed.vllm.env == {**lab.vllm.env, "B": "2"}
+    assert changed.nodes == lab.nodes
+    assert changed.vllm.version == lab.vllm.version
+    assert lab.transport.extra == {}
+
+
+def test_tables_of_the_transport_are_merged_key_by_key() -> None:
+    raw = {**RAW, "transport": {**RAW["transport"], "env": {"UCX_A": "1", "UCX_B": "1"}}}
+    row = {"name": "v", "what": "w", "expects": "e", "transport": {"env": {"UCX_B": "2"}}}
+    lab = parse_lab({**raw, "variant": [row]}, "lab.toml")
+    assert variant.changed(lab, lab.variants[0]).transport.env == {"UCX_A": "1", "UCX_B": "2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "changes nothing"),
+        ({"args": {"port": 1}}, "variant[0].args.port"),
+        ({"transport": {"kv_bufer_device": "cpu"}}, "variant[0].transport.kv_bufer_device"),
+        ({"transport": {"lease_s": 1}}, "variant[0].transport.lease_s"),
+        ({"transport": {"connector": "MyConnector"}}, "variant[0].transport.connector"),
+        ({"name": "With Space", "args": {"a": 1}}, "variant[0].name"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_key(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("[", r"\[")):
+        lab_with(**changes)
+
+
+def test_two_of_one_name_are_refused() -> None:
+    row = {"name": "v", "what": "w", "expects": "e", "args": {"block-size": 64}}
+    with pytest.raises(ConfigError, match="v is used twice"):
+        parse_lab({**RAW, "variant": [row, row]}, "lab.toml")
+
+
+def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
+    lab = lab_with(args={"block-size": 64})
+    with pytest.raises(ConfigError, match="--variant w: no such"):
+        variant.chosen(lab, ["w"])
+    with pytest.raises(ConfigError, match="asked for twice"):
+        variant.chosen(lab, ["v", "v"])
+    with pytest.raises(ConfigError, match=r"add \[\[variant\]\]"):
+        variant.chosen(load_lab("embedded"), ["v"])
+
+
+def test_servers_beside_each_other_share_a_gpu() -> None:
+    lab = lab_with(args={"block-size": 64})
+    assert variant.beside(lab, 0) is lab
+    shared = variant.beside(lab, 2)
+    assert shared.vllm.args["gpu-memory-utilization"] == 0.3
+    assert lab.memory.kv_beside_gib is not None
+    assert shared.vllm.args["kv-cache-memory-bytes"] == lab.memory.kv_beside_gib * 2**30
+    without = lab.model_copy(update={"memory": lab.memory.model_copy(update={"kv_beside_gib": None})})
+    with pytest.raises(ConfigError, match=r"memory\.kv_beside_gib"):
+        variant.beside(without, 1)
+    cpu = load_lab("embedded")
+    assert variant.beside(cpu, 2) is cpu
+
+
+def test_the_plan_shows_the_servers_of_a_variant() -> None:
+    lab = lab_with(transport={"extra": {"num_threads": 1}, "connector": "NixlPushConnector"})
+    servers = [
+        line for line in plan.lines(lab, variants=lab.variants) if " serve " in line and "kv_role" in line
+    ]
+    assert len(servers) == 2 * len(lab.nodes)
+    own = [line for line in servers if '"NixlConnector"' in line]
+    changed = [line for line in servers if '"NixlPushConnector"' in line and '"num_threads": 1' in line]
+    assert len(own) == len(changed) == len(lab.nodes)
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in Path("labs").glob("*.toml")))
+def test_every_variant_of_every_lab_can_be_planned(name: str) -> None:
+    lab = load_lab(name)
+    for one in lab.variants:
+        text = "\n".join(plan.lines(variant.beside(lab, 1), variants=[one]))
+        for key, value in one.transport.get("extra", {}).items():
+            assert f'"{key}": {json.dumps(value)}' in text
+        for key, value in one.env.items():
+            assert f"{key}={value}" in text
+
+
+def test_a_comparison_may_be_kept_to_some_workloads() -> None:
+    lab = load_lab("embedded")
+    kept = on_workloads(lab, ["chat"]).gates
+    assert kept
+    assert {gate.workload for gate in kept} == {"chat"}
+    assert on_workloads(lab, []).gates == lab.gates
+    with pytest.raises(ConfigError, match="--workload documents: no gate names it"):
+        on_workloads(lab, ["chat", "documents"])
