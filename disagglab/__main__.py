@@ -168,6 +168,13 @@ def _add_reference(commands: argparse._SubParsersAction[_OneLineParser]) -> None
         metavar="TEXT=BY",
         help="replace a further path or name; may be repeated",
     )
+    asked.add_argument(
+        "--note",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a paragraph for the README; may be repeated",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -274,7 +281,10 @@ def _reference(arguments: argparse.Namespace) -> str:
     if len(further) < len(arguments.replace):
         wrong = f"{' '.join(arguments.replace)}: TEXT=BY is wanted, each TEXT once"
         raise ConfigError([Problem("reference", "--replace", wrong, "--replace '/mnt/models=$MODELS'")])
-    return str(referencerun.make(arguments.folder, arguments.name, arguments.allow_failures, further))
+    made = referencerun.make(
+        arguments.folder, arguments.name, arguments.allow_failures, further, notes=arguments.note
+    )
+    return str(made)
 
 
 def _scatter(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import statistics
+import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,12 +89,14 @@ def make(
     allow_failures: bool = False,
     replace: Mapping[str, str] | None = None,
     into: Path = REFERENCE,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write ``NAME/`` and return it: one session lies in it directly, each of several in a folder named by
     its run id; README.md says what they are.
 
     Args:
         replace: further texts to replace, and by what.
+        notes: what a reader has to know of the circumstances, a paragraph each.
 
     Raises:
         ConfigError: if a session is not finished, or failed without ``allow_failures``; if a path of the host
@@ -114,7 +117,7 @@ def make(
         for one in sessions:
             folder = made / one.run_id if len(sessions) > 1 else made
             cleaned.append((one, folder, _write(one, folder, replace or {})))
-        (made / "README.md").write_text("\n".join(_readme(name, cleaned, made)) + "\n")
+        (made / "README.md").write_text("\n".join(_readme(name, notes, cleaned, made)) + "\n")
         hosts = {host for one in sessions for host in host_names(one.meta)} | {socket.gethostname()}
         problems = list(check(made, hosts - NO_NAMES))[:MOST_SHOWN]
         for one, folder, _ in cleaned:
@@ -263,12 +266,17 @@ def _rows(text: str) -> list[dict[str, Any]]:
 
 
 def _readme(
-    name: str, sessions: Sequence[tuple[Finished, Path, Mapping[str, Any]]], top: Path
+    name: str,
+    notes: Sequence[str],
+    sessions: Sequence[tuple[Finished, Path, Mapping[str, Any]]],
+    top: Path,
 ) -> Iterator[str]:
     yield f"# Reference: {name}"
     yield ""
     yield "Made by `python -m disagglab reference`. Folders of the host are written as `.` (the repository),"
     yield "`$VENV`, `~` and `$TMP`."
+    for note in notes:
+        yield from ("", *textwrap.wrap(note, 120))
     if len(sessions) > 1:
         yield from ("", "| session | date | lab | command |", "| --- | --- | --- | --- |")
         for one, _, meta in sessions:

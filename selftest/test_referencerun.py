@@ -174,6 +174,13 @@ def test_what_is_no_path_of_a_host_is_left_alone(text: str) -> None:
     assert replaced(text, places([text])) == text
 
 
+def test_circumstances_stand_in_the_readme(session: Made, tmp_path: Path) -> None:
+    made = make(
+        [session()], "two-gpus", into=tmp_path / "reference", notes=["Another session ran beside it."]
+    )
+    assert "\n\nAnother session ran beside it.\n\n## " in (made / "README.md").read_text()
+
+
 def test_a_longer_folder_goes_before_its_beginning() -> None:
     """An environment within the repository is the environment; a folder that only begins alike is another."""
     server = ".venvs/vllm-0.30.0/bin/python -m vllm.entrypoints"
@@ -254,7 +261,7 @@ def test_the_command_makes_a_reference(
     session: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``python -m disagglab reference`` prints the folder; a mistake is one line and exit status 2."""
-    monkeypatch.setattr(referencerun, "make", lambda *args: print(*args[1:]) or tmp_path)
+    monkeypatch.setattr(referencerun, "make", lambda *args, notes: print(*args[1:], *notes) or tmp_path)
     folder = str(session())
     assert main(["reference", folder, folder, "two-gpus", "--replace", "/mnt=$M"]) == 0
     assert capsys.readouterr().out.splitlines() == ["two-gpus False {'/mnt': '$M'}", str(tmp_path)]
