@@ -38,6 +38,7 @@ from disagglab.topology import (
     TOPOLOGIES,
     Deployment,
     Topology,
+    require_memory_for,
 )
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
@@ -113,6 +114,7 @@ def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) 
         changed = variant.changed(live.lab, one)
         deployed.beside[one.name] = Deployment(hosts, changed, weights, tag=f"@{one.name}")
     started = (deployed, *deployed.beside.values())
+    require_memory_for(started)
     with live.uncaptured():
         for each in started:
             each.launch()

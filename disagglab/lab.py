@@ -6,20 +6,15 @@ docs/lab-file.md is the reference of the keys; the field descriptions here are i
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
 import os
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from disagglab import variant
+from disagglab import labcheck
 from disagglab.errors import ConfigError, Problem
-from disagglab.kvlayout import RULE_MEND, has_rule
-from disagglab.madehost import control_peer
 from disagglab.section import (
     ControllerSection,
     GateSection,
@@ -38,24 +33,8 @@ from disagglab.section import (
     VariantSection,
     VllmSection,
 )
-from disagglab.workload import WORKLOADS_FOLDER, load_workload
 
 LABS_FOLDER = Path(__file__).resolve().parent.parent / "labs"
-PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
-ROUTER_PORTS = 10  # three topologies and two dedicated ones, each with an HTTP and a metrics port
-RESERVED_ARGS = {
-    "host": "the node's address",
-    "port": "[ports]",
-    "model": "[model] id",
-    "served-model-name": "nothing: each run gives its own name, which proves whose server answers",
-    "dtype": "[model] dtype",
-    "max-model-len": "[model] max_model_len",
-    "load-format": "[model] load_format",
-    "tokenizer": "[model] tokenizer",
-    "kv-transfer-config": "[transport]",
-}
-
-
 _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "model": (ModelSection, True),
     "vllm": (VllmSection, True),
@@ -96,11 +75,6 @@ def load_lab(name: str) -> Lab:
     return parse_lab(raw, str(path))
 
 
-def ports_needed(nodes: int, releases: int = 1) -> int:
-    """TCP ports that a run takes at most; a second release has no twins and fewer routers."""
-    return PORTS_PER_SERVER * nodes + ROUTER_PORTS + (releases - 1) * (2 * nodes + 4)
-
-
 def find_lab(name: str) -> Path:
     """The path of a lab file.
 
@@ -127,7 +101,7 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
     known = {"name", "label", *_SECTIONS, *_OPTIONAL, *_LISTS}
     for key in raw:
         if key not in known:
-            problems.append(Problem(file, key, "unknown key", _suggest(key, known)))
+            problems.append(Problem(file, key, "unknown key", labcheck.suggest(key, known)))
     for key in ("name", "label"):
         value = raw.get(key, "")
         if not isinstance(value, str) or (key == "name" and not value):
@@ -154,7 +128,7 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
             rows = []
         parsed = [_parse_section(section, row, file, f"{key}[{i}]", problems) for i, row in enumerate(rows)]
         parts[f"{key}s"] = tuple(row for row in parsed if row is not None)
-    problems.extend(_contradictions(parts, file))
+    problems.extend(labcheck.contradictions(parts, file))
     if problems:
         raise ConfigError(problems)
     return Lab(file=file, **parts)
@@ -168,288 +142,8 @@ def _parse_section(
     except ValidationError as error:
         for detail in error.errors():
             key = ".".join([where, *(str(part) for part in detail["loc"])])
-            problems.append(Problem(file, key, *_explain(section, detail)))
+            problems.append(Problem(file, key, *labcheck.explain(section, detail)))
         return None
-
-
-def _explain(section: type[Section], detail: Any) -> tuple[str, str]:
-    """What is wrong and what mends it, for one pydantic error."""
-    field = str(detail["loc"][0]) if detail["loc"] else ""
-    info = section.model_fields.get(field)
-    meaning = f" ({info.description})" if info is not None and info.description else ""
-    match detail["type"]:
-        case "extra_forbidden":
-            return "unknown key", _suggest(field, set(section.model_fields))
-        case "missing":
-            return "missing", f"add {field} = …{meaning}"
-        case _ if not field:
-            return "not a table", f"write a table with these keys: {', '.join(sorted(section.model_fields))}"
-        case _:
-            return f"{detail['msg']}, got {detail['input']!r}", f"correct the value of {field}{meaning}"
-
-
-def _suggest(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"remove it; known keys: {', '.join(sorted(known))}"
-
-
-def _contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
-    """What no single section shows: checked on whatever sections are valid in themselves."""
-    nodes: tuple[NodeSection, ...] = parts.get("nodes", ())
-    hosts: tuple[HostSection, ...] = parts.get("hosts", ())
-    yield from _node_problems(nodes, hosts, parts.get("controller"), file)
-    yield from _host_problems(hosts, nodes, parts.get("controller"), file)
-    yield from _made_host_problems(hosts, nodes, parts.get("transport"), file)
-    vllm: VllmSection | None = parts.get("vllm")
-    for arg in vllm.args if vllm else ():
-        name = arg.lstrip("-").replace("_", "-")
-        if arg.startswith("-"):
-            yield Problem(
-                file, f"vllm.args.{arg}", "written with dashes in front", f"write {arg.lstrip('-')} = …"
-            )
-        elif name in RESERVED_ARGS:
-            yield Problem(
-                file,
-                f"vllm.args.{arg}",
-                "set by the suite",
-                f"remove it; it comes from {RESERVED_ARGS[name]}",
-            )
-    if vllm is not None and not has_rule(vllm.version):
-        wrong = (
-            f"which KV blocks vLLM {vllm.version} moves is not known (BLOCK_RULE in disagglab/kvlayout.py)"
-        )
-        yield Problem(file, "vllm.version", wrong, RULE_MEND)
-    ports: PortsSection | None = parts.get("ports")
-    if ports is not None:
-        have, need = ports.last - ports.first + 1, ports_needed(len(nodes))
-        if have < need:
-            yield Problem(
-                file,
-                "ports",
-                f"{ports.first} to {ports.last} holds {max(have, 0)} ports, this lab needs {need}",
-                f"set last to {ports.first + need - 1} or more",
-            )
-    transport: TransportSection | None = parts.get("transport")
-    if transport is not None:
-        if transport.kv_buffer_device == "cuda" and any(not node.gpus for node in nodes):
-            yield Problem(
-                file, "transport.kv_buffer_device", "cuda, but a node has no gpus", 'set it to "cpu"'
-            )
-        if (
-            "tcp" not in transport.ucx_tls
-            and transport.ucx_tls
-            and any(t in transport.ucx_tls for t in ("sm", "shm"))
-        ):
-            yield Problem(
-                file,
-                "transport.ucx_tls",
-                "shared memory without tcp",
-                'add "tcp": NIXL cannot connect without it',
-            )
-    yield from _gate_problems(parts, file)
-    yield from variant.problems(parts.get("variants", ()), transport, RESERVED_ARGS, file)
-
-
-def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
-    model: ModelSection | None = parts.get("model")
-    scale: ScaleSection | None = parts.get("scale")
-    seen: set[tuple[str, str, str, str]] = set()
-    if parts.get("gates") and any(node.share_cpus for node in parts.get("nodes", ())):
-        wrong = "nodes share cores, so servers measure each other and a verdict means nothing"
-        yield Problem(file, "gate", wrong, "remove the gates, or share_cpus from every node")
-    for index, gate in enumerate(parts.get("gates", ())):
-        where = f"gate[{index}]"
-        known = (gate.workload, gate.figure, str(gate.baseline), str(gate.limit))
-        if known in seen:
-            yield Problem(file, where, "the same gate twice", "remove one of the two")
-        seen.add(known)
-        if (gate.baseline is None) == (gate.limit is None):
-            mend = 'write baseline = "replicated" (or "single"), or limit = 0.1'
-            yield Problem(file, where, "wants either a baseline or a limit", mend)
-        if gate.metric == "transfer_share_of_ttft" and gate.baseline is not None:
-            wrong = "no KV moves in a baseline, so there is nothing to compare with"
-            yield Problem(file, f"{where}.baseline", wrong, "remove it and write limit = 0.1")
-        if gate.metric in ("slo_attainment", "transfer_share_of_ttft") and gate.stream:
-            wrong = f"{gate.metric} is a figure of all requests"
-            yield Problem(file, f"{where}.stream", wrong, "remove it")
-        if gate.metric == "slo_attainment" and "slo" not in parts:
-            yield Problem(file, f"{where}.metric", "slo_attainment without [slo]", "add [slo] ttft_s, tpot_s")
-        if not (WORKLOADS_FOLDER / f"{gate.workload}.toml").is_file():
-            wrong = f"no file workloads/{gate.workload}.toml"
-            yield Problem(file, f"{where}.workload", wrong, "name a workload that exists")
-            continue
-        try:
-            full = load_workload(gate.workload)
-        except ConfigError as error:
-            yield from error.problems
-            continue
-        if gate.stream and full.steady is None:
-            wrong = f"{gate.workload} has no steady requests"
-            yield Problem(file, f"{where}.stream", wrong, "remove it, or name another workload")
-        workload = full.scaled(**scale.model_dump()) if scale else full
-        if model is not None and scale is not None and workload.tokens > model.max_model_len:
-            wrong = (
-                f"{gate.workload} takes {workload.tokens} tokens here, max_model_len is {model.max_model_len}"
-            )
-            yield Problem(file, f"{where}.workload", wrong, "lower [scale] prompt, output or steady")
-
-
-def _node_problems(
-    nodes: tuple[NodeSection, ...],
-    hosts: tuple[HostSection, ...],
-    controller: ControllerSection | None,
-    file: str,
-) -> Iterator[Problem]:
-    here = {"local", *(host.name for host in hosts if host.namespace)}  # on cores of this machine
-    for role in ("prefill", "decode"):
-        if nodes and not any(node.role == role for node in nodes):
-            yield Problem(
-                file, "node.role", f"no node has the role {role}", f'set role = "{role}" on one node'
-            )
-    seen: dict[str, str] = {}
-    owners: dict[tuple[str, str, int], NodeSection] = {}
-    for index, node in enumerate(nodes):
-        key = f"node[{index}]"
-        if node.name in seen:
-            yield Problem(file, f"{key}.name", f"{node.name} is used twice", "give each node its own name")
-        seen[node.name] = key
-        if not node.cpus and not node.gpus:
-            yield Problem(file, key, "neither cpus nor gpus", "add cpus = [0] or gpus = [0]")
-        for kind, units in (("cpus", node.cpus), ("gpus", node.gpus)):
-            for unit in units:
-                machine = "local" if node.host in here else node.host
-                owner = owners.setdefault((machine, kind, unit), node)
-                shared = kind == "cpus" and owner.share_cpus and node.share_cpus
-                if unit < 0:
-                    yield Problem(file, f"{key}.{kind}", f"{unit} is negative", "count from 0")
-                elif owner is not node and not shared:
-                    also = "" if kind == "gpus" else "; share_cpus = true on both where only the path counts"
-                    yield Problem(
-                        file,
-                        f"{key}.{kind}",
-                        f"{kind[:-1]} {unit} of {node.host} belongs to {owner.name} already",
-                        f"give each node its own, or the comparison is void{also}",
-                    )
-        if node.host in here:
-            have = os.cpu_count() or 1
-            for cpu in (cpu for cpu in node.cpus if cpu >= have):
-                yield Problem(
-                    file,
-                    f"{key}.cpus",
-                    f"core {cpu}, but this machine has {have} (0 to {have - 1})",
-                    "name a core it has",
-                )
-    if controller is not None and controller.host == "local" and controller.address != "127.0.0.1":
-        remote = [node for node in nodes if node.host != "local"]
-        if not remote:
-            yield Problem(
-                file,
-                "controller.address",
-                f"{controller.address} with only local nodes",
-                'set it to "127.0.0.1"',
-            )
-
-
-def _host_problems(
-    hosts: tuple[HostSection, ...],
-    nodes: tuple[NodeSection, ...],
-    controller: ControllerSection | None,
-    file: str,
-) -> Iterator[Problem]:
-    """Hosts that are named and not there, there twice, or reached through themselves."""
-    known = [host.name for host in hosts]
-    users = [(f"node[{index}].host", node.host) for index, node in enumerate(nodes)]
-    users += [("controller.host", controller.host)] if controller is not None else []
-    for where, name in users:
-        if name != "local" and name not in known:
-            close = difflib.get_close_matches(name, [*known, "local"], n=1)
-            mend = f"did you mean {close[0]}?" if close else f'add [[host]] with name = "{name}"'
-            yield Problem(file, where, f"no [[host]] is named {name}", mend)
-    by_name = {host.name: host for host in hosts}
-    for index, host in enumerate(hosts):
-        where = f"host[{index}]"
-        if host.name == "local":
-            yield Problem(file, f"{where}.name", "local is this machine", "choose another name")
-        if known.count(host.name) > 1 and known.index(host.name) != index:
-            yield Problem(file, f"{where}.name", f"{host.name} is used twice", "give each its own name")
-        if host.jump is not None and host.jump not in by_name:
-            wrong = f"no [[host]] is named {host.jump}"
-            yield Problem(file, f"{where}.jump", wrong, f'add [[host]] with name = "{host.jump}"')
-        passed, hop = {host.name}, host.jump
-        while hop in by_name:
-            if hop in passed:
-                yield Problem(file, f"{where}.jump", "leads back to the host itself", "remove one jump")
-                break
-            passed.add(hop)
-            hop = by_name[hop].jump
-    if controller is None or controller.host == "local":
-        return
-    if controller.host in by_name and by_name[controller.host].namespace:
-        wrong = f"{controller.host} is a made host, which reaches no other host's control link"
-        yield Problem(file, "controller.host", wrong, 'set it to "local"')
-    if _is_loopback(controller.address):
-        wrong = f"{controller.address} on {controller.host} cannot be reached from here"
-        yield Problem(file, "controller.address", wrong, "write an address of that host")
-
-
-def _is_loopback(address: str) -> bool:
-    """Whether an address, or the name localhost, stays on its host."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
-def _made_host_problems(
-    hosts: tuple[HostSection, ...],
-    nodes: tuple[NodeSection, ...],
-    transport: TransportSection | None,
-    file: str,
-) -> Iterator[Problem]:
-    """What is wrong with a lab that makes its hosts; nothing where it makes none."""
-    made = [(index, host) for index, host in enumerate(hosts) if host.namespace]
-    if not made:
-        return
-    first = f"host[{made[0][0]}]"
-    on = {host.name: [i for i, node in enumerate(nodes) if node.host == host.name] for _, host in made}
-    if len(made) != 2 or any(len(indexes) != 1 for indexes in on.values()):
-        wrong = "two hosts with one node each can be made"
-        yield Problem(file, f"{first}.namespace", wrong, "set namespace = true on two hosts, or on none")
-        return
-    names = {host.name for _, host in made}
-    for index, node in enumerate(nodes):
-        if node.host not in names:
-            wrong = f"{node.host} beside made hosts"
-            yield Problem(file, f"node[{index}].host", wrong, "put every node on a made host, or none")
-    for index, host in made:
-        for key in ("address", "port", "user", "key_file", "known_hosts", "jump"):
-            if getattr(host, key) is not None:
-                yield Problem(file, f"host[{index}].{key}", "given for a host that is made", "remove it")
-    asked = [indexes[0] for indexes in on.values()]
-    for index in asked:
-        for name in ("data_address", "interface"):
-            if getattr(nodes[index], name) is None:
-                yield Problem(file, f"node[{index}].{name}", "missing on a made host", f"add {name} = …")
-        try:
-            control_peer(nodes[index])
-        except ValueError as error:
-            mend = "write a usable address of a /30 of its own, such as 198.18.1.2"
-            yield Problem(file, f"node[{index}].address", str(error), mend)
-    for name, bits, joined in (("address", 30, False), ("data_address", 24, True)):
-        given = [getattr(nodes[index], name) for index in asked if getattr(nodes[index], name)]
-        try:
-            networks = {ipaddress.ip_network(f"{address}/{bits}", strict=False) for address in given}
-        except ValueError as error:
-            mend = "write an address, such as 198.18.9.1; a made host has no other names"
-            yield Problem(file, f"node[{asked[0]}].{name}", str(error), mend)
-            continue
-        if len(given) == 2 and (len(networks) == 1) != joined:
-            wrong = f"{' and '.join(given)} are {'not ' * joined}in one /{bits}"
-            mend = "put them into one" if joined else "give each control link a network of its own"
-            yield Problem(file, f"node[{asked[0]}].{name}", wrong, mend)
-    if transport is not None and set(transport.ucx_tls or ["any"]) - {"tcp", "self"}:
-        wrong = "shared memory does not join hosts"
-        yield Problem(file, "transport.ucx_tls", wrong, 'set it to ["tcp", "self"]')
 
 
 def check_against_model(lab: Lab, max_positions: int) -> None:

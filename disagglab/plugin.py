@@ -149,6 +149,9 @@ def _chosen_lab(config: pytest.Config) -> Lab:
         release.require(release.with_release(lab, against), "--against")
     lab = on_workloads(lab, config.getoption("--workload") or ())
     variants = variant.chosen(lab, config.getoption("--variant") or ())
+    if variants and against:
+        wrong = "given beside --variant; both want the memory and the ports that are left"
+        raise ConfigError([Problem(lab.file, "--against", wrong, "ask for one of the two")])
     if variants:
         release.require_ports(lab, 1 + len(variants))
         lab = variant.beside(lab, len(variants))
@@ -176,8 +179,9 @@ def on_workloads(lab: Lab, names: Sequence[str]) -> Lab:
         ConfigError: if a workload has no gate.
     """
     known = dict.fromkeys(gate.workload for gate in lab.gates)
+    mend = f"use one of {', '.join(known)}" if known else "remove it: the lab file has no [[gate]]"
     problems = [
-        Problem(lab.file, f"--workload {name}", "no gate names it", f"use one of {', '.join(known)}")
+        Problem(lab.file, f"--workload {name}", "no gate names it", mend)
         for name in names
         if name not in known
     ]

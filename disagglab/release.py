@@ -12,7 +12,7 @@ import httpx
 from disagglab.environment import environment_python
 from disagglab.errors import ConfigError, Problem, StartError
 from disagglab.kvlayout import RULE_MEND, has_rule
-from disagglab.lab import ports_needed
+from disagglab.labcheck import ports_needed
 from disagglab.section import HostSection, Lab
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -95,17 +95,16 @@ class Deployment:
         Raises:
             StartError: see :meth:`launch` and :meth:`wait`.
         """
+        require_memory_for([self])
         self.launch()
         return self.wait(line)
 
     def launch(self) -> None:
-        """Start all servers at once; they are not ready yet.
+        """Start all servers at once; they are not ready yet. See :func:`require_memory_for` before.
 
         Raises:
-            StartError: if memory is short. What was started is ended by the host's close.
+            StartError: if a command cannot be executed. What was started is ended by the host's close.
         """
-        for host in dict.fromkeys(map(self.hosts.of, self.nodes)):
-            require_memory(host, self.lab, sum(self.hosts.of(node) is host for node in self.nodes))
         started = []
         for node in self.nodes:
             host = self.hosts.of(node)
@@ -159,3 +158,15 @@ class Deployment:
         for server in self.servers:
             server.process.stop()
         self.servers = ()
+
+
+def require_memory_for(deployments: Sequence[Deployment]) -> None:
+    """Refuse to start so many servers on hosts that lack the memory; asked once for all of them, because
+    servers that have just been launched hold little yet.
+
+    Raises:
+        StartError: see :func:`disagglab.server.require_memory`.
+    """
+    places = [(one.hosts.of(node), one.lab) for one in deployments for node in one.nodes]
+    for host, lab in {id(host): (host, lab) for host, lab in places}.values():
+        require_memory(host, lab, sum(each is host for each, _ in places))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-
 from disagglab.errors import ConfigError, Problem
 from disagglab.section import Lab, TransportSection, VariantSection
 
@@ -73,35 +71,3 @@ def beside(lab: Lab, count: int) -> Lab:
         "kv-cache-memory-bytes": round(lab.memory.kv_beside_gib * GIB),
     }
     return lab.model_copy(update={"vllm": lab.vllm.model_copy(update={"args": {**lab.vllm.args, **room}})})
-
-
-def problems(
-    variants: Sequence[VariantSection],
-    transport: TransportSection | None,
-    reserved: dict[str, str],
-    file: str,
-) -> list[Problem]:
-    """What is wrong with the [[variant]] sections of a lab file. ``reserved``: see lab.RESERVED_ARGS."""
-    found = []
-    names = [variant.name for variant in variants]
-    for index, variant in enumerate(variants):
-        where = f"variant[{index}]"
-        if variant.name in names[:index]:
-            found.append(Problem(file, f"{where}.name", f"{variant.name} is used twice", "give it its own"))
-        if not (variant.transport or variant.args or variant.env):
-            found.append(Problem(file, where, "changes nothing", "add transport, args or env"))
-        for arg in variant.args:
-            if arg.lstrip("-").replace("_", "-") in reserved:
-                origin = reserved[arg.lstrip("-").replace("_", "-")]
-                mend = f"remove it; it comes from {origin}"
-                found.append(Problem(file, f"{where}.args.{arg}", "set by the suite", mend))
-        if transport is None:
-            continue
-        try:
-            transport_of(transport, variant)
-        except ValidationError as error:
-            for detail in error.errors():
-                key = ".".join([where, "transport", *(str(part) for part in detail["loc"])])
-                mend = f"known keys: {', '.join(sorted(TransportSection.model_fields))}"
-                found.append(Problem(file, key, str(detail["msg"]), mend))
-    return found

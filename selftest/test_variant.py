@@ -53,6 +53,10 @@ def test_tables_of_the_transport_are_merged_key_by_key() -> None:
     [
         ({}, "changes nothing"),
         ({"args": {"port": 1}}, "variant[0].args.port"),
+        ({"args": {"--block-size": 64}}, "written with dashes in front"),
+        ({"args": {"gpu-memory-utilization": 0.9}}, "variant[0].args.gpu-memory-utilization"),
+        ({"transport": {"extra": {"kv_lease_duration": 9}}}, "write lease_s"),
+        ({"transport": {"ucx_tls": ["sm"]}}, "variant[0].transport.ucx_tls"),
         ({"transport": {"kv_bufer_device": "cpu"}}, "variant[0].transport.kv_bufer_device"),
         ({"transport": {"lease_s": 1}}, "variant[0].transport.lease_s"),
         ({"transport": {"connector": "MyConnector"}}, "variant[0].transport.connector"),
@@ -77,7 +81,7 @@ def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
     with pytest.raises(ConfigError, match="asked for twice"):
         variant.chosen(lab, ["v", "v"])
     with pytest.raises(ConfigError, match=r"add \[\[variant\]\]"):
-        variant.chosen(load_lab("embedded"), ["v"])
+        variant.chosen(load_lab("one-to-two"), ["v"])
 
 
 def test_servers_beside_each_other_share_a_gpu() -> None:
@@ -124,3 +128,18 @@ def test_a_comparison_may_be_kept_to_some_workloads() -> None:
     assert on_workloads(lab, []).gates == lab.gates
     with pytest.raises(ConfigError, match="--workload documents: no gate names it"):
         on_workloads(lab, ["chat", "documents"])
+    with pytest.raises(ConfigError, match=r"remove it: the lab file has no \[\[gate\]\]"):
+        on_workloads(load_lab("one-to-two"), ["chat"])
+
+
+def test_a_variant_on_cpu_cannot_want_gpu_memory() -> None:
+    raw = tomllib.loads(Path("labs/embedded.toml").read_text())
+    row = {"name": "v", "what": "w", "expects": "e", "transport": {"kv_buffer_device": "cuda"}}
+    with pytest.raises(ConfigError, match=r"variant\[0\]\.transport\.kv_buffer_device"):
+        parse_lab({**raw, "variant": [row]}, "lab.toml")
+
+
+def test_a_key_of_the_lab_itself_is_checked_alike() -> None:
+    raw = {**RAW, "transport": {**RAW["transport"], "extra": {"kv_lease_duration": 9}}}
+    with pytest.raises(ConfigError, match=r"transport\.extra\.kv_lease_duration.*write lease_s"):
+        parse_lab(raw, "lab.toml")

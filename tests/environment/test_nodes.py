@@ -13,7 +13,7 @@ import pytest
 
 from disagglab import facts, gpu
 from disagglab.hosts import Hosts
-from disagglab.lab import PORTS_PER_SERVER, ROUTER_PORTS
+from disagglab.labcheck import PORTS_PER_SERVER, ROUTER_PORTS
 from disagglab.model import cache_folder
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
