@@ -277,8 +277,9 @@ def _provision(arguments: argparse.Namespace) -> int:
 def _reference(arguments: argparse.Namespace) -> str:
     from disagglab import referencerun  # needs matplotlib and jinja2; the arithmetic does without
 
-    further = dict(text.split("=", 1) for text in arguments.replace if "=" in text[1:])
-    if len(further) < len(arguments.replace):
+    parts = [text.partition("=") for text in arguments.replace]
+    further = {text: by for text, equals, by in parts if text and equals}
+    if len(further) < len(parts):
         wrong = f"{' '.join(arguments.replace)}: TEXT=BY is wanted, each TEXT once"
         raise ConfigError([Problem("reference", "--replace", wrong, "--replace '/mnt/models=$MODELS'")])
     made = referencerun.make(
@@ -294,7 +295,7 @@ def _scatter(arguments: argparse.Namespace) -> int:
         given = getattr(arguments, key)
         if given is not None and given < least:
             wrong = f"{given} is too few"
-            raise ConfigError([Problem("command line", key, wrong, f"write --{key} {least} or more")])
+            raise ConfigError([Problem("command line", f"--{key}", wrong, f"write --{key} {least} or more")])
     chosen = screen.with_variables(lab.load_lab(arguments.lab), arguments.env)
     sizes = screen.MEBIBYTES[nixlprobe.memory_of(chosen)]
     wanted = screen.reads(
@@ -302,6 +303,8 @@ def _scatter(arguments: argparse.Namespace) -> int:
         screen.PIECES if arguments.pieces is None else screen.whole_numbers(arguments.pieces, "pieces"),
         screen.whole_numbers(arguments.at_once, "at-once"),
     )
+    if arguments.json:
+        screen.require_writable(arguments.json)
     try:
         found = screen.run(chosen, wanted, arguments.repeats, arguments.threads)
     except ConfigError:

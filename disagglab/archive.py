@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.store import FigureRow
+from disagglab.store import META, FigureRow
 from disagglab.verdict import Direction
 
 RUN_ID = re.compile(r"\d{8}-\d{6}")
-META, FIGURES, COMMITTED = "run.json", "figures.jsonl", "reference"
+FIGURES, COMMITTED = "figures.jsonl", "reference"
 NOT_RECORDED = "not recorded"
 LAB_FILE_DIGITS = 8
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from disagglab.kv import transfer_time_s
 from disagglab.kvlayout import KvLayout
@@ -245,19 +245,6 @@ def disaggregated_capacity_per_s(cluster: Cluster, prompt_tokens: int, output_to
     """Requests per second that the slowest of prefill, decode and link bears."""
     point = Point(prompt_tokens, output_tokens, 1.0)
     return 1 / max(_disaggregated_use(cluster, point).values())
-
-
-def best_split(cluster: Cluster, prompt_tokens: int, output_tokens: int) -> Cluster:
-    """The same nodes with as many of them on prefill as let the most requests through.
-
-    That is the split in which the stations are most equally used: the slowest one sets the capacity, and a
-    node moved away from it makes it slower still. Of two equal splits the one with fewer prefill nodes.
-    """
-    splits = [
-        replace(cluster, prefill_nodes=nodes, decode_nodes=cluster.replicas - nodes)
-        for nodes in range(1, cluster.replicas)
-    ]
-    return max(splits, key=lambda split: disaggregated_capacity_per_s(split, prompt_tokens, output_tokens))
 
 
 def replicated(cluster: Cluster, point: Point) -> Side:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +29,7 @@ MARGIN = 0.05  # differences of goodput below it count as equivalent
 USEFUL = 0.9  # share of good requests below which nobody would run the better topology either
 SLACK = 1.1  # between predicted and measured time, in both arms at once and in opposite directions
 LIMITS = 24  # TPOT limits of a curve
+KINDS = ("win", "loss")  # of disaggregated serving
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,35 @@ def clearest_loss(found: Sequence[Forecast]) -> Forecast | None:
         key=lambda one: (one.surely_less, one.point.rate_per_s),
         default=None,
     )
+
+
+@dataclass(frozen=True)
+class Named:
+    """What one search says of one kind: at how many points it looked, how many of them it calls so, and the
+    clearest of these; None if there is none.
+    """
+
+    looked_at: int
+    called: int
+    clearest: Forecast | None
+
+
+def named(searches: Iterable[Sequence[Forecast]]) -> dict[str, Named]:
+    """By kind, what the first search that finds one says, or else the last; no search is made in vain.
+
+    Args:
+        searches: one at least.
+    """
+    kept: dict[str, Named] = {}
+    for found in searches:
+        says = {
+            "win": Named(len(found), sum(one.wins for one in found), clearest_win(found)),
+            "loss": Named(len(found), sum(one.loses for one in found), clearest_loss(found)),
+        }
+        kept = {kind: kept[kind] if kind in kept and kept[kind].called else says[kind] for kind in KINDS}
+        if all(one.called for one in kept.values()):
+            break
+    return kept
 
 
 def limits(slo: SloSection, ttft: Sequence[float], tpot: Sequence[float]) -> list[list[SloSection]]:

@@ -18,12 +18,12 @@ from typing import Any
 
 from disagglab import plot, report
 from disagglab.errors import ConfigError, Problem
-from disagglab.store import REPORTS_FOLDER, TOKEN_PATTERN, Plot
+from disagglab.store import META, REPORTS_FOLDER, TOKEN_PATTERN, Plot
 
 REFERENCE = REPORTS_FOLDER / "reference"
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
-PAGE, META = "report.html", "run.json"
+PAGE = "report.html"
 LISTS = ("figures", "verdicts", "records")  # .jsonl
 SESSION_LIMIT_BYTES = 4_000_000
 MOST_SHOWN = 10  # problems of one refusal

@@ -21,9 +21,9 @@ from disagglab.ledger import Reading
 from disagglab.load import Run
 from disagglab.metrics import Snapshot
 from disagglab.section import Lab
-from disagglab.store import Store
+from disagglab.store import META, Store
 
-META, RUNS, METRICS = "run.json", "runs", ".metrics.json.gz"
+RUNS, METRICS = "runs", ".metrics.json.gz"
 # Keys of a lab that no run depends on: what is judged, and by which limits, is computed from the runs anew.
 JUDGEMENT = {"file", "label", "gates", "slo", "speed", "variants"}
 WORDS = {"what", "expects"}  # of a [[variant]]

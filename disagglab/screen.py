@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def reads(mebibytes: Sequence[int], pieces: Sequence[int], at_once: Sequence[int
             found.append(Read(size * 2**20, count, together))
         except ValueError as error:
             problems.append(
-                Problem("command line", "pieces", str(error), "take powers of two, and whole MiB")
+                Problem("command line", "--pieces", str(error), "take powers of two, and whole MiB")
             )
     if problems:
         raise ConfigError(problems)
@@ -94,7 +95,8 @@ def with_variables(lab: Lab, given: Sequence[str]) -> Lab:
         name, equals, value = text.partition("=")
         if not equals or not name.startswith(PREFIXES):
             wrong = f"{text!r:.60} is no variable of UCX or NIXL"
-            problems.append(Problem("command line", "env", wrong, "write UCX_NAME=VALUE or NIXL_NAME=VALUE"))
+            mend = "write UCX_NAME=VALUE or NIXL_NAME=VALUE"
+            problems.append(Problem("command line", "--env", wrong, mend))
         found[name] = value
     if problems:
         raise ConfigError(problems)
@@ -103,7 +105,7 @@ def with_variables(lab: Lab, given: Sequence[str]) -> Lab:
 
 
 def whole_numbers(text: str, key: str) -> list[int]:
-    """``1,16`` as numbers.
+    """``1,16`` as numbers. ``key``: the option without its dashes.
 
     Raises:
         ConfigError: if it is something else.
@@ -111,7 +113,7 @@ def whole_numbers(text: str, key: str) -> list[int]:
     parts = text.split(",")
     if not all(part.isdecimal() and int(part) for part in parts):
         wrong = f"{text!r:.60} is no list of whole numbers above 0"
-        raise ConfigError([Problem("command line", key, wrong, f"write --{key} 1,16")])
+        raise ConfigError([Problem("command line", f"--{key}", wrong, f"write --{key} 1,16")])
     return [int(part) for part in parts]
 
 
@@ -139,6 +141,21 @@ def run(lab: Lab, wanted: Sequence[Read], repeats: int, threads: int | None) -> 
     return Screen(lab.name, nixlprobe.environment(lab, lab.decode[0]), command, rows, fitted)
 
 
+def require_writable(path: Path) -> None:
+    """Find out whether :func:`write` will be able to; a file that was not there is not left behind.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    there = os.path.lexists(path)
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise _unwritable(error) from error
+    if not there:
+        path.unlink()
+
+
 def write(path: Path, screen: Screen) -> None:
     """Write a screen as JSON.
 
@@ -148,5 +165,9 @@ def write(path: Path, screen: Screen) -> None:
     try:
         path.write_text(json.dumps(screen.as_dict(), indent=1) + "\n")
     except OSError as error:
-        mend = "name a file in a folder that is there"
-        raise ConfigError([Problem("command line", "json", str(error), mend)]) from error
+        raise _unwritable(error) from error
+
+
+def _unwritable(error: OSError) -> ConfigError:
+    mend = "name a file that can be written, in a folder that is there"
+    return ConfigError([Problem("command line", "--json", str(error), mend)])

@@ -17,9 +17,10 @@ from disagglab.errors import LabError
 from disagglab.ledger import Reading
 from disagglab.load import Run
 from disagglab.metrics import Snapshot
-from disagglab.verdict import Direction
+from disagglab.verdict import Direction, Verdict
 
 REPORTS_FOLDER = Path(__file__).resolve().parent.parent / "reports"
+META = "run.json"
 TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 SCANNED_SUFFIXES = {".gz", ".html", ".json", ".jsonl", ".log", ".toml", ".txt", ".svg"}
 SCANNED_BYTES = 64 * 2**20
@@ -85,6 +86,49 @@ class VerdictRow:
     saturated: int = 0
     p_adjusted: float | None = None
     p_sign_flip: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        verdict: Verdict,
+        *,
+        workload: str,
+        metric: str,
+        unit: str,
+        candidate: str,
+        baseline: str,
+        candidate_value: float,
+        baseline_value: float,
+        gate: str,
+        p_adjusted: float | None = None,
+        noise_floor: float | None = None,
+        saturated: int = 0,
+        reason: str | None = None,
+    ) -> VerdictRow:
+        """The row of a verdict. ``candidate_value``, ``baseline_value``: means of what was compared, in
+        ``unit``; ``reason``: the verdict's own if it is None.
+        """
+        return cls(
+            workload=workload,
+            metric=metric,
+            unit=unit,
+            candidate=candidate,
+            baseline=baseline,
+            candidate_value=candidate_value,
+            baseline_value=baseline_value,
+            outcome=verdict.outcome,
+            effect=verdict.effect,
+            low=verdict.low,
+            high=verdict.high,
+            rounds=verdict.rounds,
+            smallest_detectable=verdict.smallest_detectable,
+            gate=gate,
+            reason=verdict.reason if reason is None else reason,
+            noise_floor=noise_floor,
+            saturated=saturated,
+            p_adjusted=p_adjusted,
+            p_sign_flip=verdict.p_sign_flip,
+        )
 
 
 @dataclass(frozen=True)
@@ -188,7 +232,7 @@ class Store:
         text = json.dumps(
             {**self.meta, "facts": self.facts, "commands": self.commands}, indent=1, default=str
         )
-        (self.folder / "run.json").write_text(text)
+        (self.folder / META).write_text(text)
 
     def point_latest(self) -> None:
         """Let ``reports/latest`` point at this run."""

@@ -236,6 +236,30 @@ def test_nothing_is_called_a_win_where_nobody_keeps_the_objective() -> None:
     assert goodput.clearest_win(found) is None
 
 
+def test_counts_are_those_of_the_search_that_named_the_point() -> None:
+    """A win of the first search keeps its counts when the loss needs a second one; a third is not made."""
+    tight = searched(FAST, BOTH, BUDGET)
+    win = goodput.clearest_win(tight)
+    loss = goodput.clearest_loss(searched(FAST, SloSection(ttft_s=0.5, tpot_s=0.05), BUDGET))
+    neutral = next(one for one in tight if not one.wins and not one.loses)
+    assert win is not None
+    assert loss is not None
+    made = iter([[win, neutral], [win, win, loss, neutral], [loss]])
+    found = goodput.named(made)
+    assert (found["win"].looked_at, found["win"].called, found["win"].clearest) == (2, 1, win)
+    assert (found["loss"].looked_at, found["loss"].called, found["loss"].clearest) == (4, 1, loss)
+    assert list(made) == [[loss]]
+
+
+def test_a_kind_that_no_search_finds_has_the_counts_of_the_last() -> None:
+    """It is called at no point, and none is the clearest."""
+    win = goodput.clearest_win(searched(FAST, BOTH, BUDGET))
+    assert win is not None
+    found = goodput.named([[], [win, win], [win]])
+    assert (found["win"].looked_at, found["win"].called) == (2, 2)
+    assert (found["loss"].looked_at, found["loss"].called, found["loss"].clearest) == (1, 0, None)
+
+
 def test_limits_around_an_objective() -> None:
     """A row for each TTFT limit, in it every TPOT limit."""
     rows = goodput.limits(BOTH, (1.0, 2.0), (0.5, 1.0, 3.0))

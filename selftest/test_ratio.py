@@ -20,7 +20,8 @@ from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step
 from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.kv import KvShape, Layer
 from disagglab.kvlayout import layout
-from disagglab.lab import LABS_FOLDER, load_lab, parse_lab, ports_needed
+from disagglab.lab import LABS_FOLDER, load_lab, parse_lab
+from disagglab.labcheck import ports_needed
 from disagglab.ledger import Reading, Sent
 from disagglab.metrics import Snapshot
 from disagglab.section import Lab, NodeSection
@@ -318,16 +319,6 @@ ROUND = Speeds(Prefill(0.1, 0.001), Step(0.1, 0.01), link_bytes_per_s=1e8)
 def of_four(prefill: int, speeds: Speeds = ROUND) -> Cluster:
     """Four nodes."""
     return Cluster(speeds, LAYOUT, VERSION, 0, prefill, 4 - prefill)
-
-
-@pytest.mark.parametrize(
-    ("output", "prefill"),
-    [(10, 3), (50, 2), (200, 1)],  # decode: 0.1 s, 0.5 s, 2 s a request, beside 0.5 s of prefill
-)
-def test_the_best_split_uses_both_roles_alike(output: int, prefill: int) -> None:
-    """Work of 0.5 s and 0.5 s wants 2:2; of 0.5 s and 0.1 s, or 2 s, the split at the end of the range."""
-    best = breakeven.best_split(of_four(2), 400, output)
-    assert (best.prefill_nodes, best.decode_nodes) == (prefill, 4 - prefill)
 
 
 def test_capacity_is_that_of_the_busier_role() -> None:

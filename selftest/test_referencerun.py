@@ -265,8 +265,14 @@ def test_the_command_makes_a_reference(
     folder = str(session())
     assert main(["reference", folder, folder, "two-gpus", "--replace", "/mnt=$M"]) == 0
     assert capsys.readouterr().out.splitlines() == ["two-gpus False {'/mnt': '$M'}", str(tmp_path)]
-    assert main(["reference", folder, "two-gpus", "--replace", "/mnt"]) == 2
-    assert "TEXT=BY is wanted" in capsys.readouterr().err
+    for wrong in (["/mnt"], ["=a=b"], ["=b"], ["/mnt=$M", "/mnt=$N"]):
+        options = [part for text in wrong for part in ("--replace", text)]
+        assert main(["reference", folder, "two-gpus", *options]) == 2, wrong
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "TEXT=BY is wanted" in err
+    assert main(["reference", folder, "two-gpus", "--replace", "a=b=c", "--replace", "/d="]) == 0
+    assert capsys.readouterr().out.startswith("two-gpus False {'a': 'b=c', '/d': ''}")
 
 
 def test_committed_references_hold_nothing_of_a_host() -> None:

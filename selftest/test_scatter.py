@@ -206,12 +206,14 @@ def test_reads_are_every_combination() -> None:
     [
         (["--lab", "no-such-lab"], "no-such-lab"),
         (["--lab", "embedded", "--env", "PATH=/x"], "PATH=/x"),
-        (["--lab", "embedded", "--env", "UCX_TLS"], "UCX_NAME=VALUE"),
+        (["--lab", "embedded", "--env", "UCX_TLS"], "--env: "),
         (["--lab", "embedded", "--pieces", "1,x"], "--pieces 1,16"),
-        (["--lab", "embedded", "--pieces", "0"], "above 0"),
+        (["--lab", "embedded", "--pieces", "0"], "--pieces: "),
         (["--lab", "embedded", "--mib", "1", "--pieces", "3"], "do not divide"),
-        (["--lab", "embedded", "--threads", "-1"], "--threads 0"),
+        (["--lab", "embedded", "--threads", "-1"], "--threads: "),
         (["--lab", "embedded", "--repeats", "0"], "--repeats 1"),
+        (["--lab", "embedded", "--json", "/no/such/folder/x.json"], "--json: "),
+        (["--lab", "embedded", "--json", "/"], "--json: "),
         ([], "--lab"),
     ],
 )
@@ -227,6 +229,16 @@ def test_a_wrong_command_line_starts_nothing(
     out, err = capsys.readouterr()
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert says in err
+
+
+def test_the_check_of_a_file_leaves_no_trace(tmp_path: Path) -> None:
+    """A file that is there keeps its content; one that is not there is not made."""
+    kept, new = tmp_path / "kept.json", tmp_path / "new.json"
+    kept.write_text("{}")
+    screen.require_writable(kept)
+    screen.require_writable(new)
+    assert kept.read_text() == "{}"
+    assert not new.exists()
 
 
 def test_a_file_takes_the_whole_screen(

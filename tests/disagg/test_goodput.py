@@ -9,7 +9,7 @@ round and others in the next; each proved by its ledger, judged by the interval 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,7 +18,7 @@ from disagglab import breakeven, breakevencheck, goodput, ledger
 from disagglab.breakevencheck import Agreement, Budget
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
-from disagglab.goodput import MARGIN, USEFUL, Arms, Forecast, seen
+from disagglab.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.kv import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
@@ -26,12 +26,10 @@ from disagglab.section import Lab, SloSection
 from disagglab.session import Session
 from disagglab.store import Store, VerdictRow
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
-from disagglab.verdict import Verdict
+from disagglab.verdict import Verdict, holm
 
-SEED, SEARCH_SEEDS = (
-    69_000,
-    range(70_000, 70_005),
-)  # of the rounds; of the search, so that neither fits the other
+SEED = 69_000  # of the rounds
+SEARCH_SEEDS = range(70_000, 70_005)  # others, so that the points do not fit the arrivals of the rounds
 WINDOW_S, SHORT_WINDOW_S = 8.0, 4.0  # in which the requests of one run arrive
 MOST_E2E_S, SHORT_MOST_E2E_S = 6.0, 5.0  # of a request; a run is over so long after its window
 LEAST_REQUESTS, SHORT_LEAST_REQUESTS = 30, 5  # of a run; a share of good requests is known to one in so many
@@ -40,7 +38,6 @@ LOADS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8)  # of what t
 LEAST_PROMPT, MOST_OUTPUT = 128, 512  # tokens
 LEAST_OUTPUT = 16  # tokens; in a shorter answer one late token decides
 TTFT_FACTORS, TPOT_FACTORS = (0.5, 1.0, 2.0), (0.5, 0.75, 1.0, 1.5, 2.0)  # of the objective, for the table
-KINDS = ("win", "loss")
 UNBOUNDED = 100.0  # a limit above it says that too few rounds were run, not how large the ratio is
 PAIR = f"{DISAGGREGATED} / {REPLICATED}"
 
@@ -49,11 +46,11 @@ PAIR = f"{DISAGGREGATED} / {REPLICATED}"
 class Chosen:
     """The points that the model named, by kind, with their runs.
 
-    ``seen``: how many points it looked at, and how many of them it called a win and a loss. ``expected``:
-    the same points for the very arrivals of the rounds.
+    ``named``: what the search said of each kind. ``points``: of the kinds that it found. ``expected``: the
+    same points for the very arrivals of the rounds.
     """
 
-    looked_at: dict[str, int]
+    named: dict[str, Named]
     points: dict[str, Forecast]
     expected: dict[str, Arms]
     comparison: Comparison = field(default_factory=Comparison)
@@ -97,35 +94,28 @@ def chosen(
         else (WINDOW_S, MOST_E2E_S, LEAST_REQUESTS)
     )
     line = live.progress("goodput")
-    points: dict[str, Forecast] = {}
-    counts = dict.fromkeys(("points", *KINDS), 0)
-    for stretch in STRETCHES:
-        with live.uncaptured():
-            line.show(f"search, runs of {window * stretch:g} s")
-        found = list(
-            goodput.forecasts(
-                cluster,
-                slo,
-                breakeven.lengths(LEAST_PROMPT, longest // 2),
-                breakeven.lengths(LEAST_OUTPUT, MOST_OUTPUT),
-                LOADS,
-                Budget(window * stretch, most_e2e * stretch, longest),
-                least,
-                SEARCH_SEEDS,
+
+    def searches() -> Iterator[list[Forecast]]:
+        for stretch in STRETCHES:
+            with live.uncaptured():
+                line.show(f"search, runs of {window * stretch:g} s")
+            yield list(
+                goodput.forecasts(
+                    cluster,
+                    slo,
+                    breakeven.lengths(LEAST_PROMPT, longest // 2),
+                    breakeven.lengths(LEAST_OUTPUT, MOST_OUTPUT),
+                    LOADS,
+                    Budget(window * stretch, most_e2e * stretch, longest),
+                    least,
+                    SEARCH_SEEDS,
+                )
             )
-        )
-        counts = {
-            "points": len(found),
-            "win": sum(one.wins for one in found),
-            "loss": sum(one.loses for one in found),
-        }
-        for kind, one in (("win", goodput.clearest_win(found)), ("loss", goodput.clearest_loss(found))):
-            if one is not None:
-                points.setdefault(kind, one)
-        if len(points) == len(KINDS):
-            break
+
+    named = goodput.named(searches())
+    points = {kind: one.clearest for kind, one in named.items() if one.clearest is not None}
     assert points, (
-        f"at none of {counts['points']} points does either topology keep TTFT {slo.ttft_s:g} s and TPOT"
+        f"at none of {named['win'].looked_at} points does either topology keep TTFT {slo.ttft_s:g} s and TPOT"
         f" {slo.tpot_s:g} s for {USEFUL:.0%} of its requests and the other fewer; change [slo] of {lab.file}"
     )
     seeds = {
@@ -136,7 +126,7 @@ def chosen(
         kind: goodput.forecast(cluster, one.point, one.load, slo, one.window_s, seeds[kind]).arms
         for kind, one in points.items()
     }
-    result = Chosen(counts, points, expected, Comparison(slo=slo))
+    result = Chosen(named, points, expected, Comparison(slo=slo))
     with live.uncaptured():
         for number in range(live.rounds):
             order = (replicated, disaggregated) if number % 2 == 0 else (disaggregated, replicated)
@@ -164,18 +154,23 @@ def test_predicted_win_and_loss_of_goodput_are_not_refuted(
     assert not broken, f"{len(broken)} runs are invalid; the first: {broken[0].topology}: {broken[0].invalid}"
     promise = f"SLO: TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s"
     for kind in KINDS:
-        note = f"{promise}; of {chosen.looked_at['points']} points that a run can show"
+        said = chosen.named[kind]
+        note = f"{promise}; of {said.looked_at} points that a run can show"
         if kind not in chosen.points:
             note += f"; no {kind} is predicted on this lab, so none was measured"
         name = f"points predicted as a {kind} of goodput"
-        record.numbers(name, [chosen.looked_at[kind]], "points", what="model", note=note)
-    refuted = []
-    for kind, point in chosen.points.items():
+        record.numbers(name, [said.called], "points", what="model", note=note)
+    verdicts = {}
+    for kind in chosen.points:
         measured = chosen.measured(kind)
         assert len(measured.replicated) == len(measured.disaggregated) == live.rounds, f"{kind}: rounds lack"
-        verdict = measured.verdict(slo)
+        verdicts[kind] = measured.verdict(slo)
+    adjusted = holm([verdict.p for verdict in verdicts.values()])
+    refuted = []
+    for (kind, verdict), p_adjusted in zip(verdicts.items(), adjusted, strict=True):
+        point = chosen.points[kind]
         stance = breakevencheck.agreement(1 / point.ratio, verdict)  # there lower is better
-        store.add(verdict_row(chosen, kind, slo, verdict, stance))
+        store.add(verdict_row(chosen, kind, slo, verdict, stance, p_adjusted))
         record_point(record, chosen, kind, promise, verdict, stance)
         record_limits(record, chosen, kind, slo)
         draw(record, chosen, kind, slo)
@@ -201,12 +196,15 @@ def interval(verdict: Verdict) -> str:
 
 
 def verdict_row(
-    chosen: Chosen, kind: str, slo: SloSection, verdict: Verdict, stance: Agreement
+    chosen: Chosen, kind: str, slo: SloSection, verdict: Verdict, stance: Agreement, p_adjusted: float
 ) -> VerdictRow:
-    """The verdict on a point as the report's table shows it."""
+    """The verdict on a point as the report's table shows it. ``p_adjusted``: of no difference, with Holm's
+    correction over the points of the session.
+    """
     point = chosen.points[kind]
     theirs, ours = chosen.measured(kind).per_s(slo)
-    return VerdictRow(
+    return VerdictRow.of(
+        verdict,
         workload=point.name,
         metric="goodput_per_s",
         unit="requests/s",
@@ -214,17 +212,11 @@ def verdict_row(
         baseline=REPLICATED,
         candidate_value=ours,
         baseline_value=theirs,
-        outcome=verdict.outcome,
-        effect=verdict.effect,
-        low=verdict.low,
-        high=verdict.high,
-        rounds=verdict.rounds,
-        smallest_detectable=verdict.smallest_detectable,
         gate=f"predicted {kind}",
         reason=f"{verdict.reason}; SLO TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s; predicted ratio"
         f" {point.ratio:.2f}: {STANCES[stance]}",
         saturated=sum(chosen.comparison.saturated(point.name, arm) for arm in (REPLICATED, DISAGGREGATED)),
-        p_sign_flip=verdict.p_sign_flip,
+        p_adjusted=p_adjusted,
     )
 
 

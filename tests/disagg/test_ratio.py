@@ -18,7 +18,7 @@ from disagglab.agreement import DIFFERENT, GAP_NATS, agree
 from disagglab.figures import percentile
 from disagglab.kv import KvShape, tokens_from_prefill
 from disagglab.kvlayout import layout
-from disagglab.ledger import Sent
+from disagglab.ledger import Ledger, Sent
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
@@ -118,7 +118,7 @@ def test_every_pair_transfers(disaggregated: Topology, lab: Lab, shape: KvShape,
     """
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = MORE_THAN_BLOCKS[0] * block + MORE_THAN_BLOCKS[1]
-    seconds: dict[str, list[float]] = {}
+    books: dict[str, list[Ledger]] = {}
     for number in range(1 + REPEATS):
         for prefill, decode in pairs(disaggregated):
             name = named(prefill, decode)
@@ -127,16 +127,19 @@ def test_every_pair_transfers(disaggregated: Topology, lab: Lab, shape: KvShape,
             )
             taken = {server for server, finished in book.finished.items() if finished}
             assert taken == {prefill.name, decode.name}, f"{name}: {sorted(taken)} finished a request"
-            seconds.setdefault(name, []).append(book.transfer_s)
-    assert len(seconds) == len(disaggregated.prefill) * len(disaggregated.decode)
+            books.setdefault(name, []).append(book)
+    assert len(books) == len(disaggregated.prefill) * len(disaggregated.decode)
+    seconds = {name: [book.transfer_s for book in each] for name, each in books.items()}
     for name, times in seconds.items():
+        sizes = sorted({book.kv_bytes for book in books[name]})
+        assert len(sizes) == 1, f"{name}: transfers of one prompt moved {sizes} B"
         record.numbers(
             f"transfer time of a pair, {length} tokens",
             times[1:],
             "s",
             arm=name,
             what="transfers",
-            note=f"{book.kv_bytes:,} B each; the first, with the handshake, took {times[0]:.4f} s",
+            note=f"{sizes[0]:,} B each; the first, with the handshake, took {times[0]:.4f} s",
         )
     medians = {name: percentile(times[1:], 50) or 0.0 for name, times in seconds.items()}
     slowest = max(medians, key=lambda name: medians[name])
