@@ -319,7 +319,8 @@ def _row(
         if not state.startswith("met") and verdict.outcome == "undecided" and verdict.underpowered:
             state += ", underpowered"
         state += "" if gate.enforce else " (not enforced)"
-    return VerdictRow(
+    return VerdictRow.of(
+        verdict,
         workload=gate.workload,
         metric=gate.figure,
         unit=unit,
@@ -327,16 +328,9 @@ def _row(
         baseline=baseline,
         candidate_value=sum(values[candidate]) / len(values[candidate]),
         baseline_value=sum(values[baseline]) / len(values[baseline]),
-        outcome=verdict.outcome,
-        effect=verdict.effect,
-        low=verdict.low,
-        high=verdict.high,
-        rounds=verdict.rounds,
-        smallest_detectable=verdict.smallest_detectable,
         gate=state,
         reason=reason,
         saturated=late,
         noise_floor=noise_floor(identical) if identical else None,
         p_adjusted=p_adjusted,
-        p_sign_flip=verdict.p_sign_flip,
     )

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagglab import ledger
 from disagglab.errors import InvalidRun
+from disagglab.figures import figures
 from disagglab.load import Run
 from disagglab.metrics import delta
 
 POST_TIME = "vllm:nixl_post_time_seconds_sum"
 DESCRIPTORS = "vllm:nixl_num_descriptors_sum"
 MIB = 2**20
+TIME, BANDWIDTH, THROUGHPUT, ITL = "transfer time", "bandwidth", "output tokens/s", "ITL p99"
+UNITS = {
+    TIME: "s",
+    "posting": "s",
+    BANDWIDTH: "GB/s",
+    "transfer / TTFT": "share of TTFT",
+    "TTFT p50": "s",
+    THROUGHPUT: "tokens/s",
+    ITL: "s",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,37 @@ def of(run: Run) -> Moved:
         post_s=_grown(before, after, POST_TIME),
         seconds=run.ledger.transfer_s,
     )
+
+
+def series(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Figures of transfers, and what they did to the requests, run by run; units are in UNITS.
+
+    Time and posting are means over the transfers of a run. ITL p99 is left out where the runs have too few
+    gaps between tokens to know it.
+
+    Raises:
+        InvalidRun: if a run lacks another figure.
+    """
+    found: dict[str, list[float]] = {name: [] for name in UNITS}
+    for run in runs:
+        one, known = of(run), figures(run)
+        values = {
+            TIME: one.seconds / one.transfers,
+            "posting": one.post_s / one.transfers,
+            BANDWIDTH: one.gb_per_s if one.seconds else None,
+            "transfer / TTFT": known["transfer_share_of_ttft"],
+            "TTFT p50": known["ttft_p50"],
+            THROUGHPUT: known["output_tokens_per_s"],
+            ITL: known["itl_p99"],
+        }
+        for name, value in values.items():
+            if value is not None:
+                found[name].append(value)
+            elif name != ITL:
+                raise InvalidRun(f"{run.topology}: a run of {run.workload.name} has no figure {name!r}")
+    if len(found[ITL]) < len(runs):
+        del found[ITL]
+    return found
 
 
 def _grown(before: ledger.Reading, after: ledger.Reading, name: str) -> float:

@@ -9,12 +9,15 @@ for the last time, and when it found it done. The end lies between the two.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from disagglab.errors import InvalidRun
 
 MARK = "disagg-lab transfer "
 _log = logging.getLogger("vllm.disagglab")
@@ -41,7 +44,9 @@ class Traced:
 
     @property
     def unseen_s(self) -> float:
-        """How long it may have been over before the engine looked, s."""
+        """How long at most it had been over when the engine found it done, s: an upper bound of what was no
+        work of the link, since it may have ended at any moment after the last look before.
+        """
         return self.done_s - max(self.pending_s, self.posted_s)
 
 
@@ -108,3 +113,29 @@ def read(lines: Iterable[str]) -> list[Traced]:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"not a line of a transfer: {line!r}: {error}") from error
     return found
+
+
+def by_run(
+    logged: Mapping[str, Sequence[Traced]], counted: Sequence[Mapping[str, int]]
+) -> list[list[Traced]]:
+    """The transfers of each run, told apart by their place in the logs: a run is over before the next begins.
+
+    Args:
+        logged: transfers of all runs, by server, in the order of its log.
+        counted: transfers of each run by server, as the counters have them, in the order of the runs.
+
+    Raises:
+        InvalidRun: if a server logged another number of transfers than were counted.
+    """
+    for server in {*logged, *(name for one in counted for name in one)}:
+        lines, transfers = len(logged.get(server, ())), sum(one.get(server, 0) for one in counted)
+        if lines != transfers:
+            raise InvalidRun(
+                f"{server}: {lines} transfers were logged, {transfers} were counted in {len(counted)} runs;"
+                f" look: grep '{MARK.strip()}' in its log"
+            )
+    left = {server: iter(lines) for server, lines in logged.items()}
+    return [
+        [line for server, count in one.items() if count for line in itertools.islice(left[server], count)]
+        for one in counted
+    ]

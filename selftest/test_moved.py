@@ -49,3 +49,38 @@ def test_a_run_without_transfer_is_refused() -> None:
     still = dataclasses.replace(BOOK, transfers=0)
     with pytest.raises(InvalidRun, match="no transfer was counted"):
         moved.of(dataclasses.replace(RUN, ledger=still, readings=(reading(1, 1), reading(1, 1))))
+
+
+GAPS = ((0.01,) * 60,) * 2
+DONE = dataclasses.replace(
+    RUN,
+    readings=(reading(10, 0.5), reading(74, 0.501)),
+    ttft_s=(0.02, 0.03),
+    e2e_s=(0.5, 0.5),
+    itl_s=GAPS,
+    output_tokens=(61, 61),
+    duration_s=2.0,
+)
+
+
+def test_figures_run_by_run() -> None:
+    found = moved.series([DONE, DONE])
+    assert found.keys() == moved.UNITS.keys()
+    assert found[moved.TIME] == pytest.approx([0.002, 0.002])
+    assert found["posting"] == pytest.approx([0.0005, 0.0005])
+    assert found["transfer / TTFT"] == pytest.approx([0.08, 0.08])
+    assert found["TTFT p50"] == pytest.approx([0.025, 0.025])
+    assert found[moved.THROUGHPUT] == [61, 61]
+    assert found[moved.ITL] == pytest.approx([0.01, 0.01])
+
+
+def test_a_p99_of_too_few_gaps_is_left_out() -> None:
+    few = dataclasses.replace(DONE, itl_s=((0.01,) * 49,) * 2)
+    assert moved.ITL not in moved.series([few, few])
+    assert moved.ITL not in moved.series([DONE, few])
+
+
+def test_a_missing_figure_names_topology_and_workload() -> None:
+    timeless = dataclasses.replace(DONE, ledger=dataclasses.replace(BOOK, transfer_s=0.0))
+    with pytest.raises(InvalidRun, match="disaggregated: a run of w has no figure 'bandwidth'"):
+        moved.series([DONE, timeless])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from disagglab import transfertrace
+from disagglab.errors import InvalidRun
 from disagglab.transfertrace import Traced
 
 
@@ -76,3 +77,26 @@ def test_a_line_that_is_cut_off_is_an_error() -> None:
     with pytest.raises(ValueError, match="not a line of a transfer"):
         transfertrace.read([transfertrace.MARK + '{"bytes": 1'])
     assert transfertrace.read(["INFO something else"]) == []
+
+
+def traced(size: int) -> Traced:
+    """A transfer that is told by its bytes."""
+    return Traced(size, 1, posted_s=0.1, pending_s=0.0, done_s=0.2, looks=1)
+
+
+def test_transfers_are_told_apart_by_the_order_of_the_runs() -> None:
+    """Two servers that decode, three runs of equal requests; one run asked the first server alone."""
+    logged = {"a": [], "b": [traced(1), traced(2), traced(3), traced(4)], "c": [traced(5), traced(6)]}
+    counted = [{"a": 0, "b": 1, "c": 1}, {"a": 0, "b": 2, "c": 0}, {"a": 0, "b": 1, "c": 1}]
+    found = transfertrace.by_run(logged, counted)
+    assert [[one.bytes for one in run] for run in found] == [[1, 5], [2, 3], [4, 6]]
+
+
+@pytest.mark.parametrize(("lines", "transfers"), [(1, 2), (3, 2), (0, 1), (1, 0)])
+def test_a_transfer_too_many_or_too_few_is_an_error(lines: int, transfers: int) -> None:
+    logged = {"b": [traced(1)] * lines}
+    with pytest.raises(InvalidRun, match=f"b: {lines} transfers were logged, {transfers} were counted"):
+        transfertrace.by_run(logged, [{"b": transfers}])
+    if not lines:
+        with pytest.raises(InvalidRun, match="b: 0 transfers were logged"):
+            transfertrace.by_run({}, [{"b": transfers}])
