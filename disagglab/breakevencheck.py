@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from disagglab import breakeven
-from disagglab.breakeven import Cluster, Outcome
+from disagglab.breakeven import Cluster, Outcome, Point
 from disagglab.verdict import Verdict
 from disagglab.workload import Workload
 
@@ -73,10 +73,16 @@ def choose(found: Sequence[Outcome], count: int) -> list[Outcome]:
 
 
 def workload(one: Outcome, window_s: float) -> Workload:
-    """The run that measures a point."""
+    """The run that measures a point of the map."""
     point = one.point
+    name = f"break-even-{point.prompt_tokens}-{point.output_tokens}-{one.load:.2f}"
+    return open_loop(name, point, window_s)
+
+
+def open_loop(name: str, point: Point, window_s: float) -> Workload:
+    """A run of a point: requests arrive at its rate for ``window_s`` seconds."""
     return Workload(
-        name=f"break-even-{point.prompt_tokens}-{point.output_tokens}-{one.load:.2f}",
+        name=name,
         prompt_tokens=point.prompt_tokens,
         output_tokens=point.output_tokens,
         requests=math.ceil(point.rate_per_s * window_s),

@@ -187,7 +187,7 @@ def comparison(
         pytest.skip(f"NO-GATES: {live.lab.file} has no [[gate]], so there is nothing to compare")
     topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
     topologies += [dataclasses.replace(topologies[0], name=SINGLE_AGAIN), *variants]
-    workloads = [live.lab.workload(name) for name in dict.fromkeys(gate.workload for gate in live.lab.gates)]
+    workloads = live.lab.gated_workloads
     line = live.progress("comparison")
     with live.uncaptured():
         live.comparison = run_rounds(

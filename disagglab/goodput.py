@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from disagglab import breakeven, figures, replay
+from disagglab import breakeven, breakevencheck, figures, replay
 from disagglab.breakeven import Cluster, Point
 from disagglab.breakevencheck import MOST_REQUESTS, MOST_USE, Budget
 from disagglab.load import Run
@@ -151,7 +151,7 @@ class Forecast:
     @property
     def workload(self) -> Workload:
         """The run that measures it."""
-        return workload(self.name, self.point, self.window_s)
+        return breakevencheck.open_loop(self.name, self.point, self.window_s)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -189,22 +189,11 @@ class Forecast:
         return -math.log1p(self.arms.verdict(self.slo, 1 / SLACK).high)
 
 
-def workload(name: str, point: Point, window_s: float) -> Workload:
-    """A run of a point: an open loop in which requests arrive for so long."""
-    return Workload(
-        name=name,
-        prompt_tokens=point.prompt_tokens,
-        output_tokens=point.output_tokens,
-        requests=math.ceil(point.rate_per_s * window_s),
-        rate_per_s=point.rate_per_s,
-    )
-
-
 def forecast(
     cluster: Cluster, point: Point, load: float, slo: SloSection, window_s: float, seeds: Sequence[int]
 ) -> Forecast:
     """A point, predicted for the arrivals that the load would draw from these seeds."""
-    asked = workload("forecast", point, window_s)
+    asked = breakevencheck.open_loop("forecast", point, window_s)
     times = [[one.arrival_s for one in arrivals(asked, seed)] for seed in seeds]
     theirs = tuple(replay.by_replicas(cluster, point, one) for one in times)
     ours = tuple(replay.by_prefill_and_decode(cluster, point, one) for one in times)

@@ -359,17 +359,16 @@ def _load(lab: Lab, deployments: Sequence[Deployed]) -> Iterator[str]:
     yield f"# load engine: `vllm bench serve`, kept imported in one process{_bound(cpus)}"
     worker = [suite_python(lab, lab.controller.host), "-m", "disagglab.loadworker"]
     yield f"HF_HUB_OFFLINE=1 PYTHONHASHSEED={HASH_SEED} {shlex.join(worker)}"
-    names = dict.fromkeys(gate.workload for gate in lab.gates)
-    if names:
+    workloads = lab.gated_workloads
+    if workloads:
         yield "# its jobs, each round on each topology: the workloads that the gates name"
     tokenizer = _model(lab).tokenizer
-    for name in names:
-        workload = lab.workload(name)
+    for workload in workloads:
         traces = Path("TRACES", f"{workload.name}.SEED.{workload.total_requests}.jsonl")
         for deployed in deployments:
             for topology in deployed.topologies if deployed.connector else ():
                 options = bench_options(topology, workload, traces, tokenizer, "SALT")
-                yield f"# {name} on {topology.name}"
+                yield f"# {workload.name} on {topology.name}"
                 yield f"PYTHONHASHSEED={HASH_SEED} vllm bench serve {shlex.join(options)}"
 
 

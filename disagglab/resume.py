@@ -86,7 +86,7 @@ def read(
             kept.setdefault((one.run.workload.name, one.run.topology, one.moment), one)
     if problems:
         raise ConfigError(problems)
-    definitions = {workload.definition for workload in _workloads(lab).values()}
+    definitions = {workload.definition for workload in lab.gated_workloads}
     runs = sorted(kept.values(), key=lambda one: one.moment)
     counted = tuple(one for one in runs if one.run.workload.definition in definitions and one.run.round >= 0)
     return Earlier(tuple(dict.fromkeys(sessions)), counted, tuple(notes))
@@ -144,10 +144,6 @@ def _copy(kept: KeptRun, into: Path) -> None:
     counters = kept.path.with_name(kept.path.name.removesuffix(".json") + METRICS)
     if counters.is_file():
         shutil.copyfile(counters, into / f"{name}{METRICS}")
-
-
-def _workloads(lab: Lab) -> dict[str, Any]:
-    return {name: lab.workload(name) for name in dict.fromkeys(gate.workload for gate in lab.gates)}
 
 
 def _json(path: Path, mend: str) -> Mapping[str, Any]:
@@ -312,7 +308,8 @@ def _other_workloads(found: Sequence[KeptRun], lab: Lab) -> list[Problem]:
     Other tests of a session may have run a workload changed, at another rate say; those are passed over.
     """
     problems = []
-    for name, workload in _workloads(lab).items():
+    for workload in lab.gated_workloads:
+        name = workload.name
         own = [one for one in found if one.run.workload.name == name and one.run.round >= 0]
         if not own or any(one.run.workload.definition == workload.definition for one in own):
             continue

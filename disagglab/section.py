@@ -148,9 +148,7 @@ class TransportSection(Section):
     extra: dict[str, str | int | float | bool] = Field(
         default={}, description="further keys of kv_connector_extra_config"
     )
-    trace: bool = Field(
-        False, description="log when each transfer was posted, looked at and found done; costs microseconds"
-    )
+    trace: bool = Field(False, description="log when each transfer was posted, looked at and found done")
 
     @property
     def variables(self) -> dict[str, str]:
@@ -318,6 +316,15 @@ class Lab(Section):
             wrong = f"{name} takes {found.tokens} tokens here, max_model_len is {self.model.max_model_len}"
             raise ConfigError([Problem(self.file, "scale", wrong, "lower prompt, output or steady")])
         return found
+
+    @property
+    def gated_workloads(self) -> list[Workload]:
+        """What the gates are about, each workload once, scaled to this lab.
+
+        Raises:
+            ConfigError: see :meth:`workload`.
+        """
+        return [self.workload(name) for name in dict.fromkeys(gate.workload for gate in self.gates)]
 
     def transfer_variables(self, node: NodeSection) -> dict[str, str]:
         """The environment that decides how NIXL and UCX move data to and from a node."""

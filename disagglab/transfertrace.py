@@ -38,11 +38,6 @@ class Traced:
     looks: int
 
     @property
-    def latest_bytes_per_s(self) -> float:
-        """The least speed that the looks allow, bytes/s: as if it had ended with the last one."""
-        return self.bytes / self.done_s
-
-    @property
     def unseen_s(self) -> float:
         """How long at most it had been over when the engine found it done, s: an upper bound of what was no
         work of the link, since it may have ended at any moment after the last look before.

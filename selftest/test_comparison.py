@@ -52,11 +52,6 @@ def book(transfers: int, transfer_s: float) -> Ledger:
     return Ledger({}, {}, {}, 0, transfers, transfer_s, 0, 0, 0, 0, 0, 0)
 
 
-def gated_workloads(lab: Lab) -> list[Workload]:
-    """The workloads of the lab's gates."""
-    return [lab.workload(name) for name in dict.fromkeys(gate.workload for gate in lab.gates)]
-
-
 @pytest.fixture
 def lab() -> Lab:
     """The embedded lab."""
@@ -94,7 +89,7 @@ def test_gates_become_verdicts(lab: Lab) -> None:
     """A disaggregated p99 ITL at half of the replicated one, in three rounds, meets the gate."""
     runs = [
         run(name, workload, number)
-        for workload in gated_workloads(lab)
+        for workload in lab.gated_workloads
         for name in TOPOLOGIES
         for number in range(3)
     ]
@@ -110,7 +105,7 @@ def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
     """The A/A pair of every gated figure has a row of its own and a floor beside the gate's."""
     runs = [
         run(name, workload, number, scale)
-        for workload in gated_workloads(lab)
+        for workload in lab.gated_workloads
         for name in (*TOPOLOGIES, SINGLE_AGAIN)
         for number, scale in enumerate((1.0, 1.02, 0.99) if name == SINGLE_AGAIN else (1.0,) * 3)
     ]
@@ -131,7 +126,7 @@ def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
 def test_a_family_of_gates_is_corrected(lab: Lab) -> None:
     """A gate that alone would be met with p just below 0.05 is not met among three."""
     runs = []
-    for workload in gated_workloads(lab):
+    for workload in lab.gated_workloads:
         for name in TOPOLOGIES:
             for number in range(3):
                 noise = (1.0, 1.72, 1.0)[number] if name == DISAGGREGATED else 1.0
@@ -202,7 +197,7 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
 def versions(scale: float) -> Comparison:
     """Two releases on three workloads in four rounds; the lab's takes ``scale`` times as long."""
     runs = []
-    for workload in gated_workloads(LAB):
+    for workload in LAB.gated_workloads:
         for kind in (SINGLE, DISAGGREGATED):
             for number in range(4):
                 noise = 1 + 0.004 * (number % 3)
@@ -232,6 +227,32 @@ def verdict_rows_by_figure(found: Comparison) -> dict[tuple[str, str], tuple[str
     rows = comparison.version_rows(found, LAB, "0.30.0")
     assert all(row.baseline == f"{row.candidate}@0.30.0" for row in rows)
     return {(row.candidate, row.metric): (row.outcome, row.gate) for row in rows}
+
+
+def test_a_variant_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
+    """A row a gated figure, the limit's too; no gate hangs on it; p is raised by the number of rows."""
+    arm = f"{DISAGGREGATED}@slow"
+    runs = [
+        replace(run(DISAGGREGATED, workload, number, scale), topology=name)
+        for workload in lab.gated_workloads
+        for name, scales in ((DISAGGREGATED, (1.0, 1.0, 1.0)), (arm, (2.0, 2.1, 1.9)))
+        for number, scale in enumerate(scales)
+    ]
+    rows = comparison.variant_rows(Comparison(runs, lab.slo), lab, [arm])
+    assert {(row.workload, row.metric) for row in rows} == {(g.workload, g.figure) for g in lab.gates}
+    assert {(row.candidate, row.baseline, row.gate) for row in rows} == {(arm, DISAGGREGATED, "variant")}
+    (slower,) = [row for row in rows if row.metric == "ttft_p50"]
+    assert (slower.outcome, slower.rounds) == ("worse", 3)
+    assert slower.effect == pytest.approx((2.0 * 2.1 * 1.9) ** (1 / 3) - 1)
+    (same,) = [row for row in rows if row.metric == "output_tokens_per_s"]
+    assert same.outcome == "equivalent"
+    alone = comparison.variant_rows(
+        Comparison(runs, lab.slo), lab.model_copy(update={"gates": (lab.gates[1],)}), [arm]
+    )
+    assert alone[0].metric == "ttft_p50"
+    assert slower.p_adjusted is not None
+    assert alone[0].p_adjusted is not None
+    assert slower.p_adjusted > alone[0].p_adjusted
 
 
 def test_every_figure_is_kept_for_trends() -> None:

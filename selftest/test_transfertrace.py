@@ -44,7 +44,6 @@ def test_a_transfer_is_logged_step_by_step(
     assert (one.bytes, one.descriptors, one.looks) == (4096, 3, 2)
     assert [one.posted_s, one.pending_s, one.done_s] == pytest.approx([0.002, 0.004, 0.010])
     assert one.unseen_s == pytest.approx(0.006)
-    assert one.latest_bytes_per_s == pytest.approx(409_600)
 
 
 def test_a_failed_transfer_is_not_logged_and_a_strange_handle_passes(

@@ -143,3 +143,12 @@ def test_a_key_of_the_lab_itself_is_checked_alike() -> None:
     raw = {**RAW, "transport": {**RAW["transport"], "extra": {"kv_lease_duration": 9}}}
     with pytest.raises(ConfigError, match=r"transport\.extra\.kv_lease_duration: has a key of its own"):
         parse_lab(raw, "lab.toml")
+
+
+def test_where_both_name_a_key_the_variants_value_counts() -> None:
+    raw = {**RAW, "vllm": {**RAW["vllm"], "args": {"block-size": 16}, "env": {"A": "1"}}}
+    row = {"name": "v", "what": "w", "expects": "e", "args": {"block-size": 64}, "env": {"A": "2"}}
+    lab = parse_lab({**raw, "variant": [row]}, "lab.toml")
+    changed = variant.changed(lab, lab.variants[0])
+    assert (changed.vllm.args["block-size"], changed.vllm.env["A"]) == (64, "2")
+    assert changed.block_size == 64

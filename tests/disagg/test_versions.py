@@ -156,7 +156,7 @@ def test_figures_of_both_releases(
         pytest.skip(f"NO-GATES: {lab.file} has no [[gate]], so there is no figure to compare")
     arms = [pair.lab[SINGLE], pair.other[SINGLE], pair.lab[DISAGGREGATED], pair.other[DISAGGREGATED]]
     arms.append(dataclasses.replace(pair.lab[SINGLE], name=SINGLE_AGAIN))
-    workloads = [lab.workload(name) for name in dict.fromkeys(gate.workload for gate in lab.gates)]
+    workloads = lab.gated_workloads
     line = live.progress(f"vLLM {lab.vllm.version} and {live.against}")
     with live.uncaptured():
         found: Comparison = run_rounds(
