@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,13 @@ class Stream:
             raise InvalidRun(f"{self._url} sent an event that is no JSON: {event[:300]!r}") from error
         if "error" in chunk:
             raise InvalidRun(f"{self._url} sent an error inside the stream: {chunk['error']}")
+        if "choices" not in chunk:
+            raise InvalidRun(f"{self._url} sent an event without choices: {event[:300]!r}")
         self._usage = chunk.get("usage") or self._usage
         self._prompt_ids.extend(chunk.get("prompt_token_ids") or [])
+        extension = chunk.get("nvext") or {}  # where Dynamo's frontend puts token ids
+        self._prompt_ids.extend(extension.get("prompt_token_ids") or [])
+        self._ids.extend(extension.get("completion_token_ids") or [])
         for choice in chunk["choices"]:
             self._prompt_ids.extend(choice.get("prompt_token_ids") or [])
             ids = choice.get("token_ids") or []
@@ -115,6 +120,11 @@ class Stream:
             self._ids.extend(ids)
             if delta is None:
                 self._top2.extend(_top2_gaps(choice.get("logprobs")))
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Those of the answer that have come so far."""
+        return tuple(self._ids)
 
     def completion(self) -> Completion:
         """The answer, when the stream has ended.
@@ -202,13 +212,18 @@ def complete(url: str, request: Mapping[str, Any]) -> Completion:
 
 
 async def complete_beside_others(
-    sender: httpx.AsyncClient, url: str, path: str, request: Mapping[str, Any]
+    sender: httpx.AsyncClient,
+    url: str,
+    path: str,
+    request: Mapping[str, Any],
+    headers: Mapping[str, str] | None = None,
 ) -> Completion:
     """Send one streaming request on an event loop that has other ones under way.
 
     Args:
         sender: shared with the others, with connections for all of them.
         path: COMPLETIONS or CHAT.
+        headers: what the request carries besides, such as the one a router keeps a session by.
 
     Raises:
         InvalidRun: see :func:`complete`.
@@ -217,7 +232,7 @@ async def complete_beside_others(
     start = time.perf_counter()
     stream = Stream(url, start)
     try:
-        async with sender.stream("POST", f"{url}{path}", json=payload) as answer:
+        async with sender.stream("POST", f"{url}{path}", json=payload, headers=headers) as answer:
             if answer.status_code != 200:
                 raise _refused(url, answer, await answer.aread())
             async for data in answer.aiter_bytes():
@@ -255,7 +270,21 @@ def tokenize(url: str, model: str, text: str) -> list[int]:
     Raises:
         InvalidRun: if the server does not answer with 200.
     """
-    answer = httpx.post(f"{url}/tokenize", json={"model": model, "prompt": text}, timeout=TIMEOUT)
+    return _tokens(url, {"model": model, "prompt": text})
+
+
+def tokenize_chat(url: str, model: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of the prompt that the server makes of ``messages`` (role, content) and answers.
+
+    Raises:
+        InvalidRun: if the server does not answer with 200.
+    """
+    chat = [dict(message) for message in messages]
+    return _tokens(url, {"model": model, "messages": chat, "add_generation_prompt": True})
+
+
+def _tokens(url: str, request: Mapping[str, Any]) -> list[int]:
+    answer = httpx.post(f"{url}/tokenize", json=request, timeout=TIMEOUT)
     if answer.status_code != 200:
         raise InvalidRun(f"{url}/tokenize answered {answer.status_code}: {answer.text[:300]}")
     tokens: list[int] = answer.json()["tokens"]

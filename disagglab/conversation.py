@@ -77,16 +77,21 @@ class Transcript:
         return tuple(turn for turn in self.turns if turn.conversation == conversation)
 
 
-def request_of(model: str, conversation: Conversation, answers: Sequence[Completion]) -> tuple[str, Any]:
-    """Path and body of the turn that follows ``answers``."""
-    said = conversation.says[: len(answers) + 1]
-    request: dict[str, Any] = {
+def exact_request(model: str, output_tokens: int) -> dict[str, Any]:
+    """What every request holds besides its prompt: greedy, exactly so many tokens, with their ids."""
+    return {
         "model": model,
-        "max_tokens": conversation.output_tokens,
+        "max_tokens": output_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "return_token_ids": True,
     }
+
+
+def request_of(model: str, conversation: Conversation, answers: Sequence[Completion]) -> tuple[str, Any]:
+    """Path and body of the turn that follows ``answers``."""
+    said = conversation.says[: len(answers) + 1]
+    request = exact_request(model, conversation.output_tokens)
     if isinstance(said[0], str):
         messages: list[dict[str, Message]] = [{"role": "user", "content": said[0]}]
         for answer, message in zip(answers, said[1:], strict=True):
@@ -182,6 +187,28 @@ async def _hold_all(
     return Transcript(tuple(turns), end - start, lag.between(start, end))
 
 
+async def exact_answer(
+    sender: httpx.AsyncClient,
+    url: str,
+    path: str,
+    request: Mapping[str, Any],
+    output_tokens: int,
+    headers: Mapping[str, str] | None = None,
+) -> Completion:
+    """The answer to one request among others, of exactly ``output_tokens`` tokens.
+
+    Raises:
+        InvalidRun: if it fails or has another length.
+    """
+    answer = await complete_beside_others(sender, url, path, request, headers)
+    if answer.output_tokens != output_tokens:
+        raise InvalidRun(
+            f"{url}: an answer of {answer.output_tokens} tokens, {output_tokens} were asked for; is"
+            " ignore_eos passed on, and does the prompt leave room in max_model_len?"
+        )
+    return answer
+
+
 async def _next_answer(
     sender: httpx.AsyncClient,
     url: str,
@@ -190,13 +217,8 @@ async def _next_answer(
     answers: Sequence[Completion],
 ) -> Completion:
     path, request = request_of(model, conversation, answers)
-    answer = await complete_beside_others(sender, url, path, request)
     asked = conversation.output_tokens
-    if answer.output_tokens != asked:
-        raise InvalidRun(
-            f"{url}: an answer of {answer.output_tokens} tokens, {asked} were asked for; is ignore_eos passed"
-            " on, and does the prompt leave room in max_model_len?"
-        )
+    answer = await exact_answer(sender, url, path, request, asked)
     more = len(answers) + 1 < len(conversation.says)
     if path == COMPLETIONS and more and len(answer.token_ids) != asked:
         raise InvalidRun(

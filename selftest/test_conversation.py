@@ -5,6 +5,7 @@ The server is a stand-in: it keeps the bodies that it was sent, and those are th
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from disagglab import client
@@ -28,12 +30,16 @@ Script = Callable[[dict[str, Any]], list[Event]]
 
 
 class Server:
-    """Streams what ``script`` says about a request. ``asked``: path and body of each, in order."""
+    """Streams what ``script`` says about a request. ``asked``: path and body of each, in order.
+
+    ``headers``: of each, by lower-case name.
+    """
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self.status = 200
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.headers: list[dict[str, str]] = []
         self.under_way = 0
         self.most_under_way = 0
         self._lock = threading.Lock()
@@ -52,9 +58,10 @@ class Server:
         self._http.server_close()
 
     @contextlib.contextmanager
-    def _counted(self, path: str, body: dict[str, Any]) -> Iterator[None]:
+    def _counted(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Iterator[None]:
         with self._lock:
             self.asked.append((path, body))
+            self.headers.append(headers)
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
         try:
@@ -71,7 +78,8 @@ class Server:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server._counted(self.path, body), contextlib.suppress(OSError):
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                with server._counted(self.path, body, headers), contextlib.suppress(OSError):
                     self._answer(server.script(body))
 
             def _answer(self, events: list[Event]) -> None:
@@ -213,6 +221,7 @@ def test_both_clients_read_one_stream_alike(serve: Callable[[Script], Server]) -
 FAILURES: dict[str, tuple[list[Event], str]] = {
     "error in the stream": ([*chat("a")[:3], event({"error": {"message": "no KV left"}})], "no KV left"),
     "disconnect": ([*chat("a")[:3], BREAK], "broke off"),
+    "no choices": ([event({"object": "error", "message": "gone"})], "without choices.*gone"),
     "not JSON": ([b"data: {oops\n\n"], "no JSON"),
     "no usage": (chat("a", "b")[:-1], "without usage"),
     "no token": ([chat("a")[0], usage(5, 0)], "without any token"),
@@ -361,3 +370,30 @@ def test_extra_keys_win() -> None:
     """What a conversation asks for besides replaces what every request holds."""
     _, request = request_of("m", Conversation(((1,),), 4, {"return_token_ids": False, "seed": 3}), [])
     assert (request["return_token_ids"], request["seed"], request["max_tokens"]) == (False, 3, 4)
+
+
+def test_headers_go_with_one_request(serve: Callable[[Script], Server]) -> None:
+    """A request among others may carry a header; the next one over the same connection does not."""
+    server = serve(lambda _: completion(1))
+
+    async def two() -> None:
+        async with httpx.AsyncClient() as sender:
+            request = client.body("m", [1], 1)
+            for headers in ({"X-Session-ID": "one"}, None):
+                await client.complete_beside_others(sender, server.url, client.COMPLETIONS, request, headers)
+
+    asyncio.run(two())
+    assert [headers.get("x-session-id") for headers in server.headers] == ["one", None]
+
+
+def test_a_chat_is_tokenized_with_the_prompt_for_an_answer(serve: Callable[[Script], Server]) -> None:
+    """/tokenize is given the messages and asked for the generation prompt; a refusal is shown."""
+    server = serve(lambda _: [json.dumps({"tokens": [4, 5], "count": 2}).encode()])
+    messages = [{"role": "user", "content": "hi"}]
+    assert client.tokenize_chat(server.url, "m", messages) == [4, 5]
+    assert server.asked == [
+        ("/tokenize", {"model": "m", "messages": messages, "add_generation_prompt": True})
+    ]
+    server.status = 404
+    with pytest.raises(InvalidRun, match="/tokenize answered 404"):
+        client.tokenize_chat(server.url, "m", messages)

@@ -1,0 +1,225 @@
+"""How vllm-router 0.1.17 chooses a worker: its arguments, and each rule as a function for forecasts.
+
+The rules hold for requests one at a time: no worker has any load when a request is placed, so every rule that
+goes by load meets a tie.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from disagglab.prefixcache import PrefixCache, Request
+
+SESSION_HEADER = "X-Session-ID"
+CACHE_THRESHOLD = 0.3  # vllm-router's --cache-threshold
+
+# (index of the request, the request, the workers' caches, source of chance, worker of each conversation)
+Chooser = Callable[[int, Request, Sequence[PrefixCache], random.Random, Mapping[int, int]], int]
+
+
+def at_random(
+    _index: int,
+    _request: Request,
+    caches: Sequence[PrefixCache],
+    rng: random.Random,
+    _homes: Mapping[int, int],
+) -> int:
+    """Any worker."""
+    return int(rng.random() * len(caches))
+
+
+def in_turn(
+    index: int,
+    _request: Request,
+    caches: Sequence[PrefixCache],
+    _rng: random.Random,
+    _homes: Mapping[int, int],
+) -> int:
+    """One worker after the other."""
+    return index % len(caches)
+
+
+def at_home(
+    _index: int,
+    request: Request,
+    _caches: Sequence[PrefixCache],
+    _rng: random.Random,
+    homes: Mapping[int, int],
+) -> int:
+    """The worker of the request's conversation."""
+    return homes[request.conversation]
+
+
+def largest_match(
+    _index: int,
+    request: Request,
+    caches: Sequence[PrefixCache],
+    rng: random.Random,
+    _homes: Mapping[int, int],
+) -> int:
+    """The worker whose cache holds most of the prompt; one of the equals at random, even at nothing."""
+    matches = [cache.find(request.chain(cache.block_size)) for cache in caches]
+    best = max(matches)
+    ties = [worker for worker, match in enumerate(matches) if match == best]
+    return ties[int(rng.random() * len(ties))] if len(ties) > 1 else ties[0]
+
+
+def first(histories: Sequence[Sequence[Sequence[int]]]) -> int:
+    """The first worker of the list: what a search for the least load finds when no worker has any."""
+    return 0
+
+
+def smallest(histories: Sequence[Sequence[Sequence[int]]]) -> int:
+    """The worker whose tree of prompts holds the fewest tokens; the first of equals."""
+    sizes = [_tree(history) for history in histories]
+    return sizes.index(min(sizes))
+
+
+class OwnHistory:
+    """cache_aware's rule: the worker with the longest prefix of the prompt among those sent there before.
+
+    That worker is taken if the share of the prompt that is matched is more than ``threshold``; the first of
+    equals. Else ``otherwise`` decides. The router's tree holds characters, this holds tokens; both grow with
+    every prompt and no eviction by a worker is noticed.
+
+    The rule is vllm-router's as published in its source, ``src/policies/cache_aware.rs``, where the least
+    loaded worker takes what matches nowhere, and the first of equals is the least loaded. So requests one at
+    a time all go to one worker. Its predecessors, and the comment at the head of that file, name the worker
+    with the smallest tree instead: :func:`smallest`.
+    """
+
+    def __init__(
+        self,
+        otherwise: Callable[[Sequence[Sequence[Sequence[int]]]], int] = first,
+        threshold: float = CACHE_THRESHOLD,
+    ) -> None:
+        self.otherwise, self.threshold = otherwise, threshold
+        self.histories: list[list[Sequence[int]]] = []
+
+    def __call__(
+        self,
+        _index: int,
+        request: Request,
+        caches: Sequence[PrefixCache],
+        _rng: random.Random,
+        _homes: Mapping[int, int],
+    ) -> int:
+        """The worker, which then remembers the prompt."""
+        self.histories = self.histories or [[] for _ in caches]
+        prompt = request.prompt_ids
+        shared = [max((_common(prompt, old) for old in history), default=0) for history in self.histories]
+        best = max(shared)
+        likely = best > self.threshold * len(prompt)
+        worker = shared.index(best) if likely else self.otherwise(self.histories)
+        self.histories[worker].append(prompt)
+        return worker
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    length = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
+
+
+def _tree(history: Sequence[Sequence[int]]) -> int:
+    """Tokens in the radix tree of these prompts: of each, what its neighbour in order does not share."""
+    ordered = sorted(tuple(prompt) for prompt in history)
+    return sum(len(two) - _common(one, two) for one, two in zip([(), *ordered], ordered, strict=False))
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to route.
+
+    Args:
+        name: ours.
+        policy: vllm-router's ``--policy``.
+        options: further arguments of vllm-router that are the same in every run.
+        session_header: whether clients name their conversation in SESSION_HEADER.
+        events: whether the workers' KV cache events go to the router.
+        what: how it chooses, for the report.
+        chooser: makes the rule for one replay.
+        draws: whether chance decides; else every replay gives the same.
+    """
+
+    name: str
+    policy: str
+    options: tuple[str, ...]
+    session_header: bool
+    events: bool
+    what: str
+    chooser: Callable[[], Chooser] = field(compare=False, repr=False)
+    draws: bool
+
+
+_ALL = (
+    Strategy("random", "random", (), False, False, "any worker", lambda: at_random, draws=True),
+    Strategy(
+        "round_robin",
+        "round_robin",
+        (),
+        False,
+        False,
+        "one worker after the other",
+        lambda: in_turn,
+        draws=False,
+    ),
+    Strategy(
+        "prefix_hash",
+        "consistent_hash",
+        (),
+        False,
+        False,
+        "by a hash of the request's text, which is another one in each turn",
+        lambda: at_random,
+        draws=True,
+    ),
+    Strategy(
+        "session_hash",
+        "consistent_hash",
+        (),
+        True,
+        False,
+        f"by a hash of {SESSION_HEADER}: a conversation stays where it began",
+        lambda: at_home,
+        draws=False,
+    ),
+    Strategy(
+        "power_of_two",
+        "power_of_two",
+        (),
+        False,
+        False,
+        "the less loaded of two workers drawn; requests one at a time: any worker",
+        lambda: at_random,
+        draws=True,
+    ),
+    Strategy(
+        "cache_aware",
+        "cache_aware",
+        ("--cache-threshold", f"{CACHE_THRESHOLD:g}"),
+        False,
+        False,
+        "by the router's own tree of earlier prompts, if more than 30 % match, else the least loaded worker",
+        OwnHistory,
+        draws=False,
+    ),
+    Strategy(
+        "kv_aware",
+        "kv_aware",
+        ("--router-temperature", "0"),
+        False,
+        True,
+        "the worker whose cache holds most of the prompt, as its KV cache events say",
+        lambda: largest_match,
+        draws=True,
+    ),
+)
+STRATEGIES: Mapping[str, Strategy] = MappingProxyType({one.name: one for one in _ALL})

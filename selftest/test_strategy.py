@@ -1,0 +1,89 @@
+"""How the strategies choose, requests one at a time."""
+
+from __future__ import annotations
+
+import random
+
+from disagglab.prefixcache import PrefixCache, Request
+from disagglab.strategy import STRATEGIES, Chooser, OwnHistory, smallest
+
+
+def request(conversation: int, *prompt: int) -> Request:
+    return Request(conversation, 0, prompt, (0,))
+
+
+def choices(choose: Chooser, requests: list[Request], workers: int = 2) -> list[int]:
+    """Workers taken, each serving what it is given."""
+    caches, rng, taken = [PrefixCache(100, 2) for _ in range(workers)], random.Random(0), []
+    for index, one in enumerate(requests):
+        taken.append(choose(index, one, caches, rng, {0: 1, 1: 0}))
+        caches[taken[-1]].run(one.chain(2))
+    return taken
+
+
+def test_the_strategies_and_what_the_router_is_told() -> None:
+    """Two of seven are one policy, told apart by the session header; one alone needs KV cache events."""
+    assert list(STRATEGIES) == [
+        *("random", "round_robin", "prefix_hash", "session_hash", "power_of_two", "cache_aware", "kv_aware")
+    ]
+    assert all(one.name == name and one.what for name, one in STRATEGIES.items())
+    assert {name for name, one in STRATEGIES.items() if one.policy != name} == {"prefix_hash", "session_hash"}
+    assert {one.policy for one in STRATEGIES.values() if one.policy != one.name} == {"consistent_hash"}
+    assert [name for name, one in STRATEGIES.items() if one.session_header] == ["session_hash"]
+    assert [name for name, one in STRATEGIES.items() if one.events] == ["kv_aware"]
+
+
+def test_round_robin_takes_turns_and_a_session_stays() -> None:
+    rows = [request(row % 2, row) for row in range(5)]
+    assert choices(STRATEGIES["round_robin"].chooser(), rows) == [0, 1, 0, 1, 0]
+    assert choices(STRATEGIES["session_hash"].chooser(), rows) == [1, 0, 1, 0, 1]
+
+
+def test_random_reaches_every_worker_about_equally() -> None:
+    for name in ("random", "prefix_hash", "power_of_two"):
+        taken = choices(STRATEGIES[name].chooser(), [request(0, 1)] * 300, workers=3)
+        assert all(70 < taken.count(worker) < 130 for worker in range(3))
+
+
+def test_kv_aware_goes_where_most_of_the_prompt_lies_and_draws_among_equals() -> None:
+    """With the prompt's first block on both and the second on one, that one is taken, whichever it is."""
+    choose, rng = STRATEGIES["kv_aware"].chooser(), random.Random(0)
+    wanted = request(0, 1, 1, 2, 2, 3)
+    for better in (0, 1):
+        caches = [PrefixCache(100, 2) for _ in range(2)]
+        caches[better].request([1, 1, 2, 2], [0])
+        caches[1 - better].request([1, 1], [0])
+        assert {choose(0, wanted, caches, rng, {}) for _ in range(20)} == {better}
+    empty = [PrefixCache(100, 2) for _ in range(2)]
+    assert {choose(0, wanted, empty, rng, {}) for _ in range(20)} == {0, 1}
+
+
+def test_cache_aware_sends_all_to_the_first_worker_when_none_has_load() -> None:
+    """What matches nowhere goes to the least loaded, the first of equals, so nothing is elsewhere."""
+    rows = [request(row, *[row] * 10) for row in range(6)]
+    assert choices(STRATEGIES["cache_aware"].chooser(), rows + rows) == [0] * 12
+
+
+def test_history_decides_only_above_the_threshold() -> None:
+    """3 of 10 tokens are not more than 0.3, 4 are; the smallest tree takes the rest."""
+    rows = [
+        request(0, *[1] * 10),
+        request(1, *[1] * 3, *[2] * 7),
+        request(2, *[1] * 4, *[3] * 6),
+    ]
+    assert choices(OwnHistory(smallest), rows) == [0, 1, 0]
+
+
+def test_the_smallest_tree_counts_a_shared_prefix_once() -> None:
+    tree = [[1, 1, 1, 1], [1, 1, 1, 2], [1, 1, 1, 3]]
+    assert smallest([tree, [[5] * 7]]) == 0
+    assert smallest([tree, [[5] * 5]]) == 1
+    assert smallest([tree, [[5] * 6]]) == 0
+
+
+def test_each_replay_begins_without_history() -> None:
+    one, other = (STRATEGIES["cache_aware"].chooser() for _ in range(2))
+    choices(one, [request(0, 1, 2)])
+    assert isinstance(one, OwnHistory)
+    assert isinstance(other, OwnHistory)
+    assert (len(one.histories), other.histories) == (2, [])
