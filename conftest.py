@@ -1,3 +1,9 @@
 """Loads the suite's plugin; all else lives in disagglab/."""
 
-pytest_plugins = ["disagglab.plugin", "disagglab.fixtures"]
+pytest_plugins = [
+    "disagglab.plugin",
+    "disagglab.fixtures",
+    "disagglab.storefixtures",
+    "disagglab.routingfixtures",
+    "disagglab.dynamofixtures",
+]
