@@ -1,7 +1,7 @@
 # Each target that needs packages makes .venv first; when nothing has changed that takes a fraction of a second.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lab versions test selftest lint lock offline-pack clean
+.PHONY: help setup lab lab-dynamo versions test test-dynamo selftest lint lock offline-pack clean
 
 # The Python that .venv was made with, or else the first that runs and is 3.11 to 3.13. A command that exists need not
 # run (pyenv has one for every version, active or not). Should none fit, python3 is asked, and set-up says what is wrong.
@@ -10,33 +10,44 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(or $(shell for python in $(CANDIDATES); do \
 	"$$python" -c '$(IN_RANGE)' >/dev/null 2>&1 && echo "$$python" && break; done),python3)
 PYTEST = .venv/bin/python -m pytest
-OVER_SSH = tests/environment tests/kvcache/test_wire.py tests/kvcache/test_transfer.py tests/disagg
+OVER_SSH = tests/environment tests/kvcache/test_wire.py tests/disagg
+# Five minutes of `make test`, so they are asked for: make test LONG=1
+LONGEST = tests/disagg/test_break_even.py tests/disagg/test_goodput.py tests/disagg/test_rate_sweep.py
+LEFT_OUT = $(if $(LONG),,$(LONGEST:%=--ignore %))
 UV ?= uv
 
 help:  ## this list
-	@echo "make TARGET [PYTHON=python3.12] [VLLM=0.30.0] [ARGS='options for pytest, or for uv in make lock']"
+	@echo "make TARGET [PYTHON=python3.12] [VLLM=0.30.0] [DYNAMO=1] [ARGS='options for pytest, or for uv in make lock']"
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
 lab: setup  ## the main job: two real vLLM servers, a router, KV transfer; a report and a table of verdicts
 	$(PYTEST) -m disagg --deselect tests/disagg/test_break_even.py \
 		--deselect tests/disagg/test_goodput.py $(ARGS)
 
+lab-dynamo: DYNAMO = 1
+lab-dynamo: setup  ## NVIDIA Dynamo on the lab's nodes: etcd, NATS, frontend and workers alone, together, compared
+	$(PYTEST) -m dynamo $(ARGS)
+
 versions: VLLM = $(or $(OLD),$(error which versions? as in: make versions OLD=0.30.0 [NEW=0.31.0]))
 versions: setup  ## two vLLM versions in turns, OLD=0.30.0 [NEW=0.31.0]: verdicts, and what differs
 	$(if $(NEW),@$(MAKE) --no-print-directory setup VLLM=$(NEW))
 	$(PYTEST) tests/disagg/test_versions.py --against $(OLD) $(if $(NEW),--vllm $(NEW)) $(ARGS)
 
-test: setup  ## the selftests, every live module in short form (as root disagg over SSH on made hosts), then other models
+test: setup  ## the selftests, every live module but dynamo in short form, other models; LONG=1: the longest files too
 	$(PYTEST) selftest $(ARGS)
 	@if unshare --net --mount true 2>/dev/null && [ -x /usr/sbin/sshd ]; then \
-		set -ex; $(PYTEST) tests --short -m "not disagg" $(ARGS); \
-		$(PYTEST) $(OVER_SSH) --lab two-hosts --short --endings 1 $(ARGS); \
+		set -ex; $(PYTEST) tests --short -m "not disagg and not dynamo" $(ARGS); \
+		$(PYTEST) $(OVER_SSH) $(LEFT_OUT) --lab two-hosts --short --endings 1 $(ARGS); \
 	else \
-		set -ex; $(PYTEST) tests --short $(ARGS); \
+		set -ex; $(PYTEST) tests $(LEFT_OUT) --short -m "not dynamo" $(ARGS); \
 		echo "test: lab two-hosts left out: it needs root, network namespaces and /usr/sbin/sshd (openssh-server)"; \
 	fi
 	$(PYTEST) tests/disagg/test_path.py --lab hybrid --short $(ARGS)
 	$(PYTEST) tests/disagg/test_path.py --lab latent --short $(ARGS)
+
+test-dynamo: DYNAMO = 1
+test-dynamo: setup  ## module dynamo in short form; a test skipped because etcd or NATS is missing fails
+	$(PYTEST) tests/dynamo --short --no-skips $(ARGS)
 
 selftest: setup  ## the tests that need no server
 	$(PYTEST) selftest $(ARGS)
@@ -46,8 +57,8 @@ lint: setup  ## ruff and mypy
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also an environment for servers of that version
-	@python="$(PYTHON)"; "$$python" -m disagglab.setup $(if $(VLLM),--vllm "$(VLLM)") || { \
+setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also one for servers of that version; DYNAMO=1: for Dynamo
+	@python="$(PYTHON)"; "$$python" -m disagglab.setup $(if $(VLLM),--vllm "$(VLLM)")$(if $(DYNAMO), --dynamo) || { \
 		status=$$?; [ $$status -lt 126 ] || { \
 		echo "set-up: $$python does not run" >&2; \
 		echo "    mend: apt-get install python3 python3-venv, or name one: make $(MAKECMDGOALS) PYTHON=PATH" >&2; }; \

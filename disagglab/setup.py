@@ -1,9 +1,10 @@
 """Makes ``.venv``: chooses the platform, installs the pinned packages, proves that they import.
 
-    python3 -m disagglab.setup [--vllm X.Y.Z]
+    python3 -m disagglab.setup [--vllm X.Y.Z] [--dynamo]
 
 With ``--vllm`` also ``.venvs/vllm-X.Y.Z``, which holds what servers of another vLLM version need, and of the
-suite only ``disagglab`` itself. What an environment should be is in disagglab/environment.py.
+suite only ``disagglab`` itself. With ``--dynamo`` also an environment for Dynamo on top of ``.venv``. What an
+environment should be is in disagglab/environment.py.
 
 Standard library alone, also in what it imports, because it runs before anything is installed, possibly on a
 Python that is too old for the rest. The Makefile calls it before every target; when nothing has changed it
@@ -27,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence  # noqa: UP035
 
-from disagglab.environment import Plan, Stamp, Step, plans
+from disagglab.environment import DYNAMO, Overlay, Plan, Stamp, Step, plans
 from disagglab.environment import environment_python as environment_python
 from disagglab.machine import (
     GB,
@@ -46,6 +47,7 @@ from disagglab.machine import (
 
 ROOT = Path(__file__).resolve().parent.parent
 DISK_BYTES = {"cpu": 6 * GB, "cuda": 20 * GB}  # what is installed, and its wheels meanwhile
+OVERLAY_BYTES = 1 * GB  # the same of Dynamo on top of .venv
 NOT_FOUND = "No matching distribution found"
 UNREACHABLE = ("Retrying (Retry(", "Max retries exceeded", "Could not fetch URL", "timed out")
 NO_SPACE = "No space left on device"
@@ -123,10 +125,12 @@ def build(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str]
         elif entry != stamp.file:
             entry.unlink()
     tell(f"making {plan.name} for {plan.platform} with Python {plan.python} ({base_python()})")
-    prompt = plan.venv.name if plan.vllm else "disagglab"
-    result = run([base_python(), "-m", "venv", "--prompt", prompt, str(plan.venv)])
+    bare = ["--without-pip"] if isinstance(plan, Overlay) else []  # pip is seen in .venv
+    result = run([base_python(), "-m", "venv", *bare, "--prompt", plan.prompt, str(plan.venv)])
     if result.status != 0:
         raise failure(plan, f"making {plan.name} failed", result)
+    if isinstance(plan, Overlay):
+        plan.link.write_text(f"import site; site.addsitedir({str(plan.base)!r})\n")
     for step in plan.pinned():
         install(step, plan, run, tell)
     # On all cores; pip would use one. Left undone, every server start would compile what it imports, in vain
@@ -148,8 +152,10 @@ def finish(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str
     """Install our own packages, prove that the whole imports, stamp it."""
     if plan.vllm and plan.platform == "cpu":
         write_alias(plan)
-    install(plan.own(), plan, run, tell)
-    tell("proving that torch, vLLM and NIXL import")
+    own = plan.own()
+    if own is not None:
+        install(own, plan, run, tell)
+    tell(f"proving that {plan.claim}")
     result = run([str(plan.venv / "bin" / "python"), "-c", *plan.proof])
     if result.status != 0:
         raise failure(plan, "the packages are installed but do not import, or do not fit", result)
@@ -177,7 +183,8 @@ def set_up(plan: Plan, run: Runner, tell: Callable[[str], None]) -> None:
             raise SetupError(
                 f"{plan.venv} was not made by this set-up", f"move it away, or delete it: {plan.clean}"
             )
-        check_disk(shutil.disk_usage(plan.root).free, DISK_BYTES[plan.platform], plan.root)
+        needed = OVERLAY_BYTES if isinstance(plan, Overlay) else DISK_BYTES[plan.platform]
+        check_disk(shutil.disk_usage(plan.root).free, needed, plan.root)
         if recorded:
             tell(f"the present {plan.name} is unfinished, or made for other pins; starting over")
         build(plan, keys, run, tell)
@@ -276,7 +283,7 @@ def bring_up(plan: Plan, tell: Callable[[str], None]) -> None:
         # one lock for all environments: each installs this package from the same folder
         with only_one(plan.root / ".venv.lock", tell) as lock:
             set_up(plan, runner(plan.venv, lock, tell), tell)
-    effect = "deletes it" if plan.vllm else "chooses anew"
+    effect = "chooses anew" if plan.clean == "make clean" else "deletes it"
     tell(f"{plan.name} is complete ({plan.platform}, Python {plan.python}); {plan.clean} {effect}")
 
 
@@ -285,6 +292,9 @@ def main(argv: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m disagglab.setup", description="Makes .venv.")
     parser.add_argument(
         "--vllm", default="", metavar="X.Y.Z", help="also .venvs/vllm-X.Y.Z, for servers of that version"
+    )
+    parser.add_argument(
+        "--dynamo", action="store_true", help=f"also .venvs/dynamo-{DYNAMO}: Dynamo on top of .venv"
     )
     asked = parser.parse_args(argv)
     tell = Teller()
@@ -296,7 +306,8 @@ def main(argv: Sequence[str] = ()) -> int:
         platform = choose_platform(
             os.environ.get(PLATFORM_VARIABLE, ""), recorded.get("platform", ""), gpu_answers
         )
-        for plan in plans(Plan(ROOT, platform, f"{version[0]}.{version[1]}"), asked.vllm, tell):
+        suite = Plan(ROOT, platform, f"{version[0]}.{version[1]}")
+        for plan in plans(suite, asked.vllm, tell, asked.dynamo):
             bring_up(plan, tell)
     except SetupError as error:
         print(f"set-up: {error}", file=sys.stderr, flush=True)

@@ -29,3 +29,17 @@ def test_a_session_that_skipped_everything_has_failed(state: Path, tmp_path: Pat
     assert answer.returncode == 1, answer.stdout
     assert "every test was skipped; this session proved nothing" in answer.stdout
     assert "DEDICATED: asked for with --dedicated" in answer.stdout
+
+
+def test_a_session_that_may_not_skip_names_what_was_missing(state: Path, tmp_path: Path) -> None:
+    """With --no-skips a skip is a failure of its test, with the same reason."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "dedicated", "--no-skips"],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        cwd=ROOT,
+    )
+    assert answer.returncode == 1, answer.stdout
+    assert "--no-skips, yet Skipped: DEDICATED: asked for with --dedicated" in answer.stdout
+    assert "1 skipped" not in answer.stdout
