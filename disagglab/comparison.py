@@ -228,26 +228,33 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
 
 
 def variant_rows(comparison: Comparison, lab: Lab, variants: Sequence[str]) -> list[VerdictRow]:
-    """One row a gated figure and variant (``disaggregated@tcp``), against the lab's own settings.
+    """One row a gated figure and variant (``disaggregated@tcp``), against the lab's own settings."""
+    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], "variant")
 
-    No gate hangs on them. The p values are corrected by Holm as one family.
+
+def pair_rows(
+    comparison: Comparison, lab: Lab, arms: Sequence[tuple[str, str]], state: str
+) -> list[VerdictRow]:
+    """One row a gated figure and pair of arms (baseline, candidate) that both have it.
+
+    No gate hangs on them; ``state`` stands in its place. The p values are corrected by Holm as one family.
     """
     asked = [
-        (gate, arm)
-        for arm in variants
+        (gate, baseline, arm)
+        for baseline, arm in arms
         for gate in {(gate.workload, gate.figure): gate for gate in lab.gates}.values()
-        if comparison.pairs(gate.workload, DISAGGREGATED, arm, gate.metric, gate.stream)
+        if comparison.pairs(gate.workload, baseline, arm, gate.metric, gate.stream)
     ]
-    pairs = [comparison.pairs(g.workload, DISAGGREGATED, arm, g.metric, g.stream) for g, arm in asked]
-    own = [gate.model_copy(update={"baseline": None, "limit": None}) for gate, _ in asked]
+    pairs = [comparison.pairs(g.workload, left, right, g.metric, g.stream) for g, left, right in asked]
+    own = [gate.model_copy(update={"baseline": None, "limit": None}) for gate, _, _ in asked]
     verdicts = [
-        judge(each, METRICS[g.metric][1], g.margin) for (g, _), each in zip(asked, pairs, strict=True)
+        judge(each, METRICS[g.metric][1], g.margin) for (g, _, _), each in zip(asked, pairs, strict=True)
     ]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
-    for (_, arm), gate, each, p in zip(asked, own, pairs, adjusted, strict=True):
-        row = _row(comparison, gate, each, p, DISAGGREGATED, arm)
-        rows.append(dataclasses.replace(row, gate="variant"))
+    for (_, baseline, arm), gate, each, p in zip(asked, own, pairs, adjusted, strict=True):
+        row = _row(comparison, gate, each, p, baseline, arm)
+        rows.append(dataclasses.replace(row, gate=state))
     return rows
 
 

@@ -28,8 +28,10 @@ from disagglab.section import (
 )
 from disagglab.workload import WORKLOADS_FOLDER, load_workload
 
+WORKERS = 2  # servers that a routing strategy chooses between, on the lab's first nodes
 PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
 ROUTER_PORTS = 10  # three topologies and two dedicated ones, each with an HTTP and a metrics port
+ROUTING_PORTS = 2 * WORKERS + 2  # HTTP and KV events of each worker; one router at a time
 RESERVED_ARGS = {
     "host": "the node's address",
     "port": "[ports]",
@@ -40,6 +42,7 @@ RESERVED_ARGS = {
     "load-format": "[model] load_format",
     "tokenizer": "[model] tokenizer",
     "kv-transfer-config": "[transport]",
+    "kv-events-config": "the suite, for servers whose router chooses by KV events",
 }
 LEASE_KEY = "kv_lease_duration"
 SHARED_ARGS = {
@@ -50,7 +53,7 @@ SHARED_ARGS = {
 
 def ports_needed(nodes: int, releases: int = 1) -> int:
     """TCP ports that a run takes at most; a second release has no twins and fewer routers."""
-    return PORTS_PER_SERVER * nodes + ROUTER_PORTS + (releases - 1) * (2 * nodes + 4)
+    return PORTS_PER_SERVER * nodes + ROUTER_PORTS + ROUTING_PORTS + (releases - 1) * (2 * nodes + 4)
 
 
 def explain(section: type[Section], detail: Any) -> tuple[str, str]:

@@ -34,6 +34,8 @@ BY_SOURCE = "vllm:prompt_tokens_by_source_total"
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 CACHE_CONFIG = "vllm:cache_config_info"
+QUERIED = "vllm:prefix_cache_queries_total"
+FOUND = "vllm:prefix_cache_hits_total"
 METRICS = (
     BYTES,
     TRANSFERS,
@@ -48,6 +50,8 @@ METRICS = (
     RUNNING,
     WAITING,
     CACHE_CONFIG,
+    QUERIED,
+    FOUND,
 )  # all that a ledger needs of a server
 
 

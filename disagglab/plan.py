@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from disagglab import facts, madehost, release, remote, shaping, variant
+from disagglab import facts, madehost, release, remote, routing, shaping, variant
 from disagglab.host import HostProcess
 from disagglab.load import HASH_SEED, bench_options
 from disagglab.model import PACKAGE_PREFIX, Model
-from disagglab.router import Router, router_argv
+from disagglab.router import Hearing, Router, router_argv
 from disagglab.section import HostSection, Lab, NodeSection, VariantSection
 from disagglab.server import ServerPlan, VllmServer, plan_server
 from disagglab.ssh import Target, target
-from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Topology
+from disagglab.strategy import STRATEGIES
+from disagglab.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, TOPOLOGIES, Topology
 
 LOCAL = "local"
 WORDS = {
@@ -40,13 +41,17 @@ SHAPED_BIT_S = 1e9
 
 @dataclass(frozen=True)
 class Deployed:
-    """Servers and routers of one vLLM version, none of them running. ``tag``: see topology.Deployment."""
+    """Servers and routers of one vLLM version, none of them running. ``tag``: see topology.Deployment.
+
+    ``what``: what sets them apart, for a comment.
+    """
 
     lab: Lab
     tag: str
     connector: bool
     servers: tuple[VllmServer, ...]
     topologies: tuple[Topology, ...]
+    what: str = ""
 
 
 class Ports:
@@ -97,7 +102,7 @@ def deploy(
     if against:
         other = release.with_release(lab, against)
         found.append(_deployed(other, ports, f"@{against}", True, (SINGLE, DISAGGREGATED)))
-    return tuple(found)
+    return (*found, _workers(lab, ports))
 
 
 def _deployed(lab: Lab, ports: Ports, tag: str, connector: bool, kinds: Sequence[str]) -> Deployed:
@@ -112,7 +117,43 @@ def _deployed(lab: Lab, ports: Ports, tag: str, connector: bool, kinds: Sequence
             VllmServer(plan_server(lab, node, model, name, port, side_channel, python, tag), NOBODY)
         )
     topologies = tuple(_topology(lab, ports, kind, tag, tuple(servers)) for kind in kinds)
-    return Deployed(lab, tag, connector, tuple(servers), topologies)
+    what = "" if connector else ", without connector (--dedicated)"
+    return Deployed(lab, tag, connector, tuple(servers), topologies, what)
+
+
+def _workers(own: Lab, ports: Ports) -> Deployed:
+    """As the fixture ``workers`` has them: two plain servers, and a router of each strategy in turn."""
+    lab = routing.workers_lab(own, routing.FULL)
+    model = _model(lab)
+    name = f"{model.name}-RUN"
+    plans = []
+    for node in routing.workers_nodes(lab):
+        port, events = (ports.reserve(node.host, node.address) for _ in range(2))
+        python = server_python(lab, node)
+        plans.append(plan_server(lab, node, model, name, port, None, python, routing.TAG, events))
+    servers = tuple(VllmServer(plan, NOBODY) for plan in plans)
+    sources = tuple(plan.event_source for plan in plans if plan.event_source)
+    hearing = Hearing(sources, lab.block_size, name)
+    controller = lab.controller
+    port, metrics = (ports.reserve(controller.host, controller.address) for _ in range(2))
+    url = f"http://{controller.address}:{port}"
+    topologies = []
+    for number, strategy in enumerate(STRATEGIES.values(), start=1):
+        argv = router_argv(
+            lab,
+            suite_python(lab, controller.host),
+            port,
+            metrics,
+            [server.url for server in servers],
+            [],
+            [],
+            strategy,
+            hearing if strategy.events else None,
+        )
+        router = Router(f"{strategy.name}{routing.TAG}-{number}", url, tuple(argv), NOBODY)
+        topologies.append(Topology(strategy.name, ROUTED, lab.vllm.version, router, servers))
+    what = f", for tests/routing (with --short {routing.SHORT.blocks} blocks)"
+    return Deployed(lab, routing.TAG, False, servers, tuple(topologies), what)
 
 
 def _topology(lab: Lab, ports: Ports, kind: str, tag: str, servers: tuple[VllmServer, ...]) -> Topology:
@@ -341,15 +382,14 @@ def _servers(deployed: Deployed, host: str) -> Iterator[str]:
     for server in deployed.servers:
         plan: ServerPlan = server.plan
         if plan.node.host == host:
-            kind = "" if deployed.connector else ", without connector (--dedicated)"
             version = deployed.lab.vllm.version
-            yield f"# server {plan.process_name}: vLLM {version}{kind}{_bound(plan.node.cpus)}"
+            yield f"# server {plan.process_name}: vLLM {version}{deployed.what}{_bound(plan.node.cpus)}"
             yield plan.command
 
 
 def _routers(deployed: Deployed) -> Iterator[str]:
     for topology in deployed.topologies:
-        kind = "" if deployed.connector else ", dedicated"
+        kind = ", one at a time" if topology.kind == ROUTED else "" if deployed.connector else ", dedicated"
         yield f"# router: {topology.name}{kind}{_bound(deployed.lab.controller.cpus)}"
         yield f"NO_COLOR=1 {topology.router.command}"
 

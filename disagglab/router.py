@@ -5,15 +5,17 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 from disagglab.errors import StartError
 from disagglab.host import Host, HostProcess
+from disagglab.metrics import Snapshot, scrape
 from disagglab.section import Lab
-from disagglab.server import HTTP_TIMEOUT_S, POLL_S, VllmServer, read_tail
+from disagglab.server import HTTP_TIMEOUT_S, POLL_S, EventSource, VllmServer, read_tail
+from disagglab.strategy import Strategy
 
 READY_DEADLINE_S = 90.0  # ready after 1 to 2 s where nothing else runs
 LOG_TAIL_LINES = 20
@@ -21,17 +23,41 @@ LOG_TAIL_LINES = 20
 
 @dataclass(frozen=True)
 class Router:
-    """A running router. ``url`` is what clients talk to."""
+    """A running router. ``url`` is what clients talk to.
+
+    ``metrics_url``: base URL of its own metrics, which prove nothing about servers; empty: it has none.
+    """
 
     name: str
     url: str
     argv: tuple[str, ...]
     process: HostProcess
+    metrics_url: str = field(default="", kw_only=True)
 
     @property
     def command(self) -> str:
         """The command as one would type it."""
         return shlex.join(self.argv)
+
+    def metrics(self) -> Snapshot:
+        """Scrape its metrics now. vllm-router exposes a counter only when it has counted something.
+
+        Raises:
+            InvalidRun: if it does not answer.
+        """
+        return scrape(f"router {self.name}", self.metrics_url)
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What a router that chooses by KV events has to be told of them.
+
+    ``block_size``: tokens, equal on all servers; ``model``: the name that requests carry.
+    """
+
+    sources: tuple[EventSource, ...]
+    block_size: int
+    model: str
 
 
 def router_argv(
@@ -42,11 +68,17 @@ def router_argv(
     workers: Sequence[str],
     prefill: Sequence[str],
     decode: Sequence[str],
+    strategy: Strategy | None = None,
+    hearing: Hearing | None = None,
 ) -> list[str]:
     """The command of the router beside ``suite_python``: ``workers`` for equal servers, or ``prefill`` and
     ``decode`` URLs.
 
     Retries are off, because a retried request would hide a failure from the measurement.
+
+    Args:
+        strategy: how it chooses a server; by the lab's [router] policy if it is None.
+        hearing: for a strategy that goes by KV events.
     """
     argv = [
         str(Path(suite_python).with_name("vllm-router")),
@@ -63,9 +95,14 @@ def router_argv(
         "--worker-startup-timeout-secs",
         "60",
         "--policy",
-        lab.router.policy,
+        strategy.policy if strategy else lab.router.policy,
         "--disable-retries",
     ]
+    argv += strategy.options if strategy else ()
+    if hearing is not None:
+        for source in hearing.sources:
+            argv += ["--kv-event-source", f"{source.url}={source.events}"]
+        argv += ["--kv-event-block-size", str(hearing.block_size), "--kv-event-model", hearing.model]
     if workers:
         return [*argv, "--worker-urls", *workers]
     argv += ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
@@ -83,14 +120,21 @@ def start_router(
     workers: Sequence[VllmServer] = (),
     prefill: Sequence[VllmServer] = (),
     decode: Sequence[VllmServer] = (),
+    strategy: Strategy | None = None,
+    hearing: Hearing | None = None,
+    ports: tuple[int, int] | None = None,
 ) -> Router:
     """Start a router on allocated ports and wait until it serves this run's model.
+
+    Args:
+        strategy, hearing: see :func:`router_argv`.
+        ports: of HTTP and metrics, reserved before, whose last user has ended; new ones if it is None.
 
     Raises:
         StartError: if it ends or is not ready in time; the message holds the end of its log.
     """
     address = lab.controller.address
-    port, metrics_port = host.reserve_port(address), host.reserve_port(address)
+    port, metrics_port = ports or (host.reserve_port(address), host.reserve_port(address))
     argv = router_argv(
         lab,
         host.suite_python,
@@ -99,9 +143,12 @@ def start_router(
         [s.url for s in workers],
         [s.url for s in prefill],
         [s.url for s in decode],
+        strategy,
+        hearing,
     )
     process = host.start(f"router-{name}", argv, {"NO_COLOR": "1"}, lab.controller.cpus, [port, metrics_port])
-    router = Router(name, f"http://{address}:{port}", tuple(argv), process)
+    base, metrics_url = (f"http://{address}:{number}" for number in (port, metrics_port))
+    router = Router(name, base, tuple(argv), process, metrics_url=metrics_url)
     deadline = time.monotonic() + READY_DEADLINE_S
     while not _serves(router, (*workers, *prefill, *decode)[0].plan.served_name):
         if not process.alive or time.monotonic() > deadline:

@@ -84,8 +84,22 @@ CAUSES = (
 
 
 @dataclass(frozen=True)
+class EventSource:
+    """Where one may hear which KV blocks a server stores and drops.
+
+    ``url``: the server's; ``events``: the ZeroMQ endpoint on which it publishes.
+    """
+
+    url: str
+    events: str
+
+
+@dataclass(frozen=True)
 class ServerPlan:
-    """The exact command and environment of one server, known before it starts."""
+    """The exact command and environment of one server, known before it starts.
+
+    ``events_port``: of its KV events; None where it publishes none.
+    """
 
     node: NodeSection
     served_name: str
@@ -94,6 +108,7 @@ class ServerPlan:
     port: int
     connector: bool
     tag: str = ""
+    events_port: int | None = field(default=None, kw_only=True)
 
     @property
     def url(self) -> str:
@@ -103,7 +118,14 @@ class ServerPlan:
     @property
     def process_name(self) -> str:
         """Name of its process, lease and log."""
-        return f"vllm-{self.node.name}" + ("" if self.connector else "-dedicated") + self.tag
+        return f"vllm-{self.node.name}" + ("" if self.connector or self.tag else "-dedicated") + self.tag
+
+    @property
+    def event_source(self) -> EventSource | None:
+        """Where a router hears of its KV blocks; None where it publishes no events."""
+        if self.events_port is None:
+            return None
+        return EventSource(self.url, f"tcp://{self.node.address}:{self.events_port}")
 
     @property
     def command(self) -> str:
@@ -121,6 +143,7 @@ def plan_server(
     side_channel_port: int | None,
     python: str,
     tag: str = "",
+    events_port: int | None = None,
 ) -> ServerPlan:
     """Work out one server's command.
 
@@ -129,6 +152,7 @@ def plan_server(
         side_channel_port: None for a server without any connector.
         python: Python on the node's host that holds the lab's vLLM version.
         tag: tells its process from another deployment's.
+        events_port: for its KV events; None for a server that publishes none.
     """
     argv = [
         python,
@@ -142,11 +166,36 @@ def plan_server(
         node.address,
         "--port",
         str(port),
-        "--dtype",
-        lab.model.dtype,
-        "--max-model-len",
-        str(lab.model.max_model_len),
     ]
+    options, env = plan_engine(lab, node, model, side_channel_port)
+    if events_port is not None:
+        options += ["--kv-events-config", json.dumps(events_config(events_port, topic=""))]
+    connector = side_channel_port is not None
+    return ServerPlan(
+        node, served_name, (*argv, *options), env, port, connector, tag, events_port=events_port
+    )
+
+
+def events_config(port: int, host: str = "*", topic: str = "kv-events") -> dict[str, object]:
+    """The ``--kv-events-config`` of a server that publishes on a port.
+
+    Two settings fail without a word. The endpoint has to be ``tcp://*:PORT``: vLLM binds one with an asterisk
+    and connects to any other, so that nobody hears anything. And for vllm-router 0.1.17 the topic has to be
+    empty: it subscribes to all topics, and leaves events of a named one out of its index.
+    """
+    return {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "topic": topic,
+        "endpoint": f"tcp://{host}:{port}",
+    }
+
+
+def plan_engine(
+    lab: Lab, node: NodeSection, model: Model, side_channel_port: int | None
+) -> tuple[list[str], dict[str, str]]:
+    """Options and environment of a node's vLLM engine, whichever program runs it; see :func:`plan_server`."""
+    argv = ["--dtype", lab.model.dtype, "--max-model-len", str(lab.model.max_model_len)]
     if model.other_tokenizer is not None:
         argv += ["--tokenizer", str(model.other_tokenizer)]
     if lab.model.load_format != "auto":
@@ -179,7 +228,7 @@ def plan_server(
         env.update(lab.transfer_variables(node))
     env.update(lab.vllm.env)
     env.update(node.env)
-    return ServerPlan(node, served_name, tuple(argv), env, port, side_channel_port is not None, tag)
+    return argv, env
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from disagglab.prefixcache import PrefixCache, Request
@@ -42,6 +42,17 @@ def in_turn(
     return index % len(caches)
 
 
+def always_one(
+    _index: int,
+    _request: Request,
+    _caches: Sequence[PrefixCache],
+    _rng: random.Random,
+    _homes: Mapping[int, int],
+) -> int:
+    """The same worker whatever is asked, as where the key of a hash is always the same."""
+    return 0
+
+
 def at_home(
     _index: int,
     request: Request,
@@ -65,6 +76,22 @@ def largest_match(
     best = max(matches)
     ties = [worker for worker, match in enumerate(matches) if match == best]
     return ties[int(rng.random() * len(ties))] if len(ties) > 1 else ties[0]
+
+
+def first_largest_match(
+    _index: int,
+    request: Request,
+    caches: Sequence[PrefixCache],
+    _rng: random.Random,
+    _homes: Mapping[int, int],
+) -> int:
+    """The worker whose cache holds most of the prompt; of equals always the same one, even at nothing.
+
+    vllm-router 0.1.17 takes the least loaded of equals and, where none has any load, the first of its list,
+    whose order differs from start to start. So requests one at a time all begin on one worker, and stay.
+    """
+    matches = [cache.find(request.chain(cache.block_size)) for cache in caches]
+    return matches.index(max(matches))
 
 
 def first(histories: Sequence[Sequence[Sequence[int]]]) -> int:
@@ -177,9 +204,9 @@ _ALL = (
         (),
         False,
         False,
-        "by a hash of the request's text, which is another one in each turn",
-        lambda: at_random,
-        draws=True,
+        "by a hash of the request's text, which vllm-router 0.1.17 finds empty in a chat: all to one worker",
+        lambda: always_one,
+        draws=False,
     ),
     Strategy(
         "session_hash",
@@ -223,3 +250,10 @@ _ALL = (
     ),
 )
 STRATEGIES: Mapping[str, Strategy] = MappingProxyType({one.name: one for one in _ALL})
+# Requests one at a time meet no load that could tell equals apart; STRATEGIES draws where there is some.
+ONE_AT_A_TIME: Mapping[str, Strategy] = MappingProxyType(
+    {
+        **STRATEGIES,
+        "kv_aware": replace(STRATEGIES["kv_aware"], chooser=lambda: first_largest_match, draws=False),
+    }
+)

@@ -6,21 +6,24 @@ parts: equal memory, equal code, and measurable in turns within one minute.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from disagglab import boot, release
 from disagglab.hosts import Hosts
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
-from disagglab.router import Router, start_router
+from disagglab.router import Hearing, Router, start_router
 from disagglab.section import Lab, NodeSection
-from disagglab.server import VllmServer, plan_server, require_memory
+from disagglab.server import EventSource, VllmServer, plan_server, require_memory
+from disagglab.strategy import Strategy
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
+ROUTED = "routed"  # equal servers, between which a router chooses in its own way
 SINGLE_AGAIN = "single-again"  # the same servers and router as SINGLE: what differs between the two is noise
 
 
@@ -28,7 +31,8 @@ SINGLE_AGAIN = "single-again"  # the same servers and router as SINGLE: what dif
 class Topology:
     """One way of serving. Requests go to ``router.url``; ``servers`` are those that take part.
 
-    ``kind``: one of TOPOLOGIES; ``name``: how this one is told from others of its kind. ``version``: of vLLM.
+    ``kind``: one of TOPOLOGIES, or ROUTED; ``name``: how this one is told from others of its kind.
+    ``version``: of vLLM.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Deployment:
         connector: False starts plain servers without any KV connector (``--dedicated``).
         nodes: the nodes to start; all of the lab's by default.
         tag: tells its topologies, processes and logs from those of another deployment, as in ``@0.30.0``.
+        events: whether its servers publish which KV blocks they store and drop.
     """
 
     def __init__(
@@ -77,17 +82,21 @@ class Deployment:
         connector: bool = True,
         nodes: Sequence[NodeSection] | None = None,
         tag: str = "",
+        events: bool = False,
     ) -> None:
         self.hosts = hosts
         self.lab = lab
         self.model = model
         self.connector = connector
         self.tag = tag
+        self.events = events
         self.nodes = tuple(nodes or lab.nodes)
         self.served_name = f"{model.name}-{secrets.token_hex(4)}"
         self.servers: tuple[VllmServer, ...] = ()
         self.beside: dict[str, Deployment] = {}  # of variants, by name
         self._topologies: dict[str, Topology] = {}
+        self._routed = 0  # routers that routed() has started
+        self._free_router_ports: list[tuple[int, int]] = []
 
     def start(self, line: ProgressLine) -> Deployment:
         """Start all servers at once; return when every one is ready and proved to be ours.
@@ -110,10 +119,13 @@ class Deployment:
             host = self.hosts.of(node)
             port = host.reserve_port(node.address)
             side_channel = host.reserve_port(node.kv_address) if self.connector else None
+            events = host.reserve_port(node.address) if self.events else None
             python = self.hosts.python_of(node, self.lab.vllm.version)
             found = self.hosts.model_on(node, self.model, python)
-            plan = plan_server(self.lab, node, found, self.served_name, port, side_channel, python, self.tag)
-            ports = [port] if side_channel is None else [port, side_channel]
+            plan = plan_server(
+                self.lab, node, found, self.served_name, port, side_channel, python, self.tag, events
+            )
+            ports = [number for number in (port, side_channel, events) if number is not None]
             started.append(VllmServer.start(host, self.lab, plan, ports))
         self.servers = tuple(started)
 
@@ -149,6 +161,55 @@ class Deployment:
         servers = prefill[:1] if name == SINGLE else self.servers
         router = start_router(self.hosts.controller, self.lab, label, workers=servers)
         return Topology(name + self.tag, name, version, router, servers)
+
+    @contextlib.contextmanager
+    def routed(
+        self,
+        strategy: Strategy,
+        sources: Sequence[EventSource] | None = None,
+        prefill: Sequence[VllmServer] = (),
+        decode: Sequence[VllmServer] = (),
+    ) -> Iterator[Topology]:
+        """A topology on these servers whose router chooses by ``strategy``: a new one, ended with the block.
+
+        Args:
+            sources: where it hears of KV blocks, for a strategy that goes by them; by default what the
+                servers publish.
+            prefill, decode: servers to play these roles; where there are none, all servers are equal.
+
+        Raises:
+            StartError: if the router does not come up.
+        """
+        servers = (*prefill, *decode) or self.servers
+        self._routed += 1
+        label = f"{strategy.name}{self.tag}-{self._routed}"
+        ports = self._free_router_ports.pop() if self._free_router_ports else self._router_ports()
+        router = start_router(
+            self.hosts.controller,
+            self.lab,
+            label,
+            () if prefill else servers,
+            prefill,
+            decode,
+            strategy,
+            self._hearing(sources) if strategy.events else None,
+            ports,
+        )
+        kind, version = DISAGGREGATED if prefill else ROUTED, self.lab.vllm.version
+        try:
+            yield Topology(strategy.name, kind, version, router, servers, tuple(prefill), tuple(decode))
+        finally:
+            router.process.stop()
+            self._free_router_ports.append(ports)
+
+    def _hearing(self, sources: Sequence[EventSource] | None) -> Hearing:
+        own = (server.plan.event_source for server in self.servers)
+        heard = [source for source in own if source] if sources is None else sources
+        return Hearing(tuple(heard), self.lab.block_size, self.served_name)
+
+    def _router_ports(self) -> tuple[int, int]:
+        host, address = self.hosts.controller, self.lab.controller.address
+        return host.reserve_port(address), host.reserve_port(address)
 
     def stop(self) -> None:
         """End routers and servers of this deployment."""

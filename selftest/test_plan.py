@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from disagglab import plan, shaping, ssh
+from disagglab import plan, routing, shaping, ssh
 from disagglab.lab import load_lab
+from disagglab.labcheck import ports_needed
 from disagglab.madehost import UNSHARE
 from disagglab.remote import bundle
 from disagglab.section import HostSection, Lab
+from disagglab.strategy import STRATEGIES
 from disagglab.topology import TOPOLOGIES
 
 LABS = sorted(file.stem for file in Path("labs").glob("*.toml"))
@@ -34,11 +38,21 @@ def nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ssh, "USER_CONFIG", str(tmp_path / "config"))
 
 
+def without_workers(lines: Sequence[str]) -> list[str]:
+    """The lines less the servers and routers of tests/routing, which have tests of their own below."""
+    theirs = [
+        number
+        for number, line in enumerate(lines)
+        if line.startswith("#") and (routing.TAG in line or ", one at a time" in line)
+    ]
+    return [line for number, line in enumerate(lines) if number not in theirs and number - 1 not in theirs]
+
+
 def sections(lab: Lab, **options: Any) -> dict[str, list[str]]:
-    """The plan's lines by host."""
+    """The plan's lines by host, without the workers."""
     found: dict[str, list[str]] = {"": []}
     name = ""
-    for line in plan.lines(lab, **options):
+    for line in without_workers(plan.lines(lab, **options)):
         if line.startswith("# ===== "):
             name = line.removeprefix("# ===== ").partition(":")[0]
         found.setdefault(name, []).append(line)
@@ -64,7 +78,7 @@ def option(line: str, name: str) -> str:
 @pytest.mark.parametrize("name", LABS)
 def test_every_lab_has_a_plan_with_all_servers_routers_and_loads(name: str) -> None:
     lab = load_lab(name)
-    lines = [line for line in plan.lines(lab) if not line.startswith("#")]
+    lines = [line for line in without_workers(plan.lines(lab)) if not line.startswith("#")]
     assert sum(" serve " in line and "entrypoints" in line for line in lines) == len(lab.nodes)
     assert sum("/vllm-router " in line for line in lines) == len(TOPOLOGIES)
     workloads = {gate.workload for gate in lab.gates}
@@ -107,14 +121,39 @@ def test_no_port_of_an_address_is_given_twice() -> None:
     deployed = plan.deploy(lab, "0.30.0", dedicated=True)
     ports = [server.plan.port for one in deployed for server in one.servers]
     for one_of in deployed:
-        for topology in one_of.topologies:
+        alone = one_of.topologies[:1] if one_of.tag == routing.TAG else one_of.topologies
+        for topology in alone:
             argv = topology.router.argv
             ports += [int(argv[argv.index(name) + 1]) for name in ("--port", "--prometheus-port")]
         for server in one_of.servers:
             channel = server.plan.env.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
             ports += [int(channel)] if channel else []
-    assert len(ports) == len(set(ports))
+            ports += [server.plan.events_port] if server.plan.events_port else []
+    assert len(ports) == len(set(ports)) == ports_needed(2, 2)
     assert min(ports) == lab.ports.first
+
+
+def test_workers_publish_events_and_each_strategy_has_its_router() -> None:
+    """The routers of the strategies follow one another, so they are shown with the same ports."""
+    workers = plan.deploy(load_lab("embedded"))[-1]
+    assert [server.plan.process_name for server in workers.servers] == ["vllm-a@routing", "vllm-b@routing"]
+    for server in workers.servers:
+        command = server.plan.command
+        assert option(command, "--num-gpu-blocks-override") == str(routing.FULL.blocks)
+        assert "--enable-scale-out" in words(command)
+        assert "--kv-transfer-config" not in words(command)
+        told = json.loads(option(command, "--kv-events-config"))
+        assert told["endpoint"] == f"tcp://*:{server.plan.events_port}"
+    commands = {topology.name: topology.router.command for topology in workers.topologies}
+    assert {name: option(line, "--policy") for name, line in commands.items()} == {
+        name: strategy.policy for name, strategy in STRATEGIES.items()
+    }
+    assert len({option(line, "--port") for line in commands.values()}) == 1
+    sources = [source for server in workers.servers if (source := server.plan.event_source)]
+    told = words(commands["kv_aware"])
+    for source in sources:
+        assert told[told.index(f"{source.url}={source.events}") - 1] == "--kv-event-source"
+    assert not any("--kv-event-source" in line for name, line in commands.items() if name != "kv_aware")
 
 
 def test_made_hosts_come_with_the_commands_that_make_them_and_their_link() -> None:

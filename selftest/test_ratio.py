@@ -48,6 +48,7 @@ def ratio_lab(prefill: int, decode: int, **changes: Any) -> dict[str, Any]:
     ("name", "ratio"),
     [
         ("one-to-two", "1P2D"),
+        ("two-to-one", "2P1D"),
         ("four-h200-1p2d", "1P2D"),
         ("four-h200-2p1d", "2P1D"),
         ("four-h200-2p2d", "2P2D"),
@@ -101,17 +102,17 @@ def test_shared_cores_bear_no_verdict() -> None:
 
 
 def test_ports_grow_with_the_nodes() -> None:
-    """Three for each server, and ten for routers: a range that suffices for 1P1D is refused for 2P2D."""
-    assert [ports_needed(nodes) for nodes in (2, 3, 4)] == [16, 19, 22]
-    with pytest.raises(ConfigError, match="holds 21 ports, this lab needs 22"):
-        parse_lab(ratio_lab(2, 2, ports={"first": 21000, "last": 21020}), "my.toml")
+    """Three a server, ten for routers, six for routing: a range that suffices 1P1D is refused for 2P2D."""
+    assert [ports_needed(nodes) for nodes in (2, 3, 4)] == [22, 25, 28]
+    with pytest.raises(ConfigError, match="holds 27 ports, this lab needs 28"):
+        parse_lab(ratio_lab(2, 2, ports={"first": 21000, "last": 21026}), "my.toml")
 
 
-@pytest.mark.parametrize("name", ["one-to-two", "four-h200-2p1d", "four-h200-2p2d"])
+@pytest.mark.parametrize("name", ["one-to-two", "two-to-one", "four-h200-2p1d", "four-h200-2p2d"])
 def test_the_plan_routes_to_every_node(name: str) -> None:
     """The router gets each prefill and each decode server once; replicated is all nodes, single the first."""
     lab = load_lab(name)
-    (deployed,) = plan.deploy(lab)
+    deployed, _workers = plan.deploy(lab)
     urls = {
         role: [s.url for s in deployed.servers if s.plan.node.role == role] for role in ("prefill", "decode")
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from disagglab.prefixcache import PrefixCache, Request
-from disagglab.strategy import STRATEGIES, Chooser, OwnHistory, smallest
+from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Chooser, OwnHistory, smallest
 
 
 def request(conversation: int, *prompt: int) -> Request:
@@ -40,9 +40,19 @@ def test_round_robin_takes_turns_and_a_session_stays() -> None:
 
 
 def test_random_reaches_every_worker_about_equally() -> None:
-    for name in ("random", "prefix_hash", "power_of_two"):
+    for name in ("random", "power_of_two"):
         taken = choices(STRATEGIES[name].chooser(), [request(0, 1)] * 300, workers=3)
         assert all(70 < taken.count(worker) < 130 for worker in range(3))
+
+
+def test_requests_one_at_a_time_all_begin_on_one_worker() -> None:
+    """Nothing held anywhere, or the same on both: the first is taken each time, and the better one else."""
+    choose, rng = ONE_AT_A_TIME["kv_aware"].chooser(), random.Random(0)
+    caches = [PrefixCache(100, 2) for _ in range(2)]
+    assert {choose(0, request(0, 1, 1, 2), caches, rng, {}) for _ in range(20)} == {0}
+    caches[1].request([1, 1, 2], [0])
+    assert choose(0, request(0, 1, 1, 2), caches, rng, {}) == 1
+    assert choices(STRATEGIES["prefix_hash"].chooser(), [request(0, 1), request(1, 2)]) == [0, 0]
 
 
 def test_kv_aware_goes_where_most_of_the_prompt_lies_and_draws_among_equals() -> None:

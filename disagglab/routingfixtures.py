@@ -1,0 +1,50 @@
+"""The fixture of the routing tests: two equal plain servers, whatever the lab's nodes do otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from disagglab import routing
+from disagglab.hosts import Hosts
+from disagglab.kv import KvShape
+from disagglab.kvlayout import layout
+from disagglab.model import Model
+from disagglab.section import Lab
+from disagglab.session import Session
+from disagglab.topology import Deployment
+
+START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
+
+
+@pytest.fixture(scope="session")
+def routing_size(live: Session) -> routing.Size:
+    """How much the routing tests say, and how small the workers' caches are."""
+    return routing.SHORT if live.short else routing.FULL
+
+
+@pytest.fixture(scope="session")
+def workers(
+    live: Session, lab: Lab, hosts: Hosts, weights: Model, shape: KvShape, routing_size: routing.Size
+) -> Iterator[Deployment]:
+    """Two equal servers on the lab's first nodes, without a KV connector, with small caches and KV events."""
+    if len(layout(shape, routing.BLOCK_SIZE).groups) > 1:
+        pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
+    deployed = Deployment(
+        hosts,
+        routing.workers_lab(lab, routing_size),
+        weights,
+        connector=False,
+        nodes=routing.workers_nodes(lab),
+        tag=routing.TAG,
+        events=True,
+    )
+    with live.uncaptured():
+        deployed.start(live.progress("workers", START_BUDGET_S))
+    for server in deployed.servers:
+        name = f"{server.name}{routing.TAG}"
+        live.store.commands[f"server {name}"] = server.plan.command
+        live.store.write_meta(ready_s={**live.store.meta.get("ready_s", {}), name: server.ready_s})
+    yield deployed
+    deployed.stop()
