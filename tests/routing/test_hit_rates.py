@@ -20,7 +20,7 @@ import pytest
 from disagglab import client, ledger, routing
 from disagglab.errors import InvalidRun
 from disagglab.figures import percentile
-from disagglab.hitforecast import Forecast, forecast
+from disagglab.hitforecast import Forecast, forecast, replay
 from disagglab.recorder import Recorder
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.session import Session
@@ -34,6 +34,7 @@ SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"
 AT_ONCE = 2  # requests under way, where load is to tell equals apart
 RICH = Size(conversations=4, turns=4, output_tokens=16, blocks=0)  # all of it fits one full-size cache
+UNLIMITED = 10_000  # blocks: more than is ever said
 SMALL = Size(conversations=2, turns=2, output_tokens=4, blocks=0)  # for controls
 LEFT_OUT = ("power_of_two",)  # of the short form: without load it is a draw, as random is
 BASELINE, CANDIDATES = "round_robin", ("session_hash", "kv_aware")
@@ -188,7 +189,8 @@ def test_a_session_stays_with_its_server(pressure: Mapping[str, Measured], recor
     """Hashed by its session header, a conversation has all of its turns on one server; in turn, it moves.
 
     A hash keeps a conversation where its KV cache is and asks no server anything. It also sees no load: which
-    conversations share a server is chance.
+    conversations share a server is chance. It finds more than round robin, unless chance put all of them on
+    one server (one start in 32 with six conversations): then half of the cache is idle, and it finds less.
     """
     sessions, turns = pressure["session_hash"].arms[0], pressure[BASELINE].arms[0]
     numbers = sorted({turn.conversation for turn in sessions.talk.turns})
@@ -199,7 +201,7 @@ def test_a_session_stays_with_its_server(pressure: Mapping[str, Measured], recor
     )
     homes = [sum(sessions.servers_of(n)[0] == server for n in numbers) for server in sessions.requests]
     record.numbers("conversations by server", homes, "conversations", arm="session_hash", what="servers")
-    assert sessions.rate > turns.rate, (
+    assert (sessions.rate > turns.rate) == (min(homes) > 0), (
         f"session hash found {sessions.rate:.3f}, round robin {turns.rate:.3f};"
         f" conversations by server: {homes}"
     )
@@ -346,13 +348,21 @@ def row(
     )
 
 
+def share_of_best(arm: Arm, block: int) -> float:
+    """An arm's hit rate over that of one server whose cache never runs full, for the same token ids."""
+    requests = [routing.request_of(turn) for turn in arm.talk.turns]
+    best = replay(requests, [0] * len(requests), UNLIMITED, block)
+    return sum(arm.hits.values()) / sum(best)
+
+
 def test_strategy_matters_less_where_all_fits(
     pressure: Mapping[str, Measured], workers: Deployment, live: Session, record: Recorder
 ) -> None:
-    """Where all that is said fits one cache, round robin loses less to a session hash than under pressure.
+    """Where all that is said fits one cache, round robin comes nearer to the most that can be found.
 
     What a server does not hold, because another has served the last turn, it computes once, and then keeps:
-    nothing pushes it out. Under pressure the same detour costs the next conversation its blocks as well.
+    nothing pushes it out. Under pressure the same detour costs the next conversation its blocks as well. The
+    most that can be found is a replay of the same token ids on one server with room for everything.
     """
     if live.short:
         pytest.skip("SHORT: a cache that holds everything is measured in the full form")
@@ -360,11 +370,10 @@ def test_strategy_matters_less_where_all_fits(
     for name, each in found.items():
         show(record, name, each, "all of it fits")
         require_predicted(name, each)
-    gaps = {
-        label: arms["session_hash"].arms[0].rate - arms[BASELINE].arms[0].rate
-        for label, arms in (("pressure", pressure), ("fits", found))
-    }
+    block = ledger.block_size(workers.servers[0].metrics())
+    small, large = (share_of_best(arms[BASELINE].arms[0], block) for arms in (pressure, found))
     record.numbers(
-        "hit rate, session hash - round robin", list(gaps.values()), "ratio", what="with pressure, without"
-    )
-    assert gaps["fits"] < gaps["pressure"], gaps
+        "hit rate of round robin, of the most that can be found", [small, large], "ratio",
+        arm=BASELINE, what="with pressure, without",
+    )  # fmt: skip
+    assert large > small, f"of the most that can be found: {small:.3f} under pressure, {large:.3f} without"
