@@ -1,0 +1,321 @@
+"""A deployment of NVIDIA Dynamo: workers on the lab's nodes that come and go, frontends in front of them.
+
+Other than :class:`disagglab.topology.Deployment` it may grow and shrink while a frontend serves, because what
+joins its parts is the registry and not a list of addresses in a command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from disagglab import boot, client
+from disagglab.dynamo import (
+    AGGREGATED,
+    BACKEND,
+    BLOCK_SIZE,
+    DRAIN_S,
+    EVENTS_APPLIED,
+    KV,
+    PREFILL,
+    Frontend,
+    Planes,
+    Worker,
+    WorkerPorts,
+    body,
+    frontend_argv,
+    frontend_env,
+    on_worker,
+    plan_worker,
+    settings,
+)
+from disagglab.errors import InvalidRun, StartError
+from disagglab.etcd import EtcdClient, Listing
+from disagglab.host import HostProcess
+from disagglab.hosts import Hosts
+from disagglab.model import Model
+from disagglab.progress import ProgressLine
+from disagglab.section import Lab, NodeSection
+from disagglab.server import HTTP_TIMEOUT_S, POLL_S, read_tail, require_memory
+from disagglab.topology import DISAGGREGATED, ROUTED, Topology
+
+FOUND_DEADLINE_S = 60.0  # for a worker's key, and for a frontend that finds it: 1 s where nothing else runs
+EVENT_WAIT_S = 1.0  # an event takes milliseconds
+EVENT_PROMPTS = 5
+LOG_TAIL_LINES = 20
+ENGINE = "Initializing a V1 LLM engine (v"  # vLLM's core.py, in the log of every worker
+
+
+class DynamoDeployment:
+    """Dynamo's workers, and the frontends that were asked for.
+
+    Each deployment has a namespace of its own in the registry, so that several stand side by side.
+
+    Args:
+        lab: its nodes, model and [vllm.args] are those of the workers.
+        python: Python that has Dynamo, at the same place on every host.
+        mode: AGGREGATED: every worker does all; DISAGGREGATED: each node in its role, KV by [transport].
+        nodes: one worker each; all of the lab's by default.
+        events_host: see :func:`disagglab.dynamo.plan_worker`.
+        drain_s: what a worker that is asked to go leaves its requests.
+        tag: tells its processes and logs from another deployment's.
+    """
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        lab: Lab,
+        model: Model,
+        python: str,
+        planes: Planes,
+        mode: str = AGGREGATED,
+        *,
+        nodes: Sequence[NodeSection] | None = None,
+        events_host: str = "*",
+        drain_s: float = DRAIN_S,
+        tag: str = "",
+    ) -> None:
+        self.hosts = hosts
+        self.lab = lab
+        self.model = model
+        self.python = python
+        self.planes = planes
+        self.mode = mode
+        self.events_host = events_host
+        self.drain_s = drain_s
+        self.tag = tag
+        self.nodes = tuple(nodes or lab.nodes)
+        self.namespace = f"lab-{secrets.token_hex(4)}"
+        self.served_name = f"{model.name}-{secrets.token_hex(4)}"
+        self.workers: tuple[Worker, ...] = ()
+        self._launched: list[Worker] = []
+        self._opened = 0  # frontends so far
+
+    def start(self, line: ProgressLine) -> DynamoDeployment:
+        """Start a worker on every node; return when all are ready and registered.
+
+        Raises:
+            StartError: see :meth:`launch` and :meth:`wait`.
+        """
+        homes = [self.hosts.of(node) for node in self.nodes]
+        for host in {id(home): home for home in homes}.values():
+            require_memory(host, self.lab, sum(home is host for home in homes))
+        for node in self.nodes:
+            self.launch(node)
+        self.wait(line)
+        return self
+
+    def launch(self, node: NodeSection | None = None) -> Worker:
+        """Start one worker more; it is not ready yet.
+
+        Args:
+            node: where; by default the first node. Those beyond one a node get a number to their name.
+
+        Raises:
+            StartError: if the command cannot be executed.
+        """
+        place, number = node or self.nodes[0], len(self._launched) + 1
+        if any(earlier.name == place.name for earlier in self._launched):
+            place = place.model_copy(update={"name": f"{place.name}-{number}"})
+        host = self.hosts.of(place)
+        ports = WorkerPorts(
+            system=host.reserve_port(place.address),
+            requests=host.reserve_port(place.address),
+            events=host.reserve_port(place.address),
+            side_channel=host.reserve_port(place.kv_address) if self.mode == DISAGGREGATED else None,
+        )
+        plan = plan_worker(
+            self.lab,
+            place,
+            self.hosts.model_on(place, self.model, self.python),
+            self.served_name,
+            ports,
+            self.python,
+            settings(self.planes, self.namespace, place.address),
+            mode=self.mode,
+            events_host=self.events_host,
+            drain_s=self.drain_s,
+            tag=self.tag,
+        )
+        worker = Worker.launch(host, self.lab, plan, ports.all)
+        self._launched.append(worker)
+        self.workers = (*self.workers, worker)
+        return worker
+
+    def wait(self, line: ProgressLine) -> None:
+        """Return when every worker is ready, runs the lab's vLLM and has its key in etcd.
+
+        Raises:
+            StartError: see :func:`disagglab.boot.wait_ready`; if another vLLM runs, or a key is missing.
+        """
+        fresh = [worker for worker in self.workers if worker.ready_s is None]
+        boot.wait_ready(fresh, self.lab, line)
+        for worker in fresh:
+            version = f"{ENGINE}{self.lab.vllm.version}"
+            if not any(version in text for text in worker.process.lines_so_far()):
+                raise StartError(
+                    f"{worker.name}: {worker.process.log} does not say {version}); Dynamo runs the vLLM of"
+                    " .venv, whatever --vllm says; set [vllm] version to that"
+                )
+            if self.planes.etcd:
+                self._await_key(worker)
+
+    def add(self, line: ProgressLine, node: NodeSection | None = None) -> Worker:
+        """Start one worker more and wait for it; frontends find it by themselves.
+
+        Raises:
+            StartError: see :meth:`launch` and :meth:`wait`.
+        """
+        worker = self.launch(node)
+        self.wait(line)
+        return worker
+
+    def remove(self, worker: Worker) -> None:
+        """Ask a worker to go (SIGTERM); return when it has gone.
+
+        It gives up its keys at once, and what it still answers after ``drain_s``.
+
+        Raises:
+            StartError: if something of it is still alive after the deadline.
+        """
+        self.workers = tuple(one for one in self.workers if one is not worker)
+        worker.process.stop()
+
+    def kill(self, worker: Worker) -> None:
+        """End a worker as a crash would (SIGKILL), without a goodbye to etcd or to anybody."""
+        self.workers = tuple(one for one in self.workers if one is not worker)
+        host, name = self.hosts.of(worker.plan.node), f"kill-{worker.plan.process_name}"
+        host.run(name, ["kill", "-KILL", str(worker.process.pid)], {}, HTTP_TIMEOUT_S)
+
+    def key(self, worker: Worker) -> str:
+        """Under what a worker's address stands in etcd."""
+        return f"v1/instances/{self.namespace}/{worker.plan.component}/generate/{worker.instance}"
+
+    def keys(self, kind: str = "instances") -> Listing:
+        """What etcd holds of this deployment. ``kind``: instances, mdc (model cards)."""
+        registry = EtcdClient(self.planes.etcd)
+        try:
+            return registry.get_prefix(f"v1/{kind}/{self.namespace}/")
+        finally:
+            registry.close()
+
+    def _await_key(self, worker: Worker) -> None:
+        key = self.key(worker)
+        _await(
+            lambda: key in self.keys().values,
+            lambda: f"{worker.name} is ready, and etcd {self.planes.etcd} has no key {key}",
+            worker.process,
+        )
+
+    @contextlib.contextmanager
+    def routed(self, router_mode: str, migration_limit: int = 0) -> Iterator[Topology]:
+        """The present workers behind a new frontend, which has found all of them; it ends with the block.
+
+        Args:
+            router_mode: KV, ROUND_ROBIN, or another of ``--router-mode``.
+            migration_limit: how often a request may go on on another worker when its own is lost.
+
+        Raises:
+            StartError: if the frontend does not come up, or does not find them.
+        """
+        frontend = self._open(router_mode, migration_limit)
+        name, kind, version = f"dynamo-{router_mode}{self.tag}", ROUTED, self.lab.vllm.version
+        prefill: tuple[Worker, ...] = ()
+        decode: tuple[Worker, ...] = ()
+        if self.mode == DISAGGREGATED:
+            kind = DISAGGREGATED
+            prefill = tuple(worker for worker in self.workers if worker.plan.component == PREFILL)
+            decode = tuple(worker for worker in self.workers if worker.plan.component == BACKEND)
+        try:
+            yield Topology(name, kind, version, frontend, self.workers, prefill, decode)
+        finally:
+            frontend.process.stop()
+
+    def _open(self, router_mode: str, migration_limit: int) -> Frontend:
+        host, address = self.hosts.controller, self.lab.controller.address
+        port, answers = host.reserve_port(address), host.reserve_port(address)
+        self._opened += 1
+        name = f"frontend-{router_mode}-{self._opened}{self.tag}"
+        argv = frontend_argv(self.python, address, port, router_mode, migration_limit)
+        env = frontend_env(settings(self.planes, self.namespace, address), answers)
+        process = host.start(name, argv, env, self.lab.controller.cpus, [port, answers])
+        url = f"http://{address}:{port}"
+        frontend = Frontend(name, url, tuple(argv), process, metrics_url=url, env=env)
+        wanted = {worker.instance for worker in self.workers}
+        hears = len(wanted) if router_mode == KV and self.mode == AGGREGATED else 0
+        _await(
+            lambda: (
+                self.served_name in frontend.models()
+                and wanted <= frontend.instances()
+                and frontend.listens_to() >= hears
+            ),
+            lambda: (
+                f"{name} has models {frontend.models()} and workers {frontend.instances()} of {wanted}, and"
+                f" listens to {frontend.listens_to()} of {hears}; command: {frontend.command}"
+            ),
+            process,
+        )
+        return frontend
+
+    def stop(self) -> None:
+        """End all workers, at once."""
+        for worker in self._launched:
+            worker.process.ask_to_stop()
+        for worker in self._launched:
+            worker.process.stop()
+        self.workers = ()
+
+
+def require_events(topology: Topology) -> None:
+    """Refuse a frontend that does not hear what its workers' caches hold: it would route by chance.
+
+    Each worker gets prompts of two blocks that nobody else has, addressed to it alone, until the frontend has
+    counted an event that blocks were stored. One may not do, since what is published while a subscriber joins
+    is lost to it (ZeroMQ's "slow joiner"); Dynamo sees the gap at the next event and asks for what it missed.
+
+    Raises:
+        InvalidRun: naming the worker that is not heard.
+    """
+    frontend = topology.router
+    assert isinstance(frontend, Frontend)
+    size = round(frontend.metrics().value(BLOCK_SIZE))
+    for worker in topology.servers:
+        assert isinstance(worker, Worker)
+        before, prompts = _stored(frontend), 0
+        while _stored(frontend) <= before:
+            if prompts == EVENT_PROMPTS:
+                raise InvalidRun(
+                    f"{topology.name}: {worker.name} stored {2 * prompts} blocks, and {frontend.name} has"
+                    " heard of none; vLLM publishes only where it binds: endpoint tcp://*:PORT in"
+                    f" --kv-events-config; command: {worker.plan.command}"
+                )
+            prompt = client.prompt_of(2 * size + 1, secrets.randbelow(40_000))
+            client.complete(frontend.url, on_worker(body(topology.served_name, prompt, 1), worker))
+            prompts += 1
+            deadline = time.monotonic() + EVENT_WAIT_S
+            while _stored(frontend) <= before and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+
+
+def _stored(frontend: Frontend) -> float:
+    """Events of stored blocks that a frontend has taken in. It has no such counter before the first."""
+    found = frontend.metrics().samples
+    wanted = {("event_type", "stored"), ("status", "ok")}
+    return sum(value for name, labels, value in found if name == EVENTS_APPLIED and wanted <= labels)
+
+
+def _await(condition: Callable[[], bool], state: Callable[[], str], process: HostProcess) -> None:
+    """Poll until a condition holds.
+
+    Raises:
+        StartError: if the process ends or the deadline passes before. The message begins with ``state``.
+    """
+    deadline = time.monotonic() + FOUND_DEADLINE_S
+    while not condition():
+        if not process.alive or time.monotonic() > deadline:
+            how = f"after {FOUND_DEADLINE_S:g} s" if process.alive else "and the process has ended"
+            tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
+            raise StartError(f"{state()} {how}\nlast lines of {process.log}:\n{tail}")
+        time.sleep(POLL_S)

@@ -1,0 +1,108 @@
+"""Fixtures of the Dynamo tests: workers that are ready and registered, frontends that have found them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from disagglab import routing
+from disagglab.dynamo import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
+from disagglab.dynamodeployment import DynamoDeployment
+from disagglab.environment import dynamo_python
+from disagglab.etcd import EtcdServer
+from disagglab.hosts import Hosts
+from disagglab.model import Model
+from disagglab.section import Lab, NodeSection
+from disagglab.session import Session
+from disagglab.topology import DISAGGREGATED, Topology
+
+START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
+TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"
+
+StartDynamo = Callable[..., DynamoDeployment]
+
+
+@pytest.fixture(scope="session")
+def dynamo(hosts: Hosts, lab: Lab) -> str:
+    """The Python that has Dynamo."""
+    elsewhere = [host.name for host in hosts.all if not host.is_local]
+    if elsewhere:
+        pytest.skip(f"ONE-HOST: Dynamo runs on this machine alone, and lab {lab.name} has {elsewhere}")
+    python = dynamo_python(Path(hosts.controller.suite_python).parents[2])
+    if not hosts.controller.exists(str(python)):
+        pytest.skip(f"NO-DYNAMO: {python} is not there; mend: make setup DYNAMO=1")
+    return str(python)
+
+
+@pytest.fixture(scope="session")
+def start_dynamo(
+    live: Session, hosts: Hosts, weights: Model, dynamo: str, etcd_server: EtcdServer
+) -> Callable[..., Any]:
+    """Starts a deployment and waits for it: a lab, a tag, then arguments of
+    :class:`~disagglab.dynamodeployment.DynamoDeployment`. Who asks for it ends it.
+    """
+
+    def start(
+        lab: Lab,
+        tag: str,
+        mode: str = AGGREGATED,
+        planes: Planes | None = None,
+        nodes: Sequence[NodeSection] | None = None,
+        **settings: Any,
+    ) -> DynamoDeployment:
+        joined = planes or Planes(etcd=etcd_server.url)
+        deployed = DynamoDeployment(
+            hosts, lab, weights, dynamo, joined, mode, nodes=nodes, tag=tag, **settings
+        )
+        with live.uncaptured():
+            deployed.start(live.progress(f"workers{tag}", START_BUDGET_S))
+        for worker in deployed.workers:
+            note(live, worker, tag)
+        return deployed
+
+    return start
+
+
+def note(live: Session, worker: Worker, tag: str) -> None:
+    """Keep a worker's command and how long its start took, for the report."""
+    name = f"{worker.name}{tag}"
+    live.store.commands[f"server {name}"] = worker.plan.command
+    live.store.write_meta(ready_s={**live.store.meta.get("ready_s", {}), name: worker.ready_s})
+
+
+@pytest.fixture(scope="session")
+def dynamo_workers(
+    lab: Lab, routing_size: routing.Size, start_dynamo: StartDynamo
+) -> Iterator[DynamoDeployment]:
+    """Two equal workers, each with a small cache of blocks of 32 tokens, as the routing tests have them."""
+    small = routing.workers_lab(lab, routing_size)
+    deployed = start_dynamo(small, TAG, nodes=routing.workers_nodes(lab))
+    yield deployed
+    deployed.stop()
+
+
+@pytest.fixture(scope="module")
+def dynamo_pair(lab: Lab, start_dynamo: StartDynamo) -> Iterator[DynamoDeployment]:
+    """One worker that prefills and one that decodes, KV over [transport]."""
+    deployed = start_dynamo(lab, PAIR_TAG, DISAGGREGATED, nodes=(lab.prefill[0], lab.decode[0]))
+    yield deployed
+    deployed.stop()
+
+
+@pytest.fixture(scope="module")
+def round_robin(live: Session, dynamo_workers: DynamoDeployment) -> Iterator[Topology]:
+    """The two workers behind a frontend that takes them in turns."""
+    with dynamo_workers.routed(ROUND_ROBIN) as topology:
+        live.store.commands[f"router {topology.name}"] = topology.router.command
+        yield topology
+
+
+@pytest.fixture(scope="module")
+def kv_routed(live: Session, dynamo_workers: DynamoDeployment) -> Iterator[Topology]:
+    """The two workers behind a frontend that goes by what their caches hold."""
+    with dynamo_workers.routed(KV) as topology:
+        live.store.commands[f"router {topology.name}"] = topology.router.command
+        yield topology

@@ -1,0 +1,254 @@
+"""Conversations on every arm in turns: what is found in prefix caches, how long turns take, and verdicts.
+
+The replicate is a whole dialogue on one arm, as it is a whole run elsewhere: requests inside wait in the same
+queues. Every arm gets the same dialogue in a round but for its first words, which are new each time, so that
+no arm finds what another left. Each account is proved before a figure is taken from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import secrets
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from disagglab import ledger, routing
+from disagglab.dynamocomparison import PAIRS, tagged
+from disagglab.errors import InvalidRun
+from disagglab.figures import percentile
+from disagglab.kv import KvShape
+from disagglab.ledger import FOUND, QUERIED, Ledger, Sent
+from disagglab.load import CLIENT_BOUND
+from disagglab.metrics import delta
+from disagglab.routing import Arm, Size
+from disagglab.store import FigureRow, VerdictRow
+from disagglab.talk import Spoken, talk
+from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
+from disagglab.traffic import Dialogue, dialogue
+from disagglab.verdict import Direction, Verdict, holm, judge, noise_floor
+
+CONVERSATIONS = "conversations"  # in the place of a workload's name
+MARGIN = 0.05
+HIT_RATE, TTFT, E2E, THROUGHPUT = "hit_rate", "ttft_p50", "e2e_mean", "output_tokens_per_s"
+FIGURES: dict[str, tuple[str, Direction]] = {
+    HIT_RATE: ("share of prompt tokens", "higher"),
+    TTFT: ("s", "lower"),
+    E2E: ("s", "lower"),
+    THROUGHPUT: ("tokens/s", "higher"),
+}
+
+
+def said(size: Size, order_seed: int) -> Dialogue:
+    """What one arm is told in one round. Its first words are new, so nothing of it is in any cache.
+
+    Six digits, so that the prompts of all arms are equally long.
+    """
+    nonce = f"Note {secrets.randbelow(900_000) + 100_000}"
+    return dialogue(
+        size.conversations,
+        size.turns,
+        shared_system=False,
+        nonce=nonce,
+        seed=order_seed,
+        output_tokens=size.output_tokens,
+    )
+
+
+def hold(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Arm:
+    """One dialogue on one arm, with proof by the servers' counters; see :func:`disagglab.routing.run_arm`.
+
+    Disaggregated, hits are those of the prefill servers, since only they save computing; bytes and tokens are
+    proved as for any run (:func:`disagglab.ledger.prove`).
+
+    Raises:
+        InvalidRun: if a request failed, the accounts do not agree, or the client was the bottleneck.
+        TransferError: if KV moved otherwise than computed.
+    """
+    if topology.kind == DISAGGREGATED:
+        arm = _hold_apart(topology, spoken, shape, concurrency)
+    else:
+        arm = routing.run_arm(topology, spoken, concurrency=concurrency, ids=False)
+    shares = [arm.requests[server.name] for server in topology.servers]
+    if topology.kind == REPLICATED and max(shares) - min(shares) > 1:
+        raise InvalidRun(f"{topology.name}: round robin did not alternate: requests by server {arm.requests}")
+    client = arm.talk.client
+    if client is not None and client.cpu_share > CLIENT_BOUND:
+        raise InvalidRun(
+            f"{topology.name}: the client was busy {client.cpu_share:.0%} of the time, so it is what was"
+            " measured; hold fewer conversations at once"
+        )
+    return arm
+
+
+def _hold_apart(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Arm:
+    before = ledger.read(topology)
+    url, model = topology.router.url, topology.served_name
+    found = talk(url, model, spoken, concurrency=concurrency, ids=False)
+    routing.require_no_failure(topology.name, found, len(spoken.order))
+    after = ledger.settle(topology, before, len(found.turns))
+    size = ledger.block_size(after.snapshots[topology.decode[0].name])
+    sent = shared_out(found.turns, ledger.compare(topology, before, after), size)
+    book = ledger.prove(topology, before, after, sent, shape, topology.version)
+
+    def on_prefill(metric: str) -> dict[str, int]:
+        names = [server.name for server in topology.prefill]
+        return {name: round(delta(before.snapshots[name], after.snapshots[name], metric)) for name in names}
+
+    arm = Arm(topology.name, found, dict(book.finished), on_prefill(FOUND), on_prefill(QUERIED))
+    asked, computed = sum(arm.queries.values()), book.prefill_computed_tokens
+    if asked - computed != sum(arm.hits.values()):
+        raise InvalidRun(
+            f"{topology.name}: prefill looked for {asked:,} prompt tokens, found {sum(arm.hits.values()):,}"
+            f" and computed {computed:,}"
+        )
+    return arm
+
+
+def shared_out(turns: Sequence[Spoken], book: Ledger, block: int) -> list[Sent]:
+    """The requests, with what the prefix caches held shared out so that the totals are the counters'.
+
+    Which turn found how much is not known where two talk at once; the bytes that have to move depend on the
+    total alone, because caches hold whole blocks.
+
+    Raises:
+        InvalidRun: if a total is no multiple of ``block``, or more than the prompts' whole blocks.
+    """
+    prompts = sum(turn.prompt_tokens for turn in turns)
+    left = {"decode": book.cached_tokens, "prefill": prompts - book.prefill_computed_tokens}
+    sent = []
+    for turn in turns:
+        most = (turn.prompt_tokens - 1) // block * block
+        held = {role: min(rest, most) for role, rest in left.items()}
+        left = {role: rest - held[role] for role, rest in left.items()}
+        sent.append(Sent(turn.prompt_tokens, turn.output_tokens, held["decode"], held["prefill"]))
+    if any(left.values()) or any(one.held_by_decode % block or one.held_by_prefill % block for one in sent):
+        raise InvalidRun(
+            f"prefix caches held {book.cached_tokens:,} tokens on decode and"
+            f" {prompts - book.prefill_computed_tokens:,} on prefill: not whole blocks of {block} of these"
+            " prompts"
+        )
+    return sent
+
+
+def talk_rounds(
+    arms: Sequence[Topology],
+    rounds: int,
+    size: Size,
+    told: Callable[[Topology, Dialogue], Arm],
+    progress: Callable[[str], None],
+) -> dict[str, list[Arm]]:
+    """Every arm holds the dialogue in every round, in mirrored order; by arm, one a round.
+
+    Within a round all arms have the same order of turns. Before, each has a few turns that do not count.
+
+    Args:
+        told: :func:`hold` with what it needs besides.
+
+    Raises:
+        InvalidRun: if a single request of any arm failed; then there is no figure of any.
+        TransferError: see :func:`hold`.
+    """
+    found: dict[str, list[Arm]] = {arm.name: [] for arm in arms}
+    for arm in arms:
+        progress(f"warm-up, {arm.name}")
+        told(arm, said(dataclasses.replace(size, conversations=arm.cycle, turns=1), 0))
+    for number in range(rounds):
+        seed = random.getrandbits(31)
+        for arm in arms if number % 2 == 0 else reversed(arms):
+            progress(f"round {number + 1} of {rounds}, {arm.name}")
+            found[arm.name].append(told(arm, said(size, seed)))
+    return found
+
+
+def value(arm: Arm, figure: str) -> float:
+    """One of FIGURES, of one arm in one round.
+
+    A share of n tokens is (k + 1/2) / (n + 1), so that its logarithm exists; see
+    :func:`disagglab.figures.comparable`.
+
+    Raises:
+        InvalidRun: if there is no turn.
+    """
+    turns = arm.talk.turns
+    if not turns:
+        raise InvalidRun(f"{arm.name}: no turn was answered")
+    if figure == HIT_RATE:
+        return (sum(arm.hits.values()) + 0.5) / (sum(arm.queries.values()) + 1)
+    if figure == THROUGHPUT:
+        return sum(turn.output_tokens for turn in turns) / arm.talk.duration_s
+    if figure == E2E:
+        return statistics.fmean(turn.e2e_s for turn in turns)
+    half = percentile([turn.ttft_s for turn in turns], 50)
+    assert half is not None
+    return half
+
+
+def values(told: Mapping[str, Sequence[Arm]], arm: str, figure: str) -> list[float]:
+    """A figure of an arm, a value a round; empty if the arm was not measured. ``arm``: without TAG."""
+    return [value(one, figure) for one in told.get(tagged(arm), ())]
+
+
+def talk_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
+    """A row a figure and pair of PAIRS that was measured; all are one family. Then the A/A pairs."""
+    asked = [
+        (figure, baseline, candidate)
+        for baseline, candidate in PAIRS
+        for figure in FIGURES
+        if values(told, baseline, figure) and values(told, candidate, figure)
+    ]
+    verdicts = [judge(_paired(told, *row), FIGURES[row[0]][1], MARGIN) for row in asked]
+    adjusted = holm([verdict.p for verdict in verdicts])
+    rows = [
+        _row(told, row, verdict, "beside", p)
+        for row, verdict, p in zip(asked, verdicts, adjusted, strict=True)
+    ]
+    for figure in FIGURES:
+        if values(told, SINGLE_AGAIN, figure):
+            identical = (figure, SINGLE, SINGLE_AGAIN)
+            verdict = judge(_paired(told, *identical), FIGURES[figure][1], MARGIN)
+            rows.append(_row(told, identical, verdict, "A/A: identical arms", None))
+    return rows
+
+
+def _paired(
+    told: Mapping[str, Sequence[Arm]], figure: str, baseline: str, candidate: str
+) -> list[tuple[float, float]]:
+    return list(zip(values(told, baseline, figure), values(told, candidate, figure), strict=True))
+
+
+def _row(
+    told: Mapping[str, Sequence[Arm]],
+    asked: tuple[str, str, str],
+    verdict: Verdict,
+    gate: str,
+    p_adjusted: float | None,
+) -> VerdictRow:
+    figure, baseline, candidate = asked
+    identical = _paired(told, figure, SINGLE, SINGLE_AGAIN) if values(told, SINGLE_AGAIN, figure) else []
+    return VerdictRow.of(
+        verdict,
+        workload=CONVERSATIONS,
+        metric=figure,
+        unit=FIGURES[figure][0],
+        candidate=tagged(candidate),
+        baseline=tagged(baseline),
+        candidate_value=statistics.fmean(values(told, candidate, figure)),
+        baseline_value=statistics.fmean(values(told, baseline, figure)),
+        gate=gate,
+        p_adjusted=p_adjusted,
+        noise_floor=noise_floor(identical) if identical else None,
+    )
+
+
+def talk_figures(told: Mapping[str, Sequence[Arm]], size: Size) -> list[FigureRow]:
+    """Every figure of every arm, for the history of sessions."""
+    definition = "-".join(map(str, dataclasses.astuple(size)))
+    return [
+        FigureRow(
+            CONVERSATIONS, arm, figure, unit, better, tuple(value(one, figure) for one in made), definition
+        )
+        for arm, made in told.items()
+        for figure, (unit, better) in FIGURES.items()
+        if made
+    ]
