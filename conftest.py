@@ -6,4 +6,5 @@ pytest_plugins = [
     "disagglab.storefixtures",
     "disagglab.routingfixtures",
     "disagglab.dynamofixtures",
+    "disagglab.scalingfixtures",
 ]
