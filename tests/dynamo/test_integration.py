@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 from transformers import AutoTokenizer
 
 from disagglab import client, ledger, routing
-from disagglab.dynamo import HIT_RATE, KV, ROUND_ROBIN, Planes, body
+from disagglab.dynamo import HIT_RATE, KV, ROUND_ROBIN, body
 from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.errors import InvalidRun
-from disagglab.etcd import EtcdServer
 from disagglab.hitforecast import Forecast, forecast
-from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.ledger import Sent
 from disagglab.model import Model
-from disagglab.nats import NatsServer
 from disagglab.prefixcache import PrefixCache
 from disagglab.recorder import Recorder
 from disagglab.routing import Arm, Size, run_arm
@@ -221,42 +218,3 @@ def test_bytes_move_exactly(
     record.numbers("KV moved", [book.kv_bytes], "B", arm=mode, what="sum", command=command)
     assert book.computed_tokens == 0
     assert book.prefill_computed_tokens == sum(one.prompt_tokens for one in sent)
-
-
-@pytest.fixture(params=["files", "nats"])
-def other_planes(
-    request: pytest.FixtureRequest, live: Session, hosts: Hosts, etcd_server: EtcdServer
-) -> Iterator[Planes]:
-    """Discovery by files in place of etcd; requests over NATS in place of TCP."""
-    if live.short:
-        pytest.skip("SHORT: other planes are tried in the full form")
-    if request.param == "files":
-        folder = live.store.folder / "discovery"
-        folder.mkdir()
-        yield Planes(folder=str(folder))
-        return
-    start_nats: Callable[[str], NatsServer] = request.getfixturevalue("start_nats")
-    yield Planes(etcd=etcd_server.url, nats=start_nats("nats-requests").url)
-
-
-def test_other_planes_serve_as_well(
-    lab: Lab, routing_size: Size, start_dynamo: StartDynamo, other_planes: Planes, record: Recorder
-) -> None:
-    """Discovery by files and requests over NATS serve the same answers: the planes are settings, not parts.
-
-    Files need a folder that all share, and no daemon; etcd needs a daemon, and tells watchers by itself. NATS
-    puts a broker between frontend and worker, so that neither has to reach the other directly.
-    """
-    small = routing.workers_lab(lab, routing_size)
-    deployed = start_dynamo(small, "@planes", planes=other_planes, nodes=routing.workers_nodes(lab)[:1])
-    try:
-        with deployed.routed(ROUND_ROBIN) as topology:
-            request = body(
-                topology.served_name, client.prompt_of(40, secrets.randbelow(40_000)), OUTPUT_TOKENS
-            )
-            answers = [client.complete(topology.router.url, request) for _ in range(REQUESTS)]
-    finally:
-        deployed.stop()
-    assert all(len(answer.token_ids) == OUTPUT_TOKENS for answer in answers)
-    record.numbers("TTFT", [answer.ttft_s for answer in answers], "s", what="requests",
-                   arm="NATS" if other_planes.nats else "files")  # fmt: skip
