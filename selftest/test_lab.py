@@ -287,7 +287,7 @@ def test_a_broken_file_starts_nothing(tmp_path: Path) -> None:
     path.write_text(
         text.replace('role = "decode"', 'role = "prefill"')
         .replace("cpus = [1]", "cpus = [0]")
-        .replace("21099", "21001")
+        .replace("21199", "21001")
         + "\n[transprot]\n"
     )
     before = set((ROOT / "reports").glob("2*"))

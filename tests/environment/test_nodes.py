@@ -13,7 +13,7 @@ import pytest
 
 from disagglab import facts, gpu
 from disagglab.hosts import Hosts
-from disagglab.labcheck import PORTS_PER_SERVER, ROUTER_PORTS
+from disagglab.labcheck import ports_needed
 from disagglab.model import cache_folder
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
@@ -82,7 +82,7 @@ def test_enough_ports_are_free(hosts: Hosts, lab: Lab) -> None:
     A port is reserved here the way a server's is: bound, never listening, so that no other program can take
     it.
     """
-    count = PORTS_PER_SERVER * len(lab.nodes) + ROUTER_PORTS
+    count = ports_needed(len(lab.nodes))
     for node in lab.nodes:
         reserved = hosts.of(node).call("free_ports", node.address, count)
         assert len(set(reserved)) == count, node.name
