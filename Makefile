@@ -11,9 +11,10 @@ PYTHON ?= $(or $(shell for python in $(CANDIDATES); do \
 	"$$python" -c '$(IN_RANGE)' >/dev/null 2>&1 && echo "$$python" && break; done),python3)
 PYTEST = .venv/bin/python -m pytest
 OVER_SSH = tests/environment tests/kvcache/test_wire.py tests/disagg
-# Five minutes of `make test`, so they are asked for: make test LONG=1
+# Seven minutes of `make test`, so they are asked for: make test LONG=1
 LONGEST = tests/disagg/test_break_even.py tests/disagg/test_goodput.py tests/disagg/test_rate_sweep.py
 LEFT_OUT = $(if $(LONG),,$(LONGEST:%=--ignore %))
+FEWER = $(if $(LONG),,--workload one-user --workload long-prompts-into-steady-decode)
 UV ?= uv
 
 help:  ## this list
@@ -37,7 +38,7 @@ test: setup  ## the selftests, every live module but dynamo in short form, other
 	$(PYTEST) selftest $(ARGS)
 	@if unshare --net --mount true 2>/dev/null && [ -x /usr/sbin/sshd ]; then \
 		set -ex; $(PYTEST) tests --short -m "not disagg and not dynamo" $(ARGS); \
-		$(PYTEST) $(OVER_SSH) $(LEFT_OUT) --lab two-hosts --short --endings 1 $(ARGS); \
+		$(PYTEST) $(OVER_SSH) $(LEFT_OUT) --lab two-hosts --short --endings 1 $(FEWER) $(ARGS); \
 	else \
 		set -ex; $(PYTEST) tests $(LEFT_OUT) --short -m "not dynamo" $(ARGS); \
 		echo "test: lab two-hosts left out: it needs root, network namespaces and /usr/sbin/sshd (openssh-server)"; \
