@@ -11,7 +11,7 @@ PYTHON ?= $(or $(shell for python in $(CANDIDATES); do \
 	"$$python" -c '$(IN_RANGE)' >/dev/null 2>&1 && echo "$$python" && break; done),python3)
 PYTEST = .venv/bin/python -m pytest
 OVER_SSH = tests/environment tests/kvcache/test_wire.py tests/disagg
-# Seven minutes of `make test`, so they are asked for: make test LONG=1
+# Seven minutes of `make test` and more, so they are asked for: make test LONG=1
 LONGEST = tests/disagg/test_break_even.py tests/disagg/test_goodput.py tests/disagg/test_rate_sweep.py
 LEFT_OUT = $(if $(LONG),,$(LONGEST:%=--ignore %))
 FEWER = $(if $(LONG),,--workload one-user --workload long-prompts-into-steady-decode)
@@ -45,6 +45,7 @@ test: setup  ## the selftests, every live module but dynamo in short form, other
 	fi
 	$(PYTEST) tests/disagg/test_path.py --lab hybrid --short $(ARGS)
 	$(PYTEST) tests/disagg/test_path.py --lab latent --short $(ARGS)
+	$(if $(LONG),$(PYTEST) tests/routing/test_disaggregated.py --lab two-to-one --short $(ARGS))
 
 test-dynamo: DYNAMO = 1
 test-dynamo: setup  ## module dynamo in short form; a test skipped because etcd or NATS is missing fails
