@@ -11,10 +11,10 @@ PYTHON ?= $(or $(shell for python in $(CANDIDATES); do \
 	"$$python" -c '$(IN_RANGE)' >/dev/null 2>&1 && echo "$$python" && break; done),python3)
 PYTEST = .venv/bin/python -m pytest
 OVER_SSH = tests/environment tests/kvcache/test_wire.py tests/disagg
-# Seven minutes of `make test` and more, so they are asked for: make test LONG=1
+# What takes a quarter of an hour more is asked for: make test LONG=1 (CONTRIBUTING.md says what that is)
 LONGEST = tests/disagg/test_break_even.py tests/disagg/test_goodput.py tests/disagg/test_rate_sweep.py
 LEFT_OUT = $(if $(LONG),,$(LONGEST:%=--ignore %))
-FEWER = $(if $(LONG),,--workload one-user --workload long-prompts-into-steady-decode)
+FEWER = $(if $(LONG),--endings 1,--workload long-prompts-into-steady-decode)
 UV ?= uv
 
 help:  ## this list
@@ -34,18 +34,20 @@ versions: setup  ## two vLLM versions in turns, OLD=0.30.0 [NEW=0.31.0]: verdict
 	$(if $(NEW),@$(MAKE) --no-print-directory setup VLLM=$(NEW))
 	$(PYTEST) tests/disagg/test_versions.py --against $(OLD) $(if $(NEW),--vllm $(NEW)) $(ARGS)
 
-test: setup  ## the selftests, every live module but dynamo in short form, other models; LONG=1: the longest files too
+test: setup  ## the selftests, every live module but dynamo in short form; LONG=1: the longest files and other models too
 	$(PYTEST) selftest $(ARGS)
 	@if unshare --net --mount true 2>/dev/null && [ -x /usr/sbin/sshd ]; then \
 		set -ex; $(PYTEST) tests --short -m "not disagg and not dynamo" $(ARGS); \
-		$(PYTEST) $(OVER_SSH) $(LEFT_OUT) --lab two-hosts --short --endings 1 $(FEWER) $(ARGS); \
+		$(PYTEST) $(OVER_SSH) $(LEFT_OUT) --lab two-hosts --short $(FEWER) $(ARGS); \
 	else \
 		set -ex; $(PYTEST) tests $(LEFT_OUT) --short -m "not dynamo" $(ARGS); \
 		echo "test: lab two-hosts left out: it needs root, network namespaces and /usr/sbin/sshd (openssh-server)"; \
 	fi
+ifdef LONG
 	$(PYTEST) tests/disagg/test_path.py --lab hybrid --short $(ARGS)
 	$(PYTEST) tests/disagg/test_path.py --lab latent --short $(ARGS)
-	$(if $(LONG),$(PYTEST) tests/routing/test_disaggregated.py --lab two-to-one --short $(ARGS))
+	$(PYTEST) tests/routing/test_disaggregated.py --lab two-to-one --short $(ARGS)
+endif
 
 test-dynamo: DYNAMO = 1
 test-dynamo: setup  ## module dynamo in short form; a test skipped because etcd or NATS is missing fails
