@@ -188,6 +188,12 @@ class Deputy:
         """Begin to end a process; :meth:`stop` waits until it has ended."""
         self._processes[name].ask_to_stop()
 
+    def kill(self, name: str) -> None:
+        """End the command itself as a crash would (SIGKILL), if it still is the one that was started."""
+        identity = self._processes[name].identity
+        assert identity is not None
+        supervisor.send(identity, signal.SIGKILL)
+
     def ask_all_to_stop(self) -> None:
         """Begin to end every process; :meth:`close` waits until all have."""
         for process in self._processes.values():

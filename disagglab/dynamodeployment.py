@@ -38,7 +38,7 @@ from disagglab.hosts import Hosts
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
 from disagglab.section import Lab, NodeSection
-from disagglab.server import HTTP_TIMEOUT_S, POLL_S, read_tail, require_memory
+from disagglab.server import POLL_S, read_tail, require_memory
 from disagglab.topology import DISAGGREGATED, ROUTED, Topology
 
 FOUND_DEADLINE_S = 60.0  # for a worker's key, and for a frontend that finds it: 1 s where nothing else runs
@@ -186,8 +186,7 @@ class DynamoDeployment:
     def kill(self, worker: Worker) -> None:
         """End a worker as a crash would (SIGKILL), without a goodbye to etcd or to anybody."""
         self.workers = tuple(one for one in self.workers if one is not worker)
-        host, name = self.hosts.of(worker.plan.node), f"kill-{worker.plan.process_name}"
-        host.run(name, ["kill", "-KILL", str(worker.process.pid)], {}, HTTP_TIMEOUT_S)
+        worker.process.kill()
 
     def key(self, worker: Worker) -> str:
         """Under what a worker's address stands in etcd."""
@@ -245,18 +244,21 @@ class DynamoDeployment:
         frontend = Frontend(name, url, tuple(argv), process, metrics_url=url, env=env)
         wanted = {worker.instance for worker in self.workers}
         hears = len(wanted) if router_mode == KV and self.mode == AGGREGATED else 0
-        _await(
-            lambda: (
-                self.served_name in frontend.models()
-                and wanted <= frontend.instances()
-                and frontend.listens_to() >= hears
-            ),
-            lambda: (
-                f"{name} has models {frontend.models()} and workers {frontend.instances()} of {wanted}, and"
-                f" listens to {frontend.listens_to()} of {hears}; command: {frontend.command}"
-            ),
-            process,
-        )
+        with contextlib.ExitStack() as undo:
+            undo.callback(process.stop)
+            _await(
+                lambda: (
+                    self.served_name in frontend.models()
+                    and wanted <= frontend.instances()
+                    and frontend.listens_to() >= hears
+                ),
+                lambda: (
+                    f"{name} has models {frontend.models()} and workers {frontend.instances()} of {wanted},"
+                    f" and listens to {frontend.listens_to()} of {hears}; command: {frontend.command}"
+                ),
+                process,
+            )
+            undo.pop_all()
         return frontend
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,13 @@ def start_dynamo(
         deployed = DynamoDeployment(
             hosts, lab, weights, dynamo, joined, mode, nodes=nodes, tag=tag, **settings
         )
-        with live.uncaptured():
-            deployed.start(live.progress(f"workers{tag}", START_BUDGET_S))
-        for worker in deployed.workers:
-            note(live, worker, tag)
+        with contextlib.ExitStack() as undo:
+            undo.callback(deployed.stop)
+            with live.uncaptured():
+                deployed.start(live.progress(f"workers{tag}", START_BUDGET_S))
+            for worker in deployed.workers:
+                note(live, worker, tag)
+            undo.pop_all()
         return deployed
 
     return start

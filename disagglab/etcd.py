@@ -288,14 +288,17 @@ def start_etcd(host: Host, lab: Lab, program: str, name: str = "etcd") -> EtcdSe
     process = host.start(name, argv, env, lab.controller.cpus, [port, peer_port])
     server = EtcdServer(url, tuple(argv), process, EtcdClient(url))
     deadline = time.monotonic() + READY_DEADLINE_S
-    while not _healthy(url):
-        if not process.alive or time.monotonic() > deadline:
-            state = "is not ready" if process.alive else "ended"
-            tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
-            raise StartError(
-                f"{name} {state}; command: {server.command}\nlast lines of {process.log}:\n{tail}"
-            )
-        time.sleep(POLL_S)
+    with contextlib.ExitStack() as undo:
+        undo.callback(server.stop)
+        while not _healthy(url):
+            if not process.alive or time.monotonic() > deadline:
+                state = "is not ready" if process.alive else "ended"
+                tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
+                raise StartError(
+                    f"{name} {state}; command: {server.command}\nlast lines of {process.log}:\n{tail}"
+                )
+            time.sleep(POLL_S)
+        undo.pop_all()
     return server
 
 

@@ -72,17 +72,24 @@ def hits_and_misses(told: Mapping[str, Sequence[Arm]], figure: str = E2E) -> lis
     return pairs
 
 
+def span(one: Expectation) -> tuple[float, float]:
+    """What counts as expected: a single value, in which no interval could lie, with MARGIN to each side."""
+    width = MARGIN if one.low == one.high else 0.0
+    return one.low - width, one.high + width
+
+
 def standing(one: Expectation, verdict: Verdict) -> str:
     """What the interval says of an expectation.
 
-    ``confirmed``: it lies within the expected range; ``refuted``: it has nothing in common with it; ``open``:
-    anything else, and in any case what has no spread. One value is never confirmed.
+    ``confirmed``: it lies within the expected range (:func:`span`); ``refuted``: it has nothing in common
+    with it; ``open``: anything else, and in any case what has no spread. One round is never confirmed.
     """
     if verdict.smallest_detectable is None:
         return OPEN
-    if verdict.high < one.low or verdict.low > one.high:
+    low, high = span(one)
+    if verdict.high < low or verdict.low > high:
         return REFUTED
-    return CONFIRMED if one.low <= verdict.low and verdict.high <= one.high else OPEN
+    return CONFIRMED if low <= verdict.low and verdict.high <= high else OPEN
 
 
 def expectation_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
@@ -100,7 +107,7 @@ def expectation_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
             continue
         unit, better = FIGURES[one.figure]
         verdict = judge(pairs, better, MARGIN)
-        expected = f"{one.low:+.0%} to {one.high:+.0%}" if one.low < one.high else f"{one.low:+.0%}"
+        low, high = span(one)
         row = VerdictRow.of(
             verdict,
             workload=CONVERSATIONS,
@@ -110,7 +117,7 @@ def expectation_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
             baseline=tagged(one.baseline),
             candidate_value=statistics.fmean(right for _, right in pairs),
             baseline_value=statistics.fmean(left for left, _ in pairs),
-            gate=f"expected {expected}: {standing(one, verdict)}",
+            gate=f"expected {low:+.0%} to {high:+.0%}: {standing(one, verdict)}",
             reason=f"expected: {one.said}; {verdict.reason}",
         )
         rows.append(row)

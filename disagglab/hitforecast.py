@@ -7,7 +7,6 @@ a strategy would place them (:mod:`disagglab.strategy`).
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,14 +22,13 @@ TAIL = 0.005  # left out at each end: the central 99 %
 class Forecast:
     """Hit rate = hit tokens / prompt tokens, all requests together, with the interval it should lie in.
 
-    ``how``: in words. ``by_turn``: mean hit tokens of a request, by turn in ascending order.
+    ``how``: in words.
     """
 
     rate: float
     low: float
     high: float
     how: str
-    by_turn: tuple[float, ...] = ()
 
 
 def replay(requests: Sequence[Request], servers: Sequence[int], blocks: int, block_size: int) -> list[int]:
@@ -87,7 +85,7 @@ def forecast(
         raise ValueError("nothing to forecast: no request has a prompt")
     chances = strategy.draws or (strategy.session_header and homes is None)
     conversations = sorted({request.conversation for request in requests})
-    rates, turns = [], defaultdict(list)
+    rates = []
     for seed in range(SEEDS if chances else 1):
         rng = random.Random(seed)
         drawn = homes if homes is not None else {one: rng.randrange(workers) for one in conversations}
@@ -95,9 +93,7 @@ def forecast(
         caches = [PrefixCache(blocks, block_size) for _ in range(workers)]
         found = 0
         for index, request in enumerate(requests):
-            hits = caches[choose(index, request, caches, rng, drawn)].run(request.chain(block_size))
-            turns[request.turn].append(hits)
-            found += hits
+            found += caches[choose(index, request, caches, rng, drawn)].run(request.chain(block_size))
         rates.append(found / prompts)
     rates.sort()
     out = int(TAIL * len(rates))
@@ -108,5 +104,4 @@ def forecast(
         low=max(0.0, rates[out] - margin),
         high=min(1.0, rates[-1 - out] + margin),
         how=f"{spread}, widened by one block of {block_size} tokens for each turn after the first",
-        by_turn=tuple(sum(turns[turn]) / len(turns[turn]) for turn in sorted(turns)),
     )

@@ -89,6 +89,11 @@ class HostProcess:
             raise LabError(f"{self.name}{where} {how}; command: {shlex.join(self.argv)}\nlast lines:\n{tail}")
         return lines
 
+    def kill(self) -> None:
+        """End the command itself as a crash would (SIGKILL); :meth:`stop` waits for what it started."""
+        if not self._stopped:
+            self.host.call("kill", self.name)
+
     def ask_to_stop(self) -> None:
         """Begin to end it; :meth:`stop` waits until it has ended."""
         if not self._stopped:

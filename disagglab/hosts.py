@@ -45,6 +45,7 @@ class Hosts:
         self.sections: dict[str, HostSection] = {host.name: host for host in lab.hosts}
         self.reaped: list[dict[str, object]] = []
         self._models: dict[str, Model] = {}
+        self.router_ports: list[tuple[int, int]] = []  # HTTP and metrics, of routers that have ended
 
     def open(self) -> Hosts:
         """Connect to every host that takes part; end what earlier sessions left there.

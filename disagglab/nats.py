@@ -6,6 +6,7 @@ Messages are sent and received with nats-py, the client of the NATS authors; thi
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import time
 from collections.abc import Mapping
@@ -99,7 +100,7 @@ class NatsServer:
 
     def kill(self) -> None:
         """End it as a crash would, with SIGKILL; return when it is gone."""
-        self.process.host.facts.check_output("kill -KILL %s", str(self.process.pid))
+        self.process.kill()
         self.process.stop()
 
     def restart(self) -> None:
@@ -212,7 +213,8 @@ def start_nats(host: Host, lab: Lab, program: str, name: str = "nats") -> NatsSe
     """Start a NATS server beside the controller, its store in this run's folder; return when it is ready.
 
     Raises:
-        StartError: if it ends or is not ready in time; the message holds the end of its log.
+        StartError: if it ends or is not ready in time; the message holds the end of its log. Nothing of it
+            is left then.
     """
     address = lab.controller.address
     ports = (host.reserve_port(address), host.reserve_port(address))
@@ -222,7 +224,10 @@ def start_nats(host: Host, lab: Lab, program: str, name: str = "nats") -> NatsSe
     process = host.start(name, argv, {}, cpus, ports)
     urls = (f"nats://{address}:{ports[0]}", f"http://{address}:{ports[1]}")
     server = NatsServer(name, *urls, store, tuple(argv), process, cpus, ports)
-    server.wait_ready()
+    with contextlib.ExitStack() as undo:
+        undo.callback(server.stop)
+        server.wait_ready()
+        undo.pop_all()
     return server
 
 

@@ -90,10 +90,6 @@ class PrefixCache:
         self._key: list[bytes | None] = [None] * blocks
         self._known: dict[bytes, list[int]] = {}  # the same tokens may lie in several blocks; oldest first
 
-    def match(self, prompt_ids: Sequence[int]) -> int:
-        """Tokens of a prompt that a request would find now. Changes nothing."""
-        return self.find(chain(prompt_ids, (), self.block_size))
-
     def request(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> int:
         """Tokens that a request finds; then it computes the others, and ends.
 
@@ -103,7 +99,7 @@ class PrefixCache:
         return self.run(chain(prompt_ids, output_ids, self.block_size))
 
     def find(self, wanted: Chain) -> int:
-        """:meth:`match` of what is hashed already."""
+        """Tokens of its prompt that a request would find now. Changes nothing."""
         return len(self._hits(wanted)) * self.block_size
 
     def run(self, wanted: Chain) -> int:

@@ -131,7 +131,7 @@ def start_router(
         ports: of HTTP and metrics, reserved before, whose last user has ended; new ones if it is None.
 
     Raises:
-        StartError: if it ends or is not ready in time; the message holds the end of its log.
+        StartError: if it ends or is not ready in time; the message holds the end of its log. It is ended.
     """
     address = lab.controller.address
     port, metrics_port = ports or (host.reserve_port(address), host.reserve_port(address))
@@ -149,16 +149,25 @@ def start_router(
     process = host.start(f"router-{name}", argv, {"NO_COLOR": "1"}, lab.controller.cpus, [port, metrics_port])
     base, metrics_url = (f"http://{address}:{number}" for number in (port, metrics_port))
     router = Router(name, base, tuple(argv), process, metrics_url=metrics_url)
-    deadline = time.monotonic() + READY_DEADLINE_S
-    while not _serves(router, (*workers, *prefill, *decode)[0].plan.served_name):
+    try:
+        _await(router, (*workers, *prefill, *decode)[0].plan.served_name)
+    except BaseException:
+        process.stop()
+        raise
+    return router
+
+
+def _await(router: Router, served_name: str) -> None:
+    process, deadline = router.process, time.monotonic() + READY_DEADLINE_S
+    while not _serves(router, served_name):
         if not process.alive or time.monotonic() > deadline:
             state = "is not ready" if process.alive else "ended"
             tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
             raise StartError(
-                f"router {name} {state}; command: {router.command}\nlast lines of {process.log}:\n{tail}"
+                f"router {router.name} {state}; command: {router.command}\n"
+                f"last lines of {process.log}:\n{tail}"
             )
         time.sleep(POLL_S)
-    return router
 
 
 def _serves(router: Router, served_name: str) -> bool:

@@ -40,11 +40,13 @@ def workers(
         tag=routing.TAG,
         events=True,
     )
-    with live.uncaptured():
-        deployed.start(live.progress("workers", START_BUDGET_S))
-    for server in deployed.servers:
-        name = f"{server.name}{routing.TAG}"
-        live.store.commands[f"server {name}"] = server.plan.command
-        live.store.write_meta(ready_s={**live.store.meta.get("ready_s", {}), name: server.ready_s})
-    yield deployed
-    deployed.stop()
+    try:
+        with live.uncaptured():
+            deployed.start(live.progress("workers", START_BUDGET_S))
+        for server in deployed.servers:
+            name = f"{server.name}{routing.TAG}"
+            live.store.commands[f"server {name}"] = server.plan.command
+            live.store.write_meta(ready_s={**live.store.meta.get("ready_s", {}), name: server.ready_s})
+        yield deployed
+    finally:
+        deployed.stop()

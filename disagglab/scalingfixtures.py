@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -121,8 +122,10 @@ class Killed:
     ``remaining_s``: whole seconds that its lease had left, asked between ``after_s`` and ``told_s``.
     ``settled_s``: when no frontend listed it any more. ``plain``, ``migrated``, ``addressed``: streams
     on it through a frontend that does not migrate, through one that does, and through that with its address.
-    ``had``: tokens of the second when the worker was killed. ``pids``: its processes; ``left``: those that
-    still were there afterwards. ``to_dead``: through the stranger, a prompt whose blocks the dead worker has.
+    ``had``: tokens of the second when the worker was killed. ``pids``: its processes; ``ended``: its
+    supervisor's report: why it ended what was left (reason), the status of the worker's first process (code),
+    and which pids needed SIGKILL (killed). ``to_dead``: through the stranger, a prompt whose blocks the dead
+    worker has.
     ``acquainted``, ``unacquainted``, ``migrates``: other requests, through the plain frontend, the stranger
     and the one that migrates.
     """
@@ -139,7 +142,7 @@ class Killed:
     addressed: Attempt
     had: int
     pids: tuple[int, ...]
-    left: tuple[int, ...]
+    ended: dict[str, Any]
     to_dead: Attempt
     acquainted: Steady
     unacquainted: Steady
@@ -257,9 +260,8 @@ def killed(crew: Crew, added: Added, removed: Removed) -> Killed:
         told_s = time.monotonic()
         to_dead = crew.ask(crew.stranger, 1, PLAIN_SALT).attempt()
         with Steady(crew.stranger.url, name, 1) as unacquainted:
+            _await_end(worker)
             worker.process.stop()
-            host = guests.hosts.of(worker.plan.node)
-            left = tuple(pid for pid in pids if host.exists(f"/proc/{pid}"))
             (deleted,) = watching.changes()
             settled_s = _settled(crew, worker)
             steady = acquainted, unacquainted, migrates
@@ -280,7 +282,7 @@ def killed(crew: Crew, added: Added, removed: Removed) -> Killed:
         addressed.attempt(),
         had,
         pids,
-        left,
+        worker.process.ended or {},
         to_dead,
         *steady,
         _reference(crew, prompt, tokens),
@@ -363,6 +365,15 @@ def _steered(crew: Crew, worker: Worker) -> tuple[Asked, list[int]]:
         f"{crew.migrating.name} sent none of {STEER_ATTEMPTS} prompts to {worker.plan.process_name}, which"
         f" had their blocks; does it hear its events? {crew.migrating.process.log}"
     )
+
+
+def _await_end(worker: Worker) -> None:
+    """Wait until a killed worker's supervisor has ended what was left: asked to stop before it saw the crash,
+    it would report that as its reason.
+    """
+    deadline = time.monotonic() + EVENT_LIMIT_S
+    while worker.process.tree() and time.monotonic() < deadline:
+        time.sleep(ASK_S)
 
 
 def _settled(crew: Crew, worker: Worker) -> float:

@@ -21,13 +21,18 @@ from disagglab.store import Store
 
 
 @pytest.fixture(scope="session")
-def etcd_server(hosts: Hosts, lab: Lab, store: Store) -> Iterator[EtcdServer]:
-    """An etcd of one member, empty at the start of the session."""
+def etcd_program(hosts: Hosts) -> str:
+    """Path of etcd on the controller."""
     try:
-        program = etcd.find_etcd(hosts.controller)
+        return etcd.find_etcd(hosts.controller)
     except LabError as error:
         pytest.skip(f"NO-ETCD: {error}")
-    server = etcd.start_etcd(hosts.controller, lab, program)
+
+
+@pytest.fixture(scope="session")
+def etcd_server(hosts: Hosts, lab: Lab, store: Store, etcd_program: str) -> Iterator[EtcdServer]:
+    """An etcd of one member, empty at the start of the session."""
+    server = etcd.start_etcd(hosts.controller, lab, etcd_program)
     store.commands["etcd"] = server.command
     yield server
     server.stop()

@@ -1,7 +1,8 @@
 """How vllm-router 0.1.17 chooses a worker: its arguments, and each rule as a function for forecasts.
 
-The rules hold for requests one at a time: no worker has any load when a request is placed, so every rule that
-goes by load meets a tie.
+No rule here sees load. ONE_AT_A_TIME has them as they are for requests one at a time: no worker has any load
+when a request is placed, so every rule that goes by load meets a tie, and takes the first. In STRATEGIES such
+a tie is drawn.
 """
 
 from __future__ import annotations
@@ -94,36 +95,21 @@ def first_largest_match(
     return matches.index(max(matches))
 
 
-def first(histories: Sequence[Sequence[Sequence[int]]]) -> int:
-    """The first worker of the list: what a search for the least load finds when no worker has any."""
-    return 0
-
-
-def smallest(histories: Sequence[Sequence[Sequence[int]]]) -> int:
-    """The worker whose tree of prompts holds the fewest tokens; the first of equals."""
-    sizes = [_tree(history) for history in histories]
-    return sizes.index(min(sizes))
-
-
 class OwnHistory:
     """cache_aware's rule: the worker with the longest prefix of the prompt among those sent there before.
 
     That worker is taken if the share of the prompt that is matched is more than ``threshold``; the first of
-    equals. Else ``otherwise`` decides. The router's tree holds characters, this holds tokens; both grow with
-    every prompt and no eviction by a worker is noticed.
+    equals. What matches less goes to the first worker, or with ``draws`` to any. The router's tree holds
+    characters, this holds tokens; both grow with every prompt and no eviction by a worker is noticed.
 
     The rule is vllm-router's as published in its source, ``src/policies/cache_aware.rs``, where the least
     loaded worker takes what matches nowhere, and the first of equals is the least loaded. So requests one at
-    a time all go to one worker. Its predecessors, and the comment at the head of that file, name the worker
-    with the smallest tree instead: :func:`smallest`.
+    a time all go to one worker. The comment at the head of that file names the worker with the smallest tree
+    instead. Which one has the least load with others under way no forecast knows; ``draws`` stands for it.
     """
 
-    def __init__(
-        self,
-        otherwise: Callable[[Sequence[Sequence[Sequence[int]]]], int] = first,
-        threshold: float = CACHE_THRESHOLD,
-    ) -> None:
-        self.otherwise, self.threshold = otherwise, threshold
+    def __init__(self, threshold: float = CACHE_THRESHOLD, draws: bool = False) -> None:
+        self.threshold, self.draws = threshold, draws
         self.histories: list[list[Sequence[int]]] = []
 
     def __call__(
@@ -131,7 +117,7 @@ class OwnHistory:
         _index: int,
         request: Request,
         caches: Sequence[PrefixCache],
-        _rng: random.Random,
+        rng: random.Random,
         _homes: Mapping[int, int],
     ) -> int:
         """The worker, which then remembers the prompt."""
@@ -140,7 +126,8 @@ class OwnHistory:
         shared = [max((_common(prompt, old) for old in history), default=0) for history in self.histories]
         best = max(shared)
         likely = best > self.threshold * len(prompt)
-        worker = shared.index(best) if likely else self.otherwise(self.histories)
+        otherwise = int(rng.random() * len(caches)) if self.draws else 0
+        worker = shared.index(best) if likely else otherwise
         self.histories[worker].append(prompt)
         return worker
 
@@ -153,12 +140,6 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-def _tree(history: Sequence[Sequence[int]]) -> int:
-    """Tokens in the radix tree of these prompts: of each, what its neighbour in order does not share."""
-    ordered = sorted(tuple(prompt) for prompt in history)
-    return sum(len(two) - _common(one, two) for one, two in zip([(), *ordered], ordered, strict=False))
 
 
 @dataclass(frozen=True)
@@ -235,8 +216,8 @@ _ALL = (
         False,
         False,
         "by the router's own tree of earlier prompts, if more than 30 % match, else the least loaded worker",
-        OwnHistory,
-        draws=False,
+        lambda: OwnHistory(draws=True),
+        draws=True,
     ),
     Strategy(
         "kv_aware",
@@ -254,6 +235,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType({one.name: one for one in 
 ONE_AT_A_TIME: Mapping[str, Strategy] = MappingProxyType(
     {
         **STRATEGIES,
+        "cache_aware": replace(STRATEGIES["cache_aware"], chooser=OwnHistory, draws=False),
         "kv_aware": replace(STRATEGIES["kv_aware"], chooser=lambda: first_largest_match, draws=False),
     }
 )

@@ -22,9 +22,8 @@ from disagglab.client import CHAT, TIMEOUT
 from disagglab.conversation import Turn, exact_answer, exact_request
 from disagglab.errors import InvalidRun
 from disagglab.looplag import ClientLoad, LoopLag
+from disagglab.strategy import SESSION_HEADER
 from disagglab.traffic import Dialogue, chat
-
-SESSION_HEADER = "X-Session-ID"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +60,13 @@ class Talk:
         return tuple(turn for turn in self.turns if turn.conversation == conversation)
 
 
-def session_id(conversation: int) -> str:
-    """What names a conversation in the header ``X-Session-ID``."""
-    return f"conversation-{conversation}"
+def session_id(dialogue: Dialogue, conversation: int) -> str:
+    """What names a conversation in the header ``X-Session-ID``: another one in each dialogue.
+
+    A hash puts equal names on equal servers, so with the same names each dialogue would have the same split
+    of conversations between servers, and its rounds would be no replicates.
+    """
+    return f"{dialogue.name}-{conversation}"
 
 
 def talk(
@@ -157,7 +160,8 @@ class _Speaker:
         """One request: its answer goes to ``turns``, what is wrong with it to ``failures``."""
         answers = self.answers.setdefault(conversation, [])
         request = {"messages": chat(self.dialogue, conversation, turn, answers), **self.request}
-        headers = {SESSION_HEADER: session_id(conversation)} if self.session_header else None
+        name = session_id(self.dialogue, conversation)
+        headers = {SESSION_HEADER: name} if self.session_header else None
         asked = self.dialogue.output_tokens
         sent = time.perf_counter() - start
         try:

@@ -96,7 +96,6 @@ class Deployment:
         self.beside: dict[str, Deployment] = {}  # of variants, by name
         self._topologies: dict[str, Topology] = {}
         self._routed = 0  # routers that routed() has started
-        self._free_router_ports: list[tuple[int, int]] = []
 
     def start(self, line: ProgressLine) -> Deployment:
         """Start all servers at once; return when every one is ready and proved to be ours.
@@ -112,9 +111,8 @@ class Deployment:
         """Start all servers at once; they are not ready yet. See :func:`require_memory_for` before.
 
         Raises:
-            StartError: if a command cannot be executed. What was started is ended by the host's close.
+            StartError: if a command cannot be executed. What was started is in ``servers``, for :meth:`stop`.
         """
-        started = []
         for node in self.nodes:
             host = self.hosts.of(node)
             port = host.reserve_port(node.address)
@@ -126,8 +124,7 @@ class Deployment:
                 self.lab, node, found, self.served_name, port, side_channel, python, self.tag, events
             )
             ports = [number for number in (port, side_channel, events) if number is not None]
-            started.append(VllmServer.start(host, self.lab, plan, ports))
-        self.servers = tuple(started)
+            self.servers = (*self.servers, VllmServer.start(host, self.lab, plan, ports))
 
     def wait(self, line: ProgressLine) -> Deployment:
         """Return when every server is ready and proved to be ours.
@@ -183,24 +180,28 @@ class Deployment:
         servers = (*prefill, *decode) or self.servers
         self._routed += 1
         label = f"{strategy.name}{self.tag}-{self._routed}"
-        ports = self._free_router_ports.pop() if self._free_router_ports else self._router_ports()
-        router = start_router(
-            self.hosts.controller,
-            self.lab,
-            label,
-            () if prefill else servers,
-            prefill,
-            decode,
-            strategy,
-            self._hearing(sources) if strategy.events else None,
-            ports,
-        )
+        ports = self.hosts.router_ports.pop() if self.hosts.router_ports else self._router_ports()
+        try:
+            router = start_router(
+                self.hosts.controller,
+                self.lab,
+                label,
+                () if prefill else servers,
+                prefill,
+                decode,
+                strategy,
+                self._hearing(sources) if strategy.events else None,
+                ports,
+            )
+        except BaseException:
+            self.hosts.router_ports.append(ports)
+            raise
         kind, version = DISAGGREGATED if prefill else ROUTED, self.lab.vllm.version
         try:
             yield Topology(strategy.name, kind, version, router, servers, tuple(prefill), tuple(decode))
         finally:
             router.process.stop()
-            self._free_router_ports.append(ports)
+            self.hosts.router_ports.append(ports)
 
     def _hearing(self, sources: Sequence[EventSource] | None) -> Hearing:
         own = (server.plan.event_source for server in self.servers)

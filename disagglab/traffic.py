@@ -10,6 +10,7 @@ of the cache's hits needs lengths and what prompts have in common, not the words
 from __future__ import annotations
 
 import random
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,19 +33,23 @@ class Dialogue:
 
     ``systems``: the system prompt of each conversation. ``messages``: what its user says, by turn.
     ``order``: (conversation, turn) of every request, as they are to be sent. ``output_tokens``: how long each
-    answer has to be.
+    answer has to be. ``name``: of this dialogue, without blanks; headers name a conversation by it.
 
     Raises:
         ValueError: if nothing is said, an answer is to have no token, there is not one system prompt a
-            conversation, or ``order`` does not hold every turn once and those of a conversation in order.
+            conversation, ``order`` does not hold every turn once and those of a conversation in order, or the
+            name cannot stand in a header.
     """
 
     systems: tuple[str, ...]
     messages: tuple[tuple[str, ...], ...]
     order: tuple[tuple[int, int], ...]
     output_tokens: int
+    name: str
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[!-~]+", self.name):
+            raise ValueError(f"a dialogue's name goes into a header: {self.name!r} is no word of ASCII")
         if not all(self.messages) or not self.messages or self.output_tokens < 1:
             raise ValueError(
                 "a dialogue needs conversations, a message in each, and answers of a token or more"
@@ -69,7 +74,8 @@ def dialogue(
     Args:
         shared_system: one system prompt for all. Else each names its own site right after the nonce, so that
             no two have a KV cache block in common; keep the nonce to a few words for that.
-        nonce: the first words of every system prompt; another one shares no block with this one.
+        nonce: the first words of every system prompt; another one shares no block with this one. With
+            hyphens for blanks it is the dialogue's name.
         seed: of the order alone. The texts are always the same.
 
     Raises:
@@ -93,7 +99,7 @@ def dialogue(
     for turn in range(turns):
         order += [(number, turn) for number in shuffled.sample(range(conversations), conversations)]
     said = tuple(tuple(site["messages"][:turns]) for site in chosen)
-    return Dialogue(tuple(systems), said, tuple(order), output_tokens)
+    return Dialogue(tuple(systems), said, tuple(order), output_tokens, "-".join(nonce.split()))
 
 
 @cache

@@ -84,6 +84,20 @@ def test_a_process_is_known_until_it_is_stopped(deputy: Deputy, standins: Standi
     assert not Path(started["scratch"]).exists()
 
 
+def test_a_killed_process_is_seen_as_a_crash(deputy: Deputy, standins: Standins) -> None:
+    """kill ends the command alone; its supervisor sees that, and ends what it left, without SIGKILL."""
+    deputy.start("standin", TREE, {})  # the grace is long: a busy machine may take its time
+    child, grandchild = standins.told("child"), standins.told("grandchild")
+
+    deputy.kill("standin")
+
+    standins.until(lambda: standins.gone(child, grandchild), "command and child have ended")
+    deputy.kill("standin")  # nobody has that pid and start time any more
+    ended = deputy.stop("standin")
+    assert ended is not None
+    assert (ended["reason"], ended["code"], ended["killed"]) == ("command ended", -signal.SIGKILL, [])
+
+
 def test_a_process_gets_little_of_our_environment(
     deputy: Deputy, standins: Standins, monkeypatch: pytest.MonkeyPatch
 ) -> None:

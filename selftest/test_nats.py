@@ -1,4 +1,4 @@
-"""What the NATS server says of itself, and its command; nothing is started.
+"""What the NATS server says of itself, and its command; no server is started.
 
 The answers are what nats-server 2.15.1 sent, shortened to the keys that are read.
 """
@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from disagglab import nats
-from disagglab.errors import LabError
+from disagglab.errors import LabError, StartError
 from disagglab.host import local_host
+from disagglab.lab import load_lab
 from disagglab.nats import Connection, JetStream, Stream, Subscription
 
 PORTS = (23700, 23709)  # none is taken
@@ -109,3 +110,19 @@ def test_the_folder_of_the_overlay_comes_before_path(tmp_path: Path, monkeypatch
     assert (first, second) == (str(beside / "nats-server"), str(elsewhere / "nats-server"))
     with pytest.raises(LabError, match=r"no nats-server in .*overlay or PATH; make setup DYNAMO=1"):
         nats.find_nats(host, str(beside))
+
+
+@pytest.mark.usefixtures("state")
+def test_a_server_that_does_not_come_up_leaves_no_store(tmp_path: Path) -> None:
+    """The stand-in makes its store, as the server does, and fails."""
+    program = tmp_path / "nats-server"
+    program.write_text('#!/bin/sh\nfor last; do :; done\nmkdir -p "$last/jetstream"\necho no room\nexit 1\n')
+    program.chmod(0o755)
+    host = local_host("run", PORTS, tmp_path, "python")
+
+    with pytest.raises(StartError, match=r"nats ended; command: (?s:.*)no room"):
+        nats.start_nats(host, load_lab("embedded"), str(program))
+
+    host.close()
+    assert (tmp_path / "nats.log").exists()
+    assert not (tmp_path / "nats-store").exists()

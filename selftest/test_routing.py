@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from disagglab import ledger, metrics, routing, topology
-from disagglab.errors import InvalidRun
+from disagglab import ledger, metrics, router, routing, topology
+from disagglab.errors import InvalidRun, StartError
 from disagglab.kv import KvShape, Layer
 from disagglab.lab import load_lab
 from disagglab.ledger import Reading
@@ -261,7 +262,9 @@ def test_a_routed_topology_has_a_router_of_its_own(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(topology, "start_router", start)
     ports = iter(range(100, 200))
-    hosts: Any = SimpleNamespace(controller=SimpleNamespace(reserve_port=lambda _: next(ports)))
+    hosts: Any = SimpleNamespace(
+        controller=SimpleNamespace(reserve_port=lambda _: next(ports)), router_ports=[]
+    )
     model: Any = SimpleNamespace(name="m")
     lab = routing.workers_lab(load_lab("embedded"), routing.FULL)
     deployed = Deployment(hosts, lab, model, connector=False, tag="@t", events=True)
@@ -287,6 +290,67 @@ def test_a_routed_topology_has_a_router_of_its_own(monkeypatch: pytest.MonkeyPat
     assert given == ((100, 101), (100, 101), (102, 103))
     assert hearing[0] is None
     assert hearing[1] == Hearing((SOURCE, SOURCE), 32, deployed.served_name)
+
+
+def test_the_ports_of_a_router_that_does_not_come_up_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one gets them, of another deployment too; start_router has ended what it started."""
+    given: list[tuple[int, int]] = []
+
+    def start(*arguments: Any) -> Router:
+        given.append(arguments[-1])
+        if len(given) == 1:
+            raise StartError("not ready")
+        process: Any = SimpleNamespace(stop=lambda: None)
+        return Router("r", "http://r", (), process)
+
+    monkeypatch.setattr(topology, "start_router", start)
+    ports = iter((100, 101))
+    hosts: Any = SimpleNamespace(
+        controller=SimpleNamespace(reserve_port=lambda _: next(ports)), router_ports=[]
+    )
+    model: Any = SimpleNamespace(name="m")
+    deployed = Deployment(hosts, load_lab("embedded"), model)
+    with pytest.raises(StartError), deployed.routed(STRATEGIES["random"]):
+        pass
+    for one in (deployed, Deployment(hosts, load_lab("embedded"), model, tag="@other")):
+        with one.routed(STRATEGIES["random"]):
+            pass
+    assert given == [(100, 101)] * 3
+
+
+def test_a_router_that_does_not_come_up_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Alive or not, its supervisor is told to end, so that its ports are free for the next one."""
+    (tmp_path / "log").write_text("no worker\n")
+    stopped: list[bool] = []
+    process = SimpleNamespace(alive=False, log=tmp_path / "log", stop=lambda: stopped.append(True))
+    host: Any = SimpleNamespace(suite_python="/v/bin/python", start=lambda *_: process)
+    worker: Any = SimpleNamespace(url="http://a", plan=SimpleNamespace(served_name="m"))
+    monkeypatch.setattr(router, "_serves", lambda *_: False)
+    with pytest.raises(StartError, match=r"router x ended; command: (.|\n)*no worker"):
+        router.start_router(host, load_lab("embedded"), "x", [worker], ports=(1, 2))
+    assert stopped == [True]
+
+
+def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first command runs, the second cannot be executed: stop ends the first."""
+    stopped: list[str] = []
+
+    def start(_host: Any, _lab: Any, plan: Any, _ports: Any) -> Any:
+        if plan == "b":
+            raise StartError("no such program")
+        return SimpleNamespace(process=SimpleNamespace(stop=lambda: stopped.append(plan)))
+
+    monkeypatch.setattr(topology.VllmServer, "start", start)
+    monkeypatch.setattr(topology, "plan_server", lambda _lab, node, *_: node.name)
+    host = SimpleNamespace(reserve_port=lambda _: 1)
+    hosts: Any = SimpleNamespace(of=lambda _: host, python_of=lambda *_: "/p", model_on=lambda *_: None)
+    model: Any = SimpleNamespace(name="m")
+    deployed = Deployment(hosts, load_lab("embedded"), model)
+    assert [node.name for node in deployed.nodes] == ["a", "b"]
+    with pytest.raises(StartError, match="no such program"):
+        deployed.launch()
+    deployed.stop()
+    assert stopped == ["a"]
 
 
 def test_a_ledger_demands_no_even_shares_of_a_routed_topology() -> None:

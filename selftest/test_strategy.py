@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from disagglab.prefixcache import PrefixCache, Request
-from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Chooser, OwnHistory, smallest
+from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Chooser, OwnHistory
 
 
 def request(conversation: int, *prompt: int) -> Request:
@@ -71,28 +71,28 @@ def test_kv_aware_goes_where_most_of_the_prompt_lies_and_draws_among_equals() ->
 def test_cache_aware_sends_all_to_the_first_worker_when_none_has_load() -> None:
     """What matches nowhere goes to the least loaded, the first of equals, so nothing is elsewhere."""
     rows = [request(row, *[row] * 10) for row in range(6)]
-    assert choices(STRATEGIES["cache_aware"].chooser(), rows + rows) == [0] * 12
+    assert choices(ONE_AT_A_TIME["cache_aware"].chooser(), rows + rows) == [0] * 12
 
 
 def test_history_decides_only_above_the_threshold() -> None:
-    """3 of 10 tokens are not more than 0.3, 4 are; the smallest tree takes the rest."""
-    rows = [
-        request(0, *[1] * 10),
-        request(1, *[1] * 3, *[2] * 7),
-        request(2, *[1] * 4, *[3] * 6),
-    ]
-    assert choices(OwnHistory(smallest), rows) == [0, 1, 0]
+    """The second worker was sent the longest match: 4 of 10 tokens are more than 0.3, 3 are not."""
+    for common, taken in ((4, 1), (3, 0)):
+        choose = OwnHistory()
+        choose.histories = [[[9] * 10], [[1] * 10]]
+        wanted = request(1, *[1] * common, *[2] * (10 - common))
+        assert choose(0, wanted, [PrefixCache(100, 2)] * 2, random.Random(0), {}) == taken
 
 
-def test_the_smallest_tree_counts_a_shared_prefix_once() -> None:
-    tree = [[1, 1, 1, 1], [1, 1, 1, 2], [1, 1, 1, 3]]
-    assert smallest([tree, [[5] * 7]]) == 0
-    assert smallest([tree, [[5] * 5]]) == 1
-    assert smallest([tree, [[5] * 6]]) == 0
+def test_under_load_what_matches_nowhere_is_drawn() -> None:
+    """Both workers get some of what is new; what was sent before goes where it went."""
+    rows = [request(row, *[row] * 10) for row in range(20)]
+    taken = choices(STRATEGIES["cache_aware"].chooser(), rows + rows)
+    assert set(taken) == {0, 1}
+    assert taken[20:] == taken[:20]
 
 
 def test_each_replay_begins_without_history() -> None:
-    one, other = (STRATEGIES["cache_aware"].chooser() for _ in range(2))
+    one, other = (ONE_AT_A_TIME["cache_aware"].chooser() for _ in range(2))
     choices(one, [request(0, 1, 2)])
     assert isinstance(one, OwnHistory)
     assert isinstance(other, OwnHistory)

@@ -6,6 +6,7 @@ The server is a stand-in that keeps what it was sent, and that is the oracle.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import threading
 import time
@@ -21,7 +22,7 @@ from disagglab.talk import Spoken, Talk, talk
 from disagglab.traffic import Dialogue
 
 ORDER = ((0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 2))
-TWO = Dialogue(("sys a", "sys b"), (("a0", "a1", "a2"), ("b0", "b1", "b2")), ORDER, 2)
+TWO = Dialogue(("sys a", "sys b"), (("a0", "a1", "a2"), ("b0", "b1", "b2")), ORDER, 2, "Desk-1")
 SAID = ["a0", "b0", "b1", "a1", "a2", "b2"]
 SLOW_S = 0.2
 PATIENCE_S = 20.0  # for what happens at once; only a failing test waits this long
@@ -160,13 +161,17 @@ def test_requests_go_out_in_order_with_the_real_answers(serve: Callable[[Script]
 
 
 def test_a_session_header_names_the_conversation(serve: Callable[[Script], Server]) -> None:
-    """The same value for all turns of a conversation, another for the other one; none unless asked for."""
-    server = serve(echo)
-    talk(server.url, "m", TWO, session_header=True)
-    by_conversation: dict[str, set[str | None]] = {"a": set(), "b": set()}
-    for _, headers, body in server.asked:
-        by_conversation[last(body)[0]].add(headers.get("x-session-id"))
-    assert by_conversation == {"a": {"conversation-0"}, "b": {"conversation-1"}}
+    """The same value for all turns of a conversation, another for the other one, and in another dialogue.
+
+    None unless asked for. With equal names every dialogue would have the same split between servers.
+    """
+    for name in ("Desk-1", "Desk-2"):
+        server = serve(echo)
+        talk(server.url, "m", dataclasses.replace(TWO, name=name), session_header=True)
+        by_conversation: dict[str, set[str | None]] = {"a": set(), "b": set()}
+        for _, headers, body in server.asked:
+            by_conversation[last(body)[0]].add(headers.get("x-session-id"))
+        assert by_conversation == {"a": {f"{name}-0"}, "b": {f"{name}-1"}}
     plain = serve(echo)
     talk(plain.url, "m", TWO)
     assert all("x-session-id" not in headers for _, headers, _ in plain.asked)
@@ -215,7 +220,7 @@ def test_concurrency_is_reached_and_never_exceeded(serve: Callable[[Script], Ser
         pair.wait(PATIENCE_S)
         return echo(body)
 
-    four = Dialogue(("s",) * 4, (("a",), ("b",), ("c",), ("d",)), tuple((n, 0) for n in (2, 0, 3, 1)), 2)
+    four = Dialogue(("s",) * 4, (("a",), ("b",), ("c",), ("d",)), tuple((n, 0) for n in (2, 0, 3, 1)), 2, "x")
     server = serve(script)
     found = talk(server.url, "m", four, concurrency=2)
     assert (server.most_under_way, len(found.turns), found.failures) == (2, 4, ())

@@ -110,9 +110,14 @@ def test_each_round_is_a_new_shuffle() -> None:
     assert made(10, 5, seed=2).order != found.order
 
 
+def test_the_nonce_names_the_dialogue() -> None:
+    """So that two dialogues have no session id in common."""
+    assert (made().name, made(nonce="Desk 77b0de").name) == ("Case-3f2a91c4", "Desk-77b0de")
+
+
 def test_a_chat_holds_the_history() -> None:
     """System prompt, then message and answer by turns, then the message to be answered."""
-    two = Dialogue(("sys",), (("one", "two"),), ((0, 0), (0, 1)), 4)
+    two = Dialogue(("sys",), (("one", "two"),), ((0, 0), (0, 1)), 4, "x")
     assert chat(two, 0, 0, []) == [{"role": "system", "content": "sys"}, {"role": "user", "content": "one"}]
     assert chat(two, 0, 1, ["yes?"])[2:] == [
         {"role": "assistant", "content": "yes?"},
@@ -172,6 +177,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing said": ({"messages": ((),)}, "a message in each"),
     "nobody": ({"systems": (), "messages": (), "order": ()}, "needs conversations"),
     "no answer": ({"output_tokens": 0}, "answers of a token"),
+    "no name": ({"name": ""}, "no word of ASCII"),
+    "a name of two words": ({"name": "Desk 1"}, "no word of ASCII"),
 }
 
 
@@ -184,6 +191,7 @@ def test_a_dialogue_that_cannot_be_held_is_refused(bad: str) -> None:
         "messages": (("one", "two"),),
         "order": ((0, 0), (0, 1)),
         "output_tokens": 2,
+        "name": "Desk-1",
     }
     Dialogue(**good)
     with pytest.raises(ValueError, match=message):

@@ -12,12 +12,17 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
 
 import pytest
 
+from disagglab import etcd
 from disagglab.errors import LabError
 from disagglab.etcd import EXPIRY_CHECK_S, EtcdClient, EtcdServer
+from disagglab.hosts import Hosts
 from disagglab.recorder import Recorder
+from disagglab.section import Lab
+from disagglab.store import Store
 
 ASKED_TTL_S = 3  # Dynamo asks for 30 (ETCD_LEASE_TTL); the smaller, the shorter the test
 HEARTBEATS = 5  # at half of the TTL each, as Dynamo does: together 2.5 TTL
@@ -26,10 +31,21 @@ CHANGE_LIMIT_S = 15.0  # for a change that was asked for; only a failing test wa
 WORKERS = 20
 
 
+@pytest.fixture(scope="module")
+def own_etcd(hosts: Hosts, lab: Lab, store: Store, etcd_program: str) -> Iterator[EtcdServer]:
+    """An etcd that nobody else writes to: the session's counts the changes of Dynamo's workers too."""
+    server = etcd.start_etcd(hosts.controller, lab, etcd_program, "etcd-alone")
+    store.commands["etcd-alone"] = server.command
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 @pytest.fixture
-def registry(etcd_server: EtcdServer) -> EtcdClient:
-    """The client of the session's etcd."""
-    return etcd_server.client
+def registry(own_etcd: EtcdServer) -> EtcdClient:
+    """The client of this module's etcd."""
+    return own_etcd.client
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """NATS as a broker: who gets a message, and what is left of it when the broker dies.
 
 Dynamo 1.6.1 needs no NATS: requests go over TCP and KV events over ZeroMQ. With ``DYN_REQUEST_PLANE=nats``
-and ``DYN_EVENT_PLANE=nats`` both go through this broker instead, which spares every component from knowing
-the addresses of all others. No engine runs here.
+requests go through this broker, which spares frontends and workers from knowing each other's addresses
+(test_planes.py). No engine runs here.
 
 The oracle is the list of what was sent. That nothing more will come is known without waiting: a client's
 message to itself goes through its own buffer, the server and back behind everything before it, so what has

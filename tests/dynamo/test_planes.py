@@ -7,6 +7,7 @@ on it: the files, or the subjects that its processes listen to and the messages 
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +37,14 @@ class Plane:
 
 @pytest.fixture(params=["files", "nats"])
 def plane(request: pytest.FixtureRequest, live: Session) -> Iterator[Plane]:
-    """Discovery by files, or requests over NATS."""
-    if live.short:
-        pytest.skip("SHORT: other planes are tried in the full form")
+    """Discovery by files, in the full form; requests over NATS."""
     if request.param == "files":
+        if live.short:
+            pytest.skip("SHORT: discovery by files is tried in the full form")
         folder = live.store.folder / "discovery"
         folder.mkdir()
         yield Plane("files", Planes(folder=str(folder)), lambda: sizes(folder))
+        shutil.rmtree(folder)
         return
     etcd_server: EtcdServer = request.getfixturevalue("etcd_server")
     start_nats: Callable[[str], NatsServer] = request.getfixturevalue("start_nats")

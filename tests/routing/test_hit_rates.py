@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import statistics
 from collections.abc import Mapping, Sequence
 
 import pytest
 
 from disagglab import client, ledger, routing
 from disagglab.errors import InvalidRun
-from disagglab.figures import percentile
 from disagglab.hitforecast import Forecast, forecast, replay
 from disagglab.recorder import Recorder
 from disagglab.routing import Arm, Size, run_arm
@@ -28,7 +28,7 @@ from disagglab.store import Store, VerdictRow
 from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.topology import Deployment
 from disagglab.traffic import Dialogue, dialogue, sketch
-from disagglab.verdict import judge
+from disagglab.verdict import Direction, judge
 
 SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"
@@ -38,8 +38,9 @@ UNLIMITED = 10_000  # blocks: more than is ever said
 SMALL = Size(conversations=2, turns=2, output_tokens=4, blocks=0)  # for controls
 LEFT_OUT = ("power_of_two",)  # of the short form: without load it is a draw, as random is
 BASELINE, CANDIDATES = "round_robin", ("session_hash", "kv_aware")
-CLAIMED_RATE = (0.70, 0.85)  # what the notebooks that this suite grew from expected of cache-aware routing
-CLAIMED_REDUCTION = (0.30, 0.40)  # of latency, against a router that knows nothing of caches
+GO_BY_LOAD = ("power_of_two", "cache_aware")  # candidates of the full form
+CLAIMED_RATE = 0.70  # or more; the notebooks that this suite grew from expected 70 to 85 %
+CLAIMED_REDUCTION = 0.30  # or more, of latency against a router that sees no cache; they expected 30 to 40 %
 MARGIN = 0.05
 NOWHERE = "tcp://127.0.0.1:1"  # nobody publishes there
 
@@ -119,11 +120,11 @@ def shared(workers: Deployment, live: Session, routing_size: Size) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def loaded(workers: Deployment, live: Session, routing_size: Size) -> dict[str, Measured]:
-    """Round robin, session hash and KV-aware with two requests under way: one arm each, then more rounds.
+    """Round robin and what is held against it with two requests under way: one arm each, then more rounds.
 
     The same order of requests within a round, and the mirrored order of arms in every other one.
     """
-    names = (BASELINE, *CANDIDATES)
+    names = (BASELINE, *CANDIDATES, *(() if live.short else GO_BY_LOAD))
     found = measure(workers, live, routing_size, LOADED, names, AT_ONCE)
     with live.uncaptured():
         for number in range(1, 1 if live.short else live.rounds):
@@ -145,13 +146,6 @@ def show(record: Recorder, name: str, each: Measured, traffic: str) -> None:
         what="arms",
         note=f"predicted {each.forecast.low:.3f} to {each.forecast.high:.3f};"
         f" {sum(arm.hits.values()):,} of {sum(arm.queries.values()):,} tokens; requests: {split}",
-    )
-    record.numbers(
-        f"error rate, {traffic}",
-        [len(arm.talk.failures) / (len(arm.talk.turns) + len(arm.talk.failures))],
-        "ratio",
-        arm=name,
-        what="arms",
     )
 
 
@@ -190,7 +184,8 @@ def test_a_session_stays_with_its_server(pressure: Mapping[str, Measured], recor
 
     A hash keeps a conversation where its KV cache is and asks no server anything. It also sees no load: which
     conversations share a server is chance. It finds more than round robin, unless chance put all of them on
-    one server (one start in 32 with six conversations): then half of the cache is idle, and it finds less.
+    one server (one dialogue in 32 with six conversations, in 512 with ten): then half of the cache is idle,
+    and it finds less. Each dialogue has session ids of its own, so each is another draw.
     """
     sessions, turns = pressure["session_hash"].arms[0], pressure[BASELINE].arms[0]
     numbers = sorted({turn.conversation for turn in sessions.talk.turns})
@@ -226,17 +221,22 @@ def test_kv_aware_goes_by_events(pressure: Mapping[str, Measured], record: Recor
 def test_load_is_what_spreads_conversations(
     pressure: Mapping[str, Measured], loaded: Mapping[str, Measured], record: Recorder
 ) -> None:
-    """One request at a time, kv_aware leaves a server idle; with two under way it uses both, and finds more.
+    """One request at a time, kv_aware leaves a server idle; with two under way it uses both.
 
     A cold prompt is worth the same everywhere, and only load tells equal servers apart. Where nothing is
     under way there is none: every conversation begins on the same server and stays with its history, so half
-    of the cache is never used. With two under way the forecast draws among equals; the router need not.
+    of the cache is never used. With two under way the forecast draws among equals; the router need not. How
+    much more it finds then depends on which answer came first, so both rates are kept and not compared.
     """
     alone, together = pressure["kv_aware"].arms[0], loaded["kv_aware"].arms[0]
     show(record, "kv_aware", loaded["kv_aware"], LOADED)
-    assert sorted(alone.requests.values())[0] == 0, dict(alone.requests)
-    assert all(together.requests.values()), dict(together.requests)
-    assert together.rate > alone.rate, f"two at once {together.rate:.3f}, one at a time {alone.rate:.3f}"
+    record.numbers(
+        "hit rate, one at a time and two at once", [alone.rate, together.rate], "ratio", arm="kv_aware",
+        what="one at a time, two at once",
+        note=f"requests: {dict(alone.requests)}, {dict(together.requests)}",
+    )  # fmt: skip
+    assert min(alone.requests.values()) == 0, f"one at a time, no server was idle: {dict(alone.requests)}"
+    assert min(together.requests.values()) > 0, f"two at once, a server was idle: {dict(together.requests)}"
 
 
 def test_a_router_that_hears_nothing_is_refused(workers: Deployment) -> None:
@@ -259,13 +259,12 @@ def test_a_router_that_hears_nothing_is_refused(workers: Deployment) -> None:
 def test_times_of_hits_and_misses(
     pressure: Mapping[str, Measured], workers: Deployment, record: Recorder
 ) -> None:
-    """TTFT of turns that found their history and of those that did not, at equal turn, over all strategies.
+    """A turn that found its history has its first token earlier than one that did not, at equal turn.
 
-    A turn is a hit if at least the whole blocks of its conversation's last prompt were found. Arms with a
-    failed request have no latency here: none is stored before its errors were counted and were 0.
+    Over all strategies; medians. A turn is a hit if at least the whole blocks of its conversation's last
+    prompt were found. An arm with a failed request is refused (``run_arm``), so no latency of it is here.
     """
     arms = [arm for each in pressure.values() for arm in each.arms]
-    assert not any(arm.talk.failures for arm in arms)
     block = ledger.block_size(workers.servers[0].metrics())
     found = routing.times_by_hit(arms, block)
     for kind, rows in (("hit", found.hits), ("miss", found.misses)):
@@ -273,32 +272,35 @@ def test_times_of_hits_and_misses(
             record.numbers(f"TTFT of a {kind}, turn {turn + 1}", times, "s", what="requests")
     both = sorted(set(found.hits) & set(found.misses))
     assert both, f"no turn with hits and misses: {found.hits.keys()} and {found.misses.keys()}"
-    ratios = [
-        (percentile(found.hits[turn], 50) or 0.0) / (percentile(found.misses[turn], 50) or 1.0)
-        for turn in both
-    ]
-    record.numbers("median TTFT, hit / miss, at equal turn", ratios, "ratio", what="turns")
+    ratios = {
+        turn + 1: statistics.median(found.hits[turn]) / statistics.median(found.misses[turn]) for turn in both
+    }
+    record.numbers("median TTFT, hit / miss, at equal turn", list(ratios.values()), "ratio", what="turns")
+    assert max(ratios.values()) < 1, (
+        "a hit is no earlier than a miss; median TTFT, hit / miss, by turn: "
+        + ", ".join(f"{turn}: {ratio:.2f}" for turn, ratio in ratios.items())
+        + "; what else ran on this machine?"
+    )
 
 
 def test_what_the_claims_are_worth(loaded: Mapping[str, Measured], live: Session, record: Recorder) -> None:
-    """Verdicts on two claims: 70 to 85 % of prompt tokens found, and latency 30 to 40 % below round robin.
+    """Verdicts on two claims: 70 % or more of prompt tokens found, latency 30 % or more below round robin.
 
-    The notebooks that this suite grew from expected both of cache-aware routing, and showed them on a
-    simulated router. Here rounds of round robin, session hash and KV-aware are measured in turns; the short
-    form has one round, from which nothing can be concluded. No latency is kept of an arm with a failure.
+    The notebooks that this suite grew from expected 70 to 85 % and 30 to 40 % of cache-aware routing, and
+    showed both on a simulated router. Judged is the lower end of each: more than was claimed meets it, too.
+    Rounds of round robin, session hash and KV-aware, in the full form also of the two policies that go by
+    load, are measured in turns; the short form has one round, from which nothing can be concluded.
     """
-    for name in CANDIDATES:
-        rates = [arm.rate for arm in loaded[name].arms]
-        claimed = [(CLAIMED_RATE[0], rate) for rate in rates]
-        live.store.add(
-            row(name, "hit rate", "ratio", "claimed, 70 %", claimed, "higher", 1 - CLAIMED_RATE[0])
-        )
+    candidates = [name for name in loaded if name != BASELINE]
+    for name in candidates:
+        claimed = [(CLAIMED_RATE, arm.rate) for arm in loaded[name].arms]
+        live.store.add(row(name, "hit rate", "ratio", "claimed, 70 %", claimed, "higher"))
         for metric in ("ttft", "e2e"):
             pairs = list(zip(medians(loaded[BASELINE], metric), medians(loaded[name], metric), strict=True))
-            live.store.add(row(name, f"{metric}_p50", "s", BASELINE, pairs, "lower", CLAIMED_REDUCTION[0]))
+            live.store.add(row(name, f"{metric}_p50", "s", BASELINE, pairs, "lower"))
             for arm, values in zip((BASELINE, name), zip(*pairs, strict=True), strict=True):
                 record.numbers(f"{metric}_p50 of all turns", values, "s", arm=arm, what="arms")
-    assert sum(row.workload == WORKLOAD for row in live.store.verdicts) == 3 * len(CANDIDATES)
+    assert sum(row.workload == WORKLOAD for row in live.store.verdicts) == 3 * len(candidates)
 
 
 WORKLOAD = "conversations under cache pressure, two at once"
@@ -306,9 +308,7 @@ WORKLOAD = "conversations under cache pressure, two at once"
 
 def medians(each: Measured, metric: str) -> list[float]:
     """The median TTFT or E2E of each arm, s."""
-    return [
-        percentile([getattr(turn, f"{metric}_s") for turn in arm.talk.turns], 50) or 0.0 for arm in each.arms
-    ]
+    return [statistics.median(getattr(turn, f"{metric}_s") for turn in arm.talk.turns) for arm in each.arms]
 
 
 def row(
@@ -317,23 +317,21 @@ def row(
     unit: str,
     baseline: str,
     pairs: list[tuple[float, float]],
-    better: str,
-    claim: float,
+    better: Direction,
 ) -> VerdictRow:
     """A verdict, and whether its interval bears the claim out; never a gate.
 
-    ``claim``: the least reduction of a latency that was claimed; of a hit rate, being above the baseline is.
+    Of a hit rate it does if all of it lies at or above the baseline, which is the claimed rate; of a latency
+    if all of it is a reduction by at least CLAIMED_REDUCTION.
     """
-    verdict = judge(pairs, "higher" if better == "higher" else "lower", MARGIN)
-    if verdict.rounds < 2:
-        state = "claim: no verdict from one round"
-    elif better == "higher":
-        state = "claim: met" if verdict.low >= 0 else "claim: not met" if verdict.high < 0 else "claim: open"
+    verdict = judge(pairs, better, MARGIN)
+    if better == "higher":
+        said, met, missed = "claim", verdict.low >= 0, verdict.high < 0
     else:
-        met, missed = verdict.high <= -claim, verdict.low > -claim
-        state = (
-            "claim of -30 %: met" if met else "claim of -30 %: not met" if missed else "claim of -30 %: open"
-        )
+        said = f"claim of -{CLAIMED_REDUCTION:.0%}".replace("%", " %")
+        met, missed = verdict.high <= -CLAIMED_REDUCTION, verdict.low > -CLAIMED_REDUCTION
+    found = "met" if met else "not met" if missed else "open"
+    state = f"{said}: {found}" if verdict.rounds > 1 else "claim: no verdict from one round"
     means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
     return VerdictRow.of(
         verdict,
@@ -348,21 +346,27 @@ def row(
     )
 
 
-def share_of_best(arm: Arm, block: int) -> float:
-    """An arm's hit rate over that of one server whose cache never runs full, for the same token ids."""
-    requests = [routing.request_of(turn) for turn in arm.talk.turns]
-    best = replay(requests, [0] * len(requests), UNLIMITED, block)
-    return sum(arm.hits.values()) / sum(best)
+def without_limit(arm: Arm, block: int, one_server: bool = False) -> int:
+    """Tokens that the same ids would have found in caches that never run full.
+
+    ``one_server``: all of them on one, which is the most that any placement can find; else each where it was.
+    """
+    turns = arm.talk.turns
+    names = list(arm.requests)
+    servers = [0 if one_server else names.index(str(turn.server)) for turn in turns]
+    return sum(replay([routing.request_of(turn) for turn in turns], servers, UNLIMITED, block))
 
 
 def test_strategy_matters_less_where_all_fits(
     pressure: Mapping[str, Measured], workers: Deployment, live: Session, record: Recorder
 ) -> None:
-    """Where all that is said fits one cache, round robin comes nearer to the most that can be found.
+    """Cache pressure costs round robin hits; where all that is said fits one cache, it loses none.
 
-    What a server does not hold, because another has served the last turn, it computes once, and then keeps:
-    nothing pushes it out. Under pressure the same detour costs the next conversation its blocks as well. The
-    most that can be found is a replay of the same token ids on one server with room for everything.
+    What a server does not hold, because another has served the last turn, it computes once, and then keeps
+    unless something pushes it out. Under pressure the same detour costs the next conversation its blocks as
+    well. Each arm's measured hits are held against a replay of its own token ids on the servers that took
+    them, with room for everything: fewer under pressure, equal without. What round robin still lacks then of
+    the most that can be found, a replay on one server, is the price of the detours alone.
     """
     if live.short:
         pytest.skip("SHORT: a cache that holds everything is measured in the full form")
@@ -371,9 +375,16 @@ def test_strategy_matters_less_where_all_fits(
         show(record, name, each, "all of it fits")
         require_predicted(name, each)
     block = ledger.block_size(workers.servers[0].metrics())
-    small, large = (share_of_best(arms[BASELINE].arms[0], block) for arms in (pressure, found))
-    record.numbers(
-        "hit rate of round robin, of the most that can be found", [small, large], "ratio",
-        arm=BASELINE, what="with pressure, without",
-    )  # fmt: skip
-    assert large > small, f"of the most that can be found: {small:.3f} under pressure, {large:.3f} without"
+    pressed, free = pressure[BASELINE].arms[0], found[BASELINE].arms[0]
+    hits = [sum(arm.hits.values()) for arm in (pressed, free)]
+    kept = [without_limit(arm, block) for arm in (pressed, free)]
+    most = [without_limit(arm, block, one_server=True) for arm in (pressed, free)]
+    for what, limits in (("caches without limit", kept), ("the most that can be found", most)):
+        record.numbers(
+            f"hits of round robin, of {what}", [hit / limit for hit, limit in zip(hits, limits, strict=True)],
+            "ratio", arm=BASELINE, what="with pressure, without",
+        )  # fmt: skip
+    assert hits[0] < kept[0], (
+        f"under pressure {hits[0]:,} tokens found, without a limit {kept[0]:,}: none lost"
+    )
+    assert hits[1] == kept[1], f"all fits, and {hits[1]:,} tokens were found of {kept[1]:,} without a limit"
