@@ -21,7 +21,7 @@ import httpx
 
 from disagglab.client import CHAT, COMPLETIONS, TIMEOUT, Completion, complete_beside_others
 from disagglab.errors import InvalidRun
-from disagglab.kv import reusable_tokens
+from disagglab.kv import common_prefix, reusable_tokens
 from disagglab.looplag import ClientLoad, LoopLag
 
 Message = str | tuple[int, ...]
@@ -126,16 +126,10 @@ def held_tokens(turns: Sequence[Turn], block_size: int) -> tuple[int, ...]:
                 f" {turn.prompt_tokens} prompt tokens and {len(turn.token_ids)} of {turn.output_tokens}"
                 " output tokens came back; leave return_token_ids on"
             )
-        common = max((_common(turn.prompt_ids, earlier) for earlier in kept), default=0)
+        common = max((common_prefix(turn.prompt_ids, earlier) for earlier in kept), default=0)
         found.append(min(common // block_size * block_size, reusable_tokens(turn.prompt_tokens, block_size)))
         kept.append(turn.prompt_ids + turn.token_ids[:-1])
     return tuple(found)
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of what two sequences begin with."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(left), len(right)))
 
 
 def converse(

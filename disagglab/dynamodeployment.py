@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from disagglab import boot, client
 from disagglab.dynamo import (
@@ -33,18 +33,16 @@ from disagglab.dynamo import (
 )
 from disagglab.errors import InvalidRun, StartError
 from disagglab.etcd import EtcdClient, Listing
-from disagglab.host import HostProcess
 from disagglab.hosts import Hosts
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
 from disagglab.section import Lab, NodeSection
-from disagglab.server import POLL_S, read_tail, require_memory
+from disagglab.server import POLL_S, await_process, require_memory
 from disagglab.topology import DISAGGREGATED, ROUTED, Topology
 
 FOUND_DEADLINE_S = 60.0  # for a worker's key, and for a frontend that finds it: 1 s where nothing else runs
 EVENT_WAIT_S = 1.0  # an event takes milliseconds
 EVENT_PROMPTS = 5
-LOG_TAIL_LINES = 20
 ENGINE = "Initializing a V1 LLM engine (v"  # vLLM's core.py, in the log of every worker
 
 
@@ -162,16 +160,6 @@ class DynamoDeployment:
             if self.planes.etcd:
                 self._await_key(worker)
 
-    def add(self, line: ProgressLine, node: NodeSection | None = None) -> Worker:
-        """Start one worker more and wait for it; frontends find it by themselves.
-
-        Raises:
-            StartError: see :meth:`launch` and :meth:`wait`.
-        """
-        worker = self.launch(node)
-        self.wait(line)
-        return worker
-
     def remove(self, worker: Worker) -> None:
         """Ask a worker to go (SIGTERM); return when it has gone.
 
@@ -202,10 +190,13 @@ class DynamoDeployment:
 
     def _await_key(self, worker: Worker) -> None:
         key = self.key(worker)
-        _await(
-            lambda: key in self.keys().values,
-            lambda: f"{worker.name} is ready, and etcd {self.planes.etcd} has no key {key}",
+        await_process(
             worker.process,
+            lambda: key in self.keys().values,
+            worker.name,
+            worker.plan.command,
+            FOUND_DEADLINE_S,
+            lambda: f"etcd {self.planes.etcd} has no key {key}",
         )
 
     @contextlib.contextmanager
@@ -246,17 +237,20 @@ class DynamoDeployment:
         hears = len(wanted) if router_mode == KV and self.mode == AGGREGATED else 0
         with contextlib.ExitStack() as undo:
             undo.callback(process.stop)
-            _await(
+            await_process(
+                process,
                 lambda: (
                     self.served_name in frontend.models()
                     and wanted <= frontend.instances()
                     and frontend.listens_to() >= hears
                 ),
+                name,
+                frontend.command,
+                FOUND_DEADLINE_S,
                 lambda: (
-                    f"{name} has models {frontend.models()} and workers {frontend.instances()} of {wanted},"
-                    f" and listens to {frontend.listens_to()} of {hears}; command: {frontend.command}"
+                    f"it has models {frontend.models()} and workers {frontend.instances()} of {wanted}, and"
+                    f" listens to {frontend.listens_to()} of {hears}"
                 ),
-                process,
             )
             undo.pop_all()
         return frontend
@@ -306,18 +300,3 @@ def _stored(frontend: Frontend) -> float:
     found = frontend.metrics().samples
     wanted = {("event_type", "stored"), ("status", "ok")}
     return sum(value for name, labels, value in found if name == EVENTS_APPLIED and wanted <= labels)
-
-
-def _await(condition: Callable[[], bool], state: Callable[[], str], process: HostProcess) -> None:
-    """Poll until a condition holds.
-
-    Raises:
-        StartError: if the process ends or the deadline passes before. The message begins with ``state``.
-    """
-    deadline = time.monotonic() + FOUND_DEADLINE_S
-    while not condition():
-        if not process.alive or time.monotonic() > deadline:
-            how = f"after {FOUND_DEADLINE_S:g} s" if process.alive else "and the process has ended"
-            tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
-            raise StartError(f"{state()} {how}\nlast lines of {process.log}:\n{tail}")
-        time.sleep(POLL_S)

@@ -18,15 +18,14 @@ from typing import Any
 
 import httpx
 
-from disagglab.errors import LabError, StartError
+from disagglab.errors import LabError
 from disagglab.host import Host, HostProcess
 from disagglab.section import Lab
-from disagglab.server import HTTP_TIMEOUT_S, POLL_S, read_tail
+from disagglab.server import HTTP_TIMEOUT_S, await_process
 
 FOLDERS = ("/usr/bin", "/usr/local/bin")  # beside PATH
 MEND = "apt-get install etcd-server"
 READY_DEADLINE_S = 60.0  # ready after 2 s where nothing else runs
-LOG_TAIL_LINES = 20
 MEMBER = "lab"
 # The data folder lies in the scratch folder of the process: etcd reserves 123 MB for its log, and an owned
 # process's scratch folder is gone when the process is, however that ends.
@@ -287,17 +286,9 @@ def start_etcd(host: Host, lab: Lab, program: str, name: str = "etcd") -> EtcdSe
     env = {"ETCD_UNSUPPORTED_ARCH": "arm64"} if _is_arm(host) else {}  # 3.4 asks for it; 3.5 does not
     process = host.start(name, argv, env, lab.controller.cpus, [port, peer_port])
     server = EtcdServer(url, tuple(argv), process, EtcdClient(url))
-    deadline = time.monotonic() + READY_DEADLINE_S
     with contextlib.ExitStack() as undo:
         undo.callback(server.stop)
-        while not _healthy(url):
-            if not process.alive or time.monotonic() > deadline:
-                state = "is not ready" if process.alive else "ended"
-                tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
-                raise StartError(
-                    f"{name} {state}; command: {server.command}\nlast lines of {process.log}:\n{tail}"
-                )
-            time.sleep(POLL_S)
+        await_process(process, lambda: _healthy(url), name, server.command, READY_DEADLINE_S)
         undo.pop_all()
     return server
 

@@ -10,6 +10,7 @@ disagglab/kvlayout.py.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagglab.errors import ConfigError, Problem
@@ -111,6 +112,12 @@ def reusable_tokens(tokens: int, block_size: int) -> int:
     block less.
     """
     return (tokens - 1) // block_size * block_size
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of what two sequences of token ids begin with, tokens."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def tokens_from_prefill(tokens: int) -> int:

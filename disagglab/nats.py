@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -16,14 +15,13 @@ from typing import Any
 
 import httpx
 
-from disagglab.errors import LabError, StartError
+from disagglab.errors import LabError
 from disagglab.host import Host, HostProcess
 from disagglab.section import Lab
-from disagglab.server import HTTP_TIMEOUT_S, POLL_S, read_tail
+from disagglab.server import HTTP_TIMEOUT_S, await_process
 
 MEND = "make setup DYNAMO=1"
 READY_DEADLINE_S = 60.0  # ready after less than a second where nothing else runs
-LOG_TAIL_LINES = 20
 NS_PER_S = 1e9
 
 
@@ -118,15 +116,7 @@ class NatsServer:
         Raises:
             StartError: if it ends or is not ready in time; the message holds the end of its log.
         """
-        deadline = time.monotonic() + READY_DEADLINE_S
-        while not _healthy(self.monitor):
-            if not self.process.alive or time.monotonic() > deadline:
-                state = "is not ready" if self.process.alive else "ended"
-                tail = "\n".join(read_tail(self.process.log, LOG_TAIL_LINES))
-                raise StartError(
-                    f"{self.name} {state}; command: {self.command}\nlast lines of {self.process.log}:\n{tail}"
-                )
-            time.sleep(POLL_S)
+        await_process(self.process, lambda: _healthy(self.monitor), self.name, self.command, READY_DEADLINE_S)
 
     def stop(self) -> None:
         """End it and delete its store."""

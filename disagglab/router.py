@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-from disagglab.errors import StartError
 from disagglab.host import Host, HostProcess
 from disagglab.metrics import Snapshot, scrape
 from disagglab.section import Lab
-from disagglab.server import HTTP_TIMEOUT_S, POLL_S, EventSource, VllmServer, read_tail
+from disagglab.server import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
 from disagglab.strategy import Strategy
 
 READY_DEADLINE_S = 90.0  # ready after 1 to 2 s where nothing else runs
-LOG_TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -150,24 +147,14 @@ def start_router(
     base, metrics_url = (f"http://{address}:{number}" for number in (port, metrics_port))
     router = Router(name, base, tuple(argv), process, metrics_url=metrics_url)
     try:
-        _await(router, (*workers, *prefill, *decode)[0].plan.served_name)
+        served_name = (*workers, *prefill, *decode)[0].plan.served_name
+        await_process(
+            process, lambda: _serves(router, served_name), f"router {name}", router.command, READY_DEADLINE_S
+        )
     except BaseException:
         process.stop()
         raise
     return router
-
-
-def _await(router: Router, served_name: str) -> None:
-    process, deadline = router.process, time.monotonic() + READY_DEADLINE_S
-    while not _serves(router, served_name):
-        if not process.alive or time.monotonic() > deadline:
-            state = "is not ready" if process.alive else "ended"
-            tail = "\n".join(read_tail(process.log, LOG_TAIL_LINES))
-            raise StartError(
-                f"router {router.name} {state}; command: {router.command}\n"
-                f"last lines of {process.log}:\n{tail}"
-            )
-        time.sleep(POLL_S)
 
 
 def _serves(router: Router, served_name: str) -> bool:

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from disagglab.section import Lab, NodeSection
 from disagglab.vllm_plugin import CPUS_VARIABLE
 
 LOG_TAIL_LINES = 40
+STARTED_TAIL_LINES = 20  # of a router, a store, a frontend
 POLL_S = 0.25
 HTTP_TIMEOUT_S = 5.0
 GIB = 2**30
@@ -321,6 +322,35 @@ def require_memory(host: Host, lab: Lab, servers: int) -> None:
             f"{have:.1f} GiB available on {host.name}, the lab wants {need:g} GiB before {servers} servers"
             f" start ([memory] floor_gib = {lab.memory.floor_gib:g} each); see: ps aux --sort -rss"
         )
+
+
+def await_process(
+    process: HostProcess,
+    ready: Callable[[], bool],
+    name: str,
+    command: str,
+    deadline_s: float,
+    lacks: Callable[[], str] = str,
+) -> None:
+    """Return when ``ready()`` says so, of a process that has nothing to tell meanwhile.
+
+    Args:
+        lacks: what is missing, for the message.
+
+    Raises:
+        StartError: if it ends before, or is not ready after ``deadline_s``, s. The message holds the end of
+            its log. The process is left to whoever started it.
+    """
+    deadline = time.monotonic() + deadline_s
+    while not ready():
+        if not process.alive or time.monotonic() > deadline:
+            state = f"is not ready after {deadline_s:g} s" if process.alive else "ended"
+            missing = f"; {text}" if (text := lacks()) else ""
+            tail = "\n".join(read_tail(process.log, STARTED_TAIL_LINES))
+            raise StartError(
+                f"{name} {state}{missing}; command: {command}\nlast lines of {process.log}:\n{tail}"
+            )
+        time.sleep(POLL_S)
 
 
 def read_tail(log: Path, lines: int) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from disagglab.kv import common_prefix
 from disagglab.prefixcache import PrefixCache, Request
 
 SESSION_HEADER = "X-Session-ID"
@@ -65,34 +66,30 @@ def at_home(
     return homes[request.conversation]
 
 
-def largest_match(
-    _index: int,
-    request: Request,
-    caches: Sequence[PrefixCache],
-    rng: random.Random,
-    _homes: Mapping[int, int],
-) -> int:
-    """The worker whose cache holds most of the prompt; one of the equals at random, even at nothing."""
-    matches = [cache.find(request.chain(cache.block_size)) for cache in caches]
-    best = max(matches)
-    ties = [worker for worker, match in enumerate(matches) if match == best]
-    return ties[int(rng.random() * len(ties))] if len(ties) > 1 else ties[0]
+class LargestMatch:
+    """kv_aware's rule: the worker whose cache holds most of the prompt, even if that is nothing.
 
-
-def first_largest_match(
-    _index: int,
-    request: Request,
-    caches: Sequence[PrefixCache],
-    _rng: random.Random,
-    _homes: Mapping[int, int],
-) -> int:
-    """The worker whose cache holds most of the prompt; of equals always the same one, even at nothing.
-
-    vllm-router 0.1.17 takes the least loaded of equals and, where none has any load, the first of its list,
-    whose order differs from start to start. So requests one at a time all begin on one worker, and stay.
+    Of equals vllm-router 0.1.17 takes the least loaded and, where none has any load, the first of its list,
+    whose order differs from start to start. So requests one at a time all begin on one worker, and stay. With
+    ``draws`` one of the equals is drawn, since which has the least load no forecast knows.
     """
-    matches = [cache.find(request.chain(cache.block_size)) for cache in caches]
-    return matches.index(max(matches))
+
+    def __init__(self, draws: bool = False) -> None:
+        self.draws = draws
+
+    def __call__(
+        self,
+        _index: int,
+        request: Request,
+        caches: Sequence[PrefixCache],
+        rng: random.Random,
+        _homes: Mapping[int, int],
+    ) -> int:
+        """The worker."""
+        matches = [cache.find(request.chain(cache.block_size)) for cache in caches]
+        best = max(matches)
+        ties = [worker for worker, match in enumerate(matches) if match == best]
+        return ties[int(rng.random() * len(ties))] if self.draws and len(ties) > 1 else ties[0]
 
 
 class OwnHistory:
@@ -123,23 +120,15 @@ class OwnHistory:
         """The worker, which then remembers the prompt."""
         self.histories = self.histories or [[] for _ in caches]
         prompt = request.prompt_ids
-        shared = [max((_common(prompt, old) for old in history), default=0) for history in self.histories]
+        shared = [
+            max((common_prefix(prompt, old) for old in history), default=0) for history in self.histories
+        ]
         best = max(shared)
         likely = best > self.threshold * len(prompt)
         otherwise = int(rng.random() * len(caches)) if self.draws else 0
         worker = shared.index(best) if likely else otherwise
         self.histories[worker].append(prompt)
         return worker
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common prefix."""
-    length = 0
-    for left, right in zip(one, other, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length
 
 
 @dataclass(frozen=True)
@@ -226,7 +215,7 @@ _ALL = (
         False,
         True,
         "the worker whose cache holds most of the prompt, as its KV cache events say",
-        lambda: largest_match,
+        lambda: LargestMatch(draws=True),
         draws=True,
     ),
 )
@@ -236,6 +225,6 @@ ONE_AT_A_TIME: Mapping[str, Strategy] = MappingProxyType(
     {
         **STRATEGIES,
         "cache_aware": replace(STRATEGIES["cache_aware"], chooser=OwnHistory, draws=False),
-        "kv_aware": replace(STRATEGIES["kv_aware"], chooser=lambda: first_largest_match, draws=False),
+        "kv_aware": replace(STRATEGIES["kv_aware"], chooser=LargestMatch, draws=False),
     }
 )

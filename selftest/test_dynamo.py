@@ -30,7 +30,7 @@ from disagglab.dynamo import (
     settings,
 )
 from disagglab.dynamodeployment import require_events
-from disagglab.errors import InvalidRun, StartError
+from disagglab.errors import InvalidRun
 from disagglab.host import HostProcess
 from disagglab.lab import load_lab
 from disagglab.metrics import PROCESS_START, parse
@@ -213,21 +213,6 @@ def test_a_frontend_that_hears_nothing_is_refused(
     topology, _ = behind(False)
     with pytest.raises(InvalidRun, match=r"a stored 10 blocks.*tcp://\*:PORT"):
         require_events(topology)
-
-
-def test_a_part_that_is_not_found_is_an_error_with_its_log(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the deadline the message says what was waited for, and holds the end of the log."""
-    log = tmp_path / "worker.log"
-    log.write_text("cannot reach etcd\n")
-    process = cast(HostProcess, SimpleNamespace(alive=True, log=log))
-    monkeypatch.setattr(dynamodeployment, "FOUND_DEADLINE_S", 0.1)
-    with pytest.raises(StartError, match=r"(?s)no key after 0.1 s.*cannot reach etcd"):
-        dynamodeployment._await(lambda: False, lambda: "no key", process)
-    dead = cast(HostProcess, SimpleNamespace(alive=False, log=log))
-    with pytest.raises(StartError, match="no key and the process has ended"):
-        dynamodeployment._await(lambda: False, lambda: "no key", dead)
 
 
 WORKER = """

@@ -90,7 +90,7 @@ def measure(
         predicted = predict(workers, one, rules[name])
         limits = [predicted.low, predicted.rate, predicted.high]
         keep.numbers(f"hit rate, forecast, {traffic}", limits, "ratio", arm=name, what="limits and mean",
-                     note=predicted.how)  # fmt: skip
+                     note=f"{rules[name].what}; {predicted.how}")  # fmt: skip
         found[name] = Measured(predicted, [])
     line = live.progress(f"strategies, {traffic}")
     with live.uncaptured():
