@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.store import META, FigureRow
+from disagglab.records import FigureRow
+from disagglab.store import META
 from disagglab.verdict import Direction
 
 RUN_ID = re.compile(r"\d{8}-\d{6}")

@@ -17,8 +17,9 @@ from disagglab.errors import InvalidRun
 from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
 from disagglab.linefit import LineFit
-from disagglab.load import LoadEngine, Run
+from disagglab.load import LoadEngine
 from disagglab.metrics import delta
+from disagglab.records import Run
 from disagglab.section import Lab
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.store import Store

@@ -11,9 +11,10 @@ from disagglab import ledger
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.figures import METRICS, comparable, figures, saturated
 from disagglab.kv import KvShape
-from disagglab.load import LoadEngine, Run, require_meaning
+from disagglab.load import LoadEngine, require_meaning
+from disagglab.records import FigureRow, Run, VerdictRow
 from disagglab.section import GateSection, Lab, SloSection
-from disagglab.store import FigureRow, Store, VerdictRow
+from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.trace import MAIN, STEADY
 from disagglab.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes

@@ -22,7 +22,8 @@ import httpx
 from disagglab.client import CHAT, COMPLETIONS, TIMEOUT, Completion, complete_beside_others
 from disagglab.errors import InvalidRun
 from disagglab.kv import common_prefix, reusable_tokens
-from disagglab.looplag import ClientLoad, LoopLag
+from disagglab.looplag import LoopLag
+from disagglab.records import ClientLoad
 
 Message = str | tuple[int, ...]
 

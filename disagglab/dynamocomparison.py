@@ -15,8 +15,8 @@ import dataclasses
 
 from disagglab import dynamo
 from disagglab.comparison import Comparison, pair_rows, verdict_rows
+from disagglab.records import VerdictRow
 from disagglab.section import Lab
-from disagglab.store import VerdictRow
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.workload import Workload
 

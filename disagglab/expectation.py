@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from disagglab.comparison import LIMIT
 from disagglab.dynamocomparison import DYNAMO_KV, DYNAMO_ROUND_ROBIN, tagged
+from disagglab.records import VerdictRow
 from disagglab.routing import BLOCK_SIZE, Arm, times_by_hit
-from disagglab.store import VerdictRow
 from disagglab.talkcomparison import CONVERSATIONS, E2E, FIGURES, HIT_RATE, MARGIN, THROUGHPUT, values
 from disagglab.topology import DISAGGREGATED, SINGLE
 from disagglab.verdict import Verdict, judge

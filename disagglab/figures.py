@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from disagglab.load import Run
+from disagglab.records import Run
 from disagglab.section import SloSection
 from disagglab.trace import MAIN
 from disagglab.verdict import Direction

@@ -18,7 +18,7 @@ from functools import cached_property
 from disagglab import breakeven, breakevencheck, figures, replay
 from disagglab.breakeven import Cluster, Point
 from disagglab.breakevencheck import MOST_REQUESTS, MOST_USE, Budget
-from disagglab.load import Run
+from disagglab.records import Run
 from disagglab.replay import Served
 from disagglab.section import SloSection
 from disagglab.trace import arrivals

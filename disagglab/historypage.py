@@ -13,7 +13,7 @@ from disagglab.archive import NOT_RECORDED, Archive, HistoryRun, reason
 from disagglab.changepoint import MIN_SIDE, MIN_VALUES, ChangePoint, segments
 from disagglab.errors import ConfigError, Problem
 from disagglab.history import Series, change_text, summary
-from disagglab.store import Plot
+from disagglab.records import Plot
 
 NAME = "history.html"
 JOINED = "different fingerprints joined on request"

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from disagglab import lease, madehost, release
 from disagglab.errors import StartError
 from disagglab.host import Host, local_host
+from disagglab.lab import with_release
 from disagglab.model import Model
 from disagglab.remote import RemoteHost
 from disagglab.section import HostSection, Lab, NodeSection
@@ -104,7 +105,7 @@ class Hosts:
         """The Python that serves vLLM ``version`` on a node; whether it does is seen when it is asked."""
         host = self.of(node)
         if not isinstance(host, RemoteHost) or host.section.namespace:
-            return release.python_of(release.with_release(self.lab, version))
+            return release.python_of(with_release(self.lab, version))
         return str(PurePosixPath(host.about["home"]) / release.python_there(host.section, version))
 
     def require_environments(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,27 @@ def check_against_model(lab: Lab, max_positions: int) -> None:
                 )
             ]
         )
+
+
+def with_release(lab: Lab, version: str) -> Lab:
+    """The same lab, served by another release."""
+    return lab.model_copy(update={"vllm": lab.vllm.model_copy(update={"version": version})})
+
+
+def on_workloads(lab: Lab, names: Sequence[str]) -> Lab:
+    """The lab with the gates on these workloads alone; with all of them if none is named.
+
+    Raises:
+        ConfigError: if a workload has no gate.
+    """
+    known = dict.fromkeys(gate.workload for gate in lab.gates)
+    mend = f"use one of {', '.join(known)}" if known else "remove it: the lab file has no [[gate]]"
+    problems = [
+        Problem(lab.file, f"--workload {name}", "no gate names it", mend)
+        for name in names
+        if name not in known
+    ]
+    if problems:
+        raise ConfigError(problems)
+    kept = tuple(gate for gate in lab.gates if not names or gate.workload in names)
+    return lab.model_copy(update={"gates": kept})

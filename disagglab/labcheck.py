@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from disagglab import variant
 from disagglab.errors import ConfigError, Problem
 from disagglab.kvlayout import RULE_MEND, has_rule
-from disagglab.madehost import control_peer
 from disagglab.section import (
     ControllerSection,
     HostSection,
@@ -25,6 +24,7 @@ from disagglab.section import (
     TransportSection,
     VariantSection,
     VllmSection,
+    control_peer,
 )
 from disagglab.workload import WORKLOADS_FOLDER, load_workload
 

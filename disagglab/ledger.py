@@ -7,15 +7,15 @@ counter that was reset makes the run invalid, and the router's word counts for n
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv import KvShape, tokens_from_prefill
 from disagglab.kvlayout import layout
-from disagglab.metrics import Snapshot, delta
+from disagglab.metrics import delta
+from disagglab.records import Ledger, Reading, Sent, Snapshot
 from disagglab.server import VllmServer
-from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 
 SETTLE_DEADLINE_S = 30.0  # counters follow a finished request by an engine step, leases by a notification
@@ -53,53 +53,6 @@ METRICS = (
     QUERIED,
     FOUND,
 )  # all that a ledger needs of a server
-
-
-@dataclass(frozen=True)
-class Sent:
-    """One request as the client saw it, tokens.
-
-    ``held_by_decode`` and ``held_by_prefill``: how much of the prompt's beginning that server's prefix cache
-    holds, in whole blocks; where prefill and decode are one server, ``held_by_decode``.
-    """
-
-    prompt_tokens: int
-    output_tokens: int
-    held_by_decode: int = 0
-    held_by_prefill: int = 0
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The counters of a topology's servers at one moment, and who answered."""
-
-    snapshots: Mapping[str, Snapshot]
-    processes: Mapping[str, Process]
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What the servers counted between two readings. Tokens, bytes, seconds; by server where it says so.
-
-    ``external``, ``computed`` and ``cached`` are prompt tokens by source on the servers that decode: fetched
-    from prefill, computed there, found in the prefix cache there. ``prefill_computed``: on prefill servers.
-    ``kv_bytes_by``, ``transfers_by``: by the server that counts them, the one that moves the blocks.
-    """
-
-    finished: Mapping[str, int]
-    prompt_tokens: Mapping[str, int]
-    generated: Mapping[str, int]
-    kv_bytes: int
-    transfers: int
-    transfer_s: float
-    failed: int
-    expired: int
-    external_tokens: int
-    computed_tokens: int
-    cached_tokens: int
-    prefill_computed_tokens: int
-    kv_bytes_by: Mapping[str, int] = field(default_factory=dict)
-    transfers_by: Mapping[str, int] = field(default_factory=dict)
 
 
 def read(topology: Topology) -> Reading:

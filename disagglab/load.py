@@ -7,15 +7,13 @@ import secrets
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from disagglab import trace
 from disagglab.errors import InvalidRun
 from disagglab.host import Host, HostProcess
-from disagglab.ledger import Ledger, Reading, Sent
-from disagglab.looplag import ClientLoad
+from disagglab.records import ClientLoad, Run
 from disagglab.server import read_tail
 from disagglab.topology import Topology
 from disagglab.trace import MAIN, STEADY, arrivals
@@ -26,39 +24,6 @@ POLL_S = 0.1
 CLIENT_BOUND = 0.9  # CPU time over wall time of the load engine, which has one thread
 INTERFERENCE_SHARE = 0.75  # of the other requests have to arrive while a steady one decodes
 HASH_SEED = "0"  # the load engine makes a prompt's pieces from Python's hash of their ids
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a workload on a topology. Per-request lists in the order of sending; seconds, tokens.
-
-    ``start_s``: when each request was sent, from the first of them. ``streams``: which part of the workload
-    it belongs to. ``client``: how busy the load engine was; None if it was not seen. ``readings``: the
-    servers' counters before and after.
-    """
-
-    topology: str
-    workload: Workload
-    seed: int
-    round: int
-    command: str
-    duration_s: float
-    client: ClientLoad | None
-    ttft_s: tuple[float, ...]
-    e2e_s: tuple[float, ...]
-    itl_s: tuple[tuple[float, ...], ...]
-    prompt_tokens: tuple[int, ...]
-    output_tokens: tuple[int, ...]
-    start_s: tuple[float, ...] = ()
-    streams: tuple[str, ...] = ()
-    ledger: Ledger | None = None
-    readings: tuple[Reading, Reading] | None = None
-    invalid: str | None = None
-
-    @property
-    def sent(self) -> list[Sent]:
-        """The requests, for the ledger."""
-        return [Sent(p, o) for p, o in zip(self.prompt_tokens, self.output_tokens, strict=True)]
 
 
 class LoadEngine:

@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from disagglab.records import ClientLoad
+
 INTERVAL_S = 0.01
 MOST_SAMPLES = 360_000  # an hour; later ones are not kept
 
@@ -54,15 +56,3 @@ class LoopLag:
         lags = sorted(lag for _, lag, _ in inside)
         cpu = (inside[-1][2] - inside[0][2]) / (inside[-1][0] - inside[0][0])
         return ClientLoad(cpu, lags[int(0.99 * (len(lags) - 1))], lags[-1])
-
-
-@dataclass(frozen=True)
-class ClientLoad:
-    """CPU time over wall time of the client, and how late its event loop woke up (99th percentile, most), s.
-
-    Every token's time stamp can be late by that much.
-    """
-
-    cpu_share: float
-    lag_p99_s: float
-    lag_max_s: float

@@ -11,7 +11,6 @@ machine, but for /dev/shm, /run and /sys.
 from __future__ import annotations
 
 import functools
-import ipaddress
 import os
 import shutil
 import time
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from disagglab.errors import StartError
 from disagglab.port import accepts
-from disagglab.section import HostSection, NodeSection
+from disagglab.section import HostSection, NodeSection, control_peer
 
 if TYPE_CHECKING:
     from disagglab.host import Host, HostProcess
@@ -71,19 +70,6 @@ UNSHARE = (
     *("unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child=KILL"),
     *("--mount-proc", "--propagation", "private", "--"),
 )
-
-
-def control_peer(node: NodeSection) -> str:
-    """This machine's end of a made host's control link: the other address of its /30.
-
-    Raises:
-        ValueError: if the node's address is not one of the two usable ones of a /30.
-    """
-    network = ipaddress.ip_network(f"{node.address}/30", strict=False)
-    hosts = [str(host) for host in network.hosts()]
-    if node.address not in hosts:
-        raise ValueError(f"{node.address} is not a usable address of {network}")
-    return next(host for host in hosts if host != node.address)
 
 
 def make(

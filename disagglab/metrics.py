@@ -4,39 +4,14 @@ not 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagglab.errors import InvalidRun
+from disagglab.records import Snapshot
 
 SCRAPE_TIMEOUT_S = 30.0
 PROCESS_START = "process_start_time_seconds"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All samples of one scrape. ``server``: whose; values are as exposed (seconds, bytes, counts)."""
-
-    server: str
-    url: str
-    samples: tuple[tuple[str, frozenset[tuple[str, str]], float], ...]
-
-    def value(self, name: str, **labels: str) -> float:
-        """The sum of all samples called ``name`` whose labels contain ``labels``.
-
-        Raises:
-            InvalidRun: if there is no such sample; the message names it and the address asked.
-        """
-        wanted = set(labels.items())
-        found = [value for sample, have, value in self.samples if sample == name and wanted <= have]
-        if not found:
-            shown = name + (str(labels) if labels else "")
-            raise InvalidRun(
-                f"{self.server} exposes no metric {shown}; look: curl -s {self.url} | grep {name}"
-            )
-        return sum(found)
 
 
 def parse(server: str, url: str, text: str) -> Snapshot:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagglab import ledger
 from disagglab.errors import InvalidRun
 from disagglab.figures import figures
-from disagglab.load import Run
 from disagglab.metrics import delta
+from disagglab.records import Reading, Run
 
 POST_TIME = "vllm:nixl_post_time_seconds_sum"
 DESCRIPTORS = "vllm:nixl_num_descriptors_sum"
@@ -100,5 +99,5 @@ def series(runs: Sequence[Run]) -> dict[str, list[float]]:
     return found
 
 
-def _grown(before: ledger.Reading, after: ledger.Reading, name: str) -> float:
+def _grown(before: Reading, after: Reading, name: str) -> float:
     return sum(delta(before.snapshots[one], after.snapshots[one], name) for one in before.snapshots)

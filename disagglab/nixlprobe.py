@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from disagglab import vllm_plugin
 from disagglab.errors import StartError
+from disagglab.variables import TRACE_VARIABLE
 
 if TYPE_CHECKING:
     from disagglab.host import HostProcess
@@ -150,7 +151,7 @@ def environment(lab: Lab, node: NodeSection) -> dict[str, str]:
     """
     gpus = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, node.gpus))} if node.gpus else {}
     variables = lab.transfer_variables(node)
-    variables.pop(vllm_plugin.TRACE_VARIABLE, None)
+    variables.pop(TRACE_VARIABLE, None)
     return {**gpus, **variables}
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from disagglab import facts, madehost, release, remote, routing, shaping, variant
 from disagglab.host import HostProcess
+from disagglab.lab import with_release
 from disagglab.load import HASH_SEED, bench_options
 from disagglab.model import PACKAGE_PREFIX, Model
 from disagglab.router import Hearing, Router, router_argv
@@ -100,7 +101,7 @@ def deploy(
     if dedicated:
         found.append(_deployed(lab, ports, "", False, (SINGLE, REPLICATED)))
     if against:
-        other = release.with_release(lab, against)
+        other = with_release(lab, against)
         found.append(_deployed(other, ports, f"@{against}", True, (SINGLE, DISAGGREGATED)))
     return (*found, _workers(lab, ports))
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import pytest
 
 from disagglab import fingerprint, release, report, resume, variant
 from disagglab.errors import ConfigError, LabError, Problem
-from disagglab.lab import load_lab
+from disagglab.lab import load_lab, on_workloads, with_release
 from disagglab.recorder import VIRTUAL_CLOCK
 from disagglab.report import Claim
 from disagglab.section import Lab
-from disagglab.session import Session, new_run_id
-from disagglab.store import REPORTS_FOLDER, Store
+from disagglab.session import Session
+from disagglab.store import REPORTS_FOLDER, Store, new_run_id
 
 SESSION = pytest.StashKey[Session]()
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     try:
         lab = load_lab(config.getoption("--lab"))
         if config.getoption("--vllm"):
-            lab = release.with_release(lab, config.getoption("--vllm"))
+            lab = with_release(lab, config.getoption("--vllm"))
         lab = on_workloads(lab, config.getoption("--workload") or ())
         variants = variant.chosen(lab, config.getoption("--variant") or ())
         lab = variant.beside(lab, len(variants))
@@ -146,11 +146,11 @@ def _chosen_lab(config: pytest.Config) -> Lab:
     lab = load_lab(config.getoption("--lab"))
     asked, against = config.getoption("--vllm"), config.getoption("--against")
     if asked:
-        lab = release.with_release(lab, asked)
+        lab = with_release(lab, asked)
     if asked and lab.shares_our_files:
         release.require(lab, "--vllm")
     if against and lab.shares_our_files:
-        release.require(release.with_release(lab, against), "--against")
+        release.require(with_release(lab, against), "--against")
     lab = on_workloads(lab, config.getoption("--workload") or ())
     variants = variant.chosen(lab, config.getoption("--variant") or ())
     if variants and against:
@@ -174,25 +174,6 @@ def _earlier(config: pytest.Config, lab: Lab) -> resume.Earlier:
         return resume.Earlier()
     print_key = fingerprint.fingerprint(lab.vllm.version)
     return resume.read(folders, lab, config.getoption("--variant"), print_key, fingerprint.commit())
-
-
-def on_workloads(lab: Lab, names: Sequence[str]) -> Lab:
-    """The lab with the gates on these workloads alone; with all of them if none is named.
-
-    Raises:
-        ConfigError: if a workload has no gate.
-    """
-    known = dict.fromkeys(gate.workload for gate in lab.gates)
-    mend = f"use one of {', '.join(known)}" if known else "remove it: the lab file has no [[gate]]"
-    problems = [
-        Problem(lab.file, f"--workload {name}", "no gate names it", mend)
-        for name in names
-        if name not in known
-    ]
-    if problems:
-        raise ConfigError(problems)
-    kept = tuple(gate for gate in lab.gates if not names or gate.workload in names)
-    return lab.model_copy(update={"gates": kept})
 
 
 def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> Session:

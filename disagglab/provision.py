@@ -17,14 +17,15 @@ from disagglab.deputy import logs_folder
 from disagglab.environment import Plan
 from disagglab.errors import ConfigError, LabError, Problem, StartError
 from disagglab.hostcheck import PROBE, Found, Row, Wanted, environment_row, judge, table
+from disagglab.lab import with_release
 from disagglab.model import cache_folder
 from disagglab.parcel import Comparison, Parcel
 from disagglab.progress import ProgressLine
 from disagglab.remote import RemoteHost
 from disagglab.section import HostSection, Lab
-from disagglab.session import new_run_id
 from disagglab.setup import ROOT
 from disagglab.ssh import Connection, target
+from disagglab.store import new_run_id
 
 PROBE_LIMIT_S = 120.0  # three Pythons that list their packages, on a disk that was asleep
 SETUP_LIMIT_S = 7200.0  # several GB over a slow network, for two environments
@@ -64,7 +65,7 @@ def local_rows(want: Wanted) -> list[Row]:
     ours = [name for name in lab.host_names if name == "local"]
     if not made and not ours:
         return []
-    served = release.with_release(lab, want.version)
+    served = with_release(lab, want.version)
     nodes = [node for name in (*ours, *made) for node in lab.nodes_on(name)]
     expected = f"vLLM {want.version}" if nodes else "the suite"
     python, mend = release.python_of(served), ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from disagglab.store import Plot, Record, Store
+from disagglab.records import Plot, Record
+from disagglab.store import Store
 
 
 class VirtualClock:

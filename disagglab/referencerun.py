@@ -18,7 +18,8 @@ from typing import Any
 
 from disagglab import plot, report
 from disagglab.errors import ConfigError, Problem
-from disagglab.store import META, REPORTS_FOLDER, TOKEN_PATTERN, Plot
+from disagglab.records import Plot
+from disagglab.store import META, REPORTS_FOLDER, TOKEN_PATTERN
 
 REFERENCE = REPORTS_FOLDER / "reference"
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")

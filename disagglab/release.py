@@ -36,11 +36,6 @@ def installed() -> str:
         return ""
 
 
-def with_release(lab: Lab, version: str) -> Lab:
-    """The same lab, served by another release."""
-    return lab.model_copy(update={"vllm": lab.vllm.model_copy(update={"version": version})})
-
-
 def python_of(lab: Lab) -> str:
     """The Python that the lab's servers run with.
 

@@ -14,9 +14,9 @@ import jinja2
 from markdown_it import MarkdownIt
 
 from disagglab import plot
-from disagglab.load import Run
+from disagglab.records import Record, Run
 from disagglab.section import Lab
-from disagglab.store import Record, Store
+from disagglab.store import Store
 
 TEMPLATES = Path(__file__).parent / "templates"
 CSS = TEMPLATES / "report.css"

@@ -14,12 +14,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from disagglab import release, variant
+from disagglab import variant
 from disagglab.errors import ConfigError, Problem
-from disagglab.lab import parse_lab
-from disagglab.ledger import Reading
-from disagglab.load import Run
-from disagglab.metrics import Snapshot
+from disagglab.lab import parse_lab, with_release
+from disagglab.records import Reading, Run, Snapshot
 from disagglab.section import Lab
 from disagglab.store import META, Store
 
@@ -294,7 +292,7 @@ def _differences(
 
 def _lab(lab: Lab) -> dict[str, str]:
     """What decides a measurement; the version is compared by itself, because ``--vllm`` overrides it."""
-    return _flat(release.with_release(lab, "").model_dump(exclude=JUDGEMENT))
+    return _flat(with_release(lab, "").model_dump(exclude=JUDGEMENT))
 
 
 def _variant(lab: Lab, name: str) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 
 from disagglab.host import Host, HostProcess
-from disagglab.metrics import Snapshot, scrape
+from disagglab.metrics import scrape
+from disagglab.records import Snapshot
 from disagglab.section import Lab
 from disagglab.server import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
 from disagglab.strategy import Strategy

@@ -15,10 +15,12 @@ from typing import Any
 
 from disagglab import ledger
 from disagglab.errors import InvalidRun
-from disagglab.hitforecast import Request, replay
+from disagglab.hitforecast import replay
 from disagglab.labcheck import WORKERS
-from disagglab.ledger import FINISHED, FOUND, QUERIED, Reading
-from disagglab.metrics import Snapshot, delta
+from disagglab.ledger import FINISHED, FOUND, QUERIED
+from disagglab.metrics import delta
+from disagglab.prefixcache import Request
+from disagglab.records import Reading, Snapshot
 from disagglab.router import Router
 from disagglab.section import Lab, NodeSection
 from disagglab.server import VllmServer

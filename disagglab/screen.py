@@ -18,7 +18,7 @@ from disagglab.hosts import Hosts
 from disagglab.nixlprobe import Read
 from disagglab.scatter import ScatterFit
 from disagglab.section import Lab
-from disagglab.session import new_run_id
+from disagglab.store import new_run_id
 
 LIMIT_S = 540.0  # of all reads together
 MEBIBYTES = {"DRAM": (4, 16), "VRAM": (256, 1024)}  # of a read, unless asked otherwise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.vllm_plugin import DELAY_VARIABLE, TRACE_VARIABLE
+from disagglab.variables import DELAY_VARIABLE, TRACE_VARIABLE
 from disagglab.workload import Workload, load_workload
 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
@@ -354,3 +355,16 @@ class Lab(Section):
     def nodes_on(self, host: str) -> tuple[NodeSection, ...]:
         """The nodes of a host."""
         return tuple(node for node in self.nodes if node.host == host)
+
+
+def control_peer(node: NodeSection) -> str:
+    """This machine's end of a made host's control link: the other address of its /30.
+
+    Raises:
+        ValueError: if the node's address is not one of the two usable ones of a /30.
+    """
+    network = ipaddress.ip_network(f"{node.address}/30", strict=False)
+    hosts = [str(host) for host in network.hosts()]
+    if node.address not in hosts:
+        raise ValueError(f"{node.address} is not a usable address of {network}")
+    return next(host for host in hosts if host != node.address)

@@ -16,10 +16,11 @@ import httpx
 
 from disagglab.errors import InvalidRun, StartError
 from disagglab.host import Host, HostProcess
-from disagglab.metrics import Snapshot, scrape
+from disagglab.metrics import scrape
 from disagglab.model import Model
+from disagglab.records import Snapshot
 from disagglab.section import Lab, NodeSection
-from disagglab.vllm_plugin import CPUS_VARIABLE
+from disagglab.variables import CPUS_VARIABLE
 
 LOG_TAIL_LINES = 40
 STARTED_TAIL_LINES = 20  # of a router, a store, a frontend

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +45,3 @@ class Session:
         if module not in self.modules:
             self.modules[module] = Module(module, lesson_html(readme) if readme.is_file() else "")
         self.modules[module].tests.append(claim)
-
-
-def new_run_id() -> str:
-    """An id that sorts by time (UTC) and that no other run has."""
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from disagglab.breakeven import Prefill, Speeds, Step
 from disagglab.linefit import LineFit
-from disagglab.load import Run
+from disagglab.records import Run
 
 
 @dataclass(frozen=True)

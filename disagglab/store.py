@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -14,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from disagglab.errors import LabError
-from disagglab.ledger import Reading
-from disagglab.load import Run
-from disagglab.metrics import Snapshot
-from disagglab.verdict import Direction, Verdict
+from disagglab.records import FigureRow, Plot, Reading, Record, Run, Snapshot, VerdictRow
 
 REPORTS_FOLDER = Path(__file__).resolve().parent.parent / "reports"
 META = "run.json"
@@ -26,125 +24,9 @@ SCANNED_SUFFIXES = {".gz", ".html", ".json", ".jsonl", ".log", ".toml", ".txt", 
 SCANNED_BYTES = 64 * 2**20
 
 
-@dataclass(frozen=True)
-class Record:
-    """Numbers that a test measured: ``values`` are the replicates, all in ``unit``."""
-
-    module: str
-    test: str
-    name: str
-    unit: str
-    values: tuple[float, ...]
-    arm: str = ""
-    what: str = "runs"
-    command: str = ""
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure for the report. ``series``: label → (x values, y values). ``style``: points, line or bars.
-
-    ``ticks`` name the x positions 0, 1, … where these are no numbers.
-    """
-
-    module: str
-    title: str
-    x_label: str
-    y_label: str
-    series: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
-    style: str = "line"
-    caption: str = ""
-    ticks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class VerdictRow:
-    """One verdict as the report shows it. ``gate``: pass, fail, or what keeps it from being either.
-    ``saturated``: runs of the two arms that fell behind their arrivals.
-
-    ``noise_floor``: half width of the interval between two identical arms, ratio - 1. ``p_adjusted``: of
-    the gate's hypothesis, after Holm; None for a pair that no gate asks for.
-    """
-
-    workload: str
-    metric: str
-    unit: str
-    candidate: str
-    baseline: str
-    candidate_value: float
-    baseline_value: float
-    outcome: str
-    effect: float
-    low: float
-    high: float
-    rounds: int
-    smallest_detectable: float | None
-    gate: str
-    reason: str
-    noise_floor: float | None = None
-    saturated: int = 0
-    p_adjusted: float | None = None
-    p_sign_flip: float | None = None
-
-    @classmethod
-    def of(
-        cls,
-        verdict: Verdict,
-        *,
-        workload: str,
-        metric: str,
-        unit: str,
-        candidate: str,
-        baseline: str,
-        candidate_value: float,
-        baseline_value: float,
-        gate: str,
-        p_adjusted: float | None = None,
-        noise_floor: float | None = None,
-        saturated: int = 0,
-        reason: str | None = None,
-    ) -> VerdictRow:
-        """The row of a verdict. ``candidate_value``, ``baseline_value``: means of what was compared, in
-        ``unit``; ``reason``: the verdict's own if it is None.
-        """
-        return cls(
-            workload=workload,
-            metric=metric,
-            unit=unit,
-            candidate=candidate,
-            baseline=baseline,
-            candidate_value=candidate_value,
-            baseline_value=baseline_value,
-            outcome=verdict.outcome,
-            effect=verdict.effect,
-            low=verdict.low,
-            high=verdict.high,
-            rounds=verdict.rounds,
-            smallest_detectable=verdict.smallest_detectable,
-            gate=gate,
-            reason=verdict.reason if reason is None else reason,
-            noise_floor=noise_floor,
-            saturated=saturated,
-            p_adjusted=p_adjusted,
-            p_sign_flip=verdict.p_sign_flip,
-        )
-
-
-@dataclass(frozen=True)
-class FigureRow:
-    """One run-level figure of one arm, a value a valid round; what trends over sessions are made of.
-
-    ``definition``: of the workload as it was scaled; figures of two definitions are not compared.
-    """
-
-    workload: str
-    arm: str
-    metric: str
-    unit: str
-    better: Direction
-    values: tuple[float, ...]
-    definition: str = ""
+def new_run_id() -> str:
+    """An id that sorts by time (UTC) and that no other run has."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
 def _counters(readings: tuple[Reading, Reading]) -> dict[str, dict[str, dict[str, float]]]:

@@ -21,7 +21,8 @@ import httpx
 from disagglab.client import CHAT, TIMEOUT
 from disagglab.conversation import Turn, exact_answer, exact_request
 from disagglab.errors import InvalidRun
-from disagglab.looplag import ClientLoad, LoopLag
+from disagglab.looplag import LoopLag
+from disagglab.records import ClientLoad
 from disagglab.strategy import SESSION_HEADER
 from disagglab.traffic import Dialogue, chat
 

@@ -18,11 +18,11 @@ from disagglab.dynamocomparison import PAIRS, tagged
 from disagglab.errors import InvalidRun
 from disagglab.figures import percentile
 from disagglab.kv import KvShape
-from disagglab.ledger import FOUND, QUERIED, Ledger, Sent
+from disagglab.ledger import FOUND, QUERIED
 from disagglab.load import CLIENT_BOUND
 from disagglab.metrics import delta
+from disagglab.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.routing import Arm, Size
-from disagglab.store import FigureRow, VerdictRow
 from disagglab.talk import Spoken, talk
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.traffic import Dialogue, dialogue

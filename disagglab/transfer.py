@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from disagglab import client, ledger
 from disagglab.kv import KvShape, reusable_tokens
-from disagglab.ledger import Ledger, Sent
+from disagglab.records import Ledger, Sent
 from disagglab.section import Lab
 from disagglab.server import VllmServer
 from disagglab.topology import Topology

@@ -32,10 +32,8 @@ import os
 from typing import Any
 
 from disagglab import transfertrace
+from disagglab.variables import CPUS_VARIABLE, DELAY_VARIABLE, TRACE_VARIABLE
 
-DELAY_VARIABLE = "DISAGGLAB_NIXL_PROGRESS_DELAY_US"
-CPUS_VARIABLE = "DISAGGLAB_NODE_CPUS"
-TRACE_VARIABLE = "DISAGGLAB_TRANSFER_TRACE"
 _NIXL_MODULES = ("nixl_cu13._api", "nixl_cu12._api")
 _log = logging.getLogger("vllm.disagglab")
 

@@ -13,7 +13,7 @@ from disagglab import blockpool
 from disagglab.blockpool import Ageing
 from disagglab.errors import InvalidRun
 from disagglab.lab import load_lab
-from disagglab.metrics import Snapshot
+from disagglab.records import Snapshot
 from disagglab.workload import Workload
 
 EMBEDDED = load_lab("embedded")

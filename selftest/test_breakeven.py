@@ -20,7 +20,7 @@ from disagglab.breakevencheck import Budget
 from disagglab.kv import KvShape, Layer
 from disagglab.kvlayout import layout
 from disagglab.linefit import LineFit
-from disagglab.load import Run
+from disagglab.records import Run
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.verdict import judge
 from disagglab.workload import Workload

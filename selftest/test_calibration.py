@@ -11,7 +11,7 @@ import pytest
 
 from disagglab import calibration
 from disagglab.errors import InvalidRun
-from disagglab.load import Run
+from disagglab.records import Run
 from disagglab.workload import Workload
 
 CLOSED = Workload(name="x", prompt_tokens=64, output_tokens=6, requests=2, concurrency=2)

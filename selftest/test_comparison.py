@@ -15,9 +15,7 @@ from disagglab import comparison
 from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.errors import InvalidRun
 from disagglab.lab import load_lab
-from disagglab.ledger import Ledger, Reading
-from disagglab.load import Run
-from disagglab.metrics import Snapshot
+from disagglab.records import Ledger, Reading, Run, Snapshot
 from disagglab.section import Lab
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES

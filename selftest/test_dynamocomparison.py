@@ -35,9 +35,7 @@ from disagglab.expectation import (
     standing,
 )
 from disagglab.lab import load_lab
-from disagglab.ledger import Ledger
-from disagglab.load import Run
-from disagglab.looplag import ClientLoad
+from disagglab.records import ClientLoad, Ledger, Run
 from disagglab.routing import Arm, Size
 from disagglab.talk import Spoken, Talk
 from disagglab.talkcomparison import (

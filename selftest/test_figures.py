@@ -10,9 +10,9 @@ import pytest
 
 from disagglab.errors import InvalidRun
 from disagglab.figures import comparable, figures, good_requests, kept_rate, saturated
-from disagglab.ledger import Ledger
-from disagglab.load import Run, require_meaning
-from disagglab.looplag import ClientLoad, LoopLag
+from disagglab.load import require_meaning
+from disagglab.looplag import LoopLag
+from disagglab.records import ClientLoad, Ledger, Run
 from disagglab.section import SloSection
 from disagglab.trace import MAIN, STEADY
 from disagglab.workload import Steady, Workload

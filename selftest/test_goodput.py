@@ -18,7 +18,7 @@ from disagglab.breakevencheck import Budget
 from disagglab.goodput import Arms, Forecast
 from disagglab.kv import KvShape, Layer
 from disagglab.kvlayout import layout
-from disagglab.load import Run
+from disagglab.records import Run
 from disagglab.replay import Served
 from disagglab.section import SloSection
 from disagglab.workload import Workload

@@ -17,6 +17,7 @@ import pytest
 from disagglab import attention, figures, ledger, load, metrics, modelconfig
 from disagglab.errors import InvalidRun, LabError
 from disagglab.metrics import parse
+from disagglab.records import Reading, Run, Sent
 from disagglab.store import Store
 from disagglab.supervisor import Process
 from disagglab.topology import SINGLE, Topology
@@ -45,7 +46,7 @@ def bench_result(completed: int, failed: int = 0, **changes: Any) -> dict[str, A
     return {**made, **changes}
 
 
-def run_from(result: dict[str, Any], requests: int) -> load.Run:
+def run_from(result: dict[str, Any], requests: int) -> Run:
     """What the suite makes of it."""
     workload = Workload(name="w", prompt_tokens=256, output_tokens=128, concurrency=8, requests=requests)
     return load.run_from(result, "replicated", workload, 1, 0, "vllm bench serve", None)
@@ -54,7 +55,7 @@ def run_from(result: dict[str, Any], requests: int) -> load.Run:
 def test_1_a_server_that_was_ready_at_once() -> None:
     """Two replicas "ready (0s)" after a start that takes 120 s: the process that answers is another one."""
     case = KNOWN_BAD["ready_at_once"]
-    before, after = (ledger.Reading({}, {"a": Process(pid, 1)}) for pid in (case["old_pid"], case["new_pid"]))
+    before, after = (Reading({}, {"a": Process(pid, 1)}) for pid in (case["old_pid"], case["new_pid"]))
     with pytest.raises(InvalidRun, match="processes changed"):
         ledger.compare(Topology(SINGLE, SINGLE, "0.31.0", None, ()), before, after)  # type: ignore[arg-type]
 
@@ -100,7 +101,7 @@ def test_6_tokens_that_were_not_made() -> None:
 def test_7_half_of_the_bytes() -> None:
     """512 tokens of Llama-3.1-8B as "approximately 32 MB": the ledger expects 64 MiB, to the byte."""
     case = KNOWN_BAD["kv_bytes"]
-    whole = ledger.expected_bytes([ledger.Sent(case["tokens"], 1)], LLAMA, 16, "0.31.0")
+    whole = ledger.expected_bytes([Sent(case["tokens"], 1)], LLAMA, 16, "0.31.0")
     assert whole == 64 * 2**20
     assert abs(case["published_mb"] * 10**6 - whole) > whole / 3
 

@@ -15,8 +15,7 @@ import pytest
 from disagglab import ledger, metrics
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv import KvShape, Layer
-from disagglab.ledger import Reading, Sent
-from disagglab.metrics import Snapshot
+from disagglab.records import Ledger, Reading, Sent, Snapshot
 from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
 
@@ -112,7 +111,7 @@ class Story:
     after: Reading
     sent: Sequence[Sent]
 
-    def prove(self) -> ledger.Ledger:
+    def prove(self) -> Ledger:
         """What the ledger makes of it."""
         return ledger.prove(self.topology, self.before, self.after, self.sent, SHAPE, VERSION)
 

@@ -16,6 +16,7 @@ from disagglab import figures, load, loadworker
 from disagglab.errors import InvalidRun
 from disagglab.host import Host, local_host
 from disagglab.loadworker import keep_token_ids
+from disagglab.records import Run
 from disagglab.workload import Workload
 
 WORKLOAD = Workload(name="w", prompt_tokens=10, output_tokens=3, concurrency=1, requests=2)
@@ -33,7 +34,7 @@ RESULT: dict[str, Any] = {
 }
 
 
-def run_from(**changes: Any) -> load.Run:
+def run_from(**changes: Any) -> Run:
     """The run of RESULT with values changed."""
     return load.run_from({**RESULT, **changes}, "single", WORKLOAD, 1, 0, "vllm bench serve", None)
 

@@ -23,7 +23,7 @@ from disagglab import lease, madehost
 from disagglab.errors import StartError
 from disagglab.host import Host, HostProcess, local_host
 from disagglab.remote import RemoteHost
-from disagglab.section import HostSection, NodeSection
+from disagglab.section import HostSection, NodeSection, control_peer
 from disagglab.ssh import Connection, target
 
 if TYPE_CHECKING:
@@ -157,14 +157,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory, may_make_hosts: None) -> Iter
 )
 def test_the_control_links_other_end(address: str, peer: str) -> None:
     """A /30 has two usable addresses; this machine takes the one that the node does not have."""
-    assert madehost.control_peer(NODES[0].model_copy(update={"address": address})) == peer
+    assert control_peer(NODES[0].model_copy(update={"address": address})) == peer
 
 
 @pytest.mark.parametrize("address", ["198.18.1.0", "198.18.1.3"])
 def test_addresses_that_no_host_can_have(address: str) -> None:
     """Network and broadcast address of the /30 are refused."""
     with pytest.raises(ValueError, match="not a usable address"):
-        madehost.control_peer(NODES[0].model_copy(update={"address": address}))
+        control_peer(NODES[0].model_copy(update={"address": address}))
 
 
 @makes_hosts

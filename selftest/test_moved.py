@@ -8,9 +8,8 @@ import pytest
 
 from disagglab import moved
 from disagglab.errors import InvalidRun
-from disagglab.ledger import Ledger, Reading
-from disagglab.load import Run
-from disagglab.metrics import PROCESS_START, Snapshot
+from disagglab.metrics import PROCESS_START
+from disagglab.records import Ledger, Reading, Run, Snapshot
 from disagglab.workload import Workload
 
 WORKLOAD = Workload(name="w", prompt_tokens=8, output_tokens=2, requests=2, concurrency=1)

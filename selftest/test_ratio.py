@@ -22,8 +22,7 @@ from disagglab.kv import KvShape, Layer
 from disagglab.kvlayout import layout
 from disagglab.lab import LABS_FOLDER, load_lab, parse_lab
 from disagglab.labcheck import ports_needed
-from disagglab.ledger import Reading, Sent
-from disagglab.metrics import Snapshot
+from disagglab.records import Ledger, Reading, Sent, Snapshot
 from disagglab.section import Lab, NodeSection
 from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
@@ -211,7 +210,7 @@ def snapshot(name: str, counters: Mapping[str, float]) -> Snapshot:
     return Snapshot(name, f"http://{name}/metrics", tuple(rows))
 
 
-def proved(shares: Mapping[str, int], mover: str = "decode", **changes: float) -> ledger.Ledger:
+def proved(shares: Mapping[str, int], mover: str = "decode", **changes: float) -> Ledger:
     """The ledger of servers with these shares; ``changes``: added to counters, as ``a__TRANSFERS``."""
     grown = {
         s.name: counted(s.plan.node.role, shares[s.name], s.plan.node.role == mover) for s in SPLIT.servers

@@ -17,8 +17,9 @@ import pytest
 from disagglab import archive, referencerun
 from disagglab.__main__ import main
 from disagglab.errors import ConfigError
+from disagglab.records import FigureRow, Plot, Record, VerdictRow
 from disagglab.referencerun import check, left, make, places, replaced
-from disagglab.store import FigureRow, Plot, Record, Store, VerdictRow
+from disagglab.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_ID = "20261122-053423-a773"

@@ -11,7 +11,7 @@ import pytest
 
 from disagglab import release
 from disagglab.errors import ConfigError, StartError
-from disagglab.lab import load_lab
+from disagglab.lab import load_lab, with_release
 from disagglab.section import Lab
 
 LAB = load_lab("embedded")
@@ -19,7 +19,7 @@ LAB = load_lab("embedded")
 
 def named(version: str, python: str) -> Lab:
     """The embedded lab, served by a release whose environment the lab file names."""
-    lab = release.with_release(LAB, version)
+    lab = with_release(LAB, version)
     return lab.model_copy(update={"vllm": lab.vllm.model_copy(update={"environments": {version: python}})})
 
 
@@ -40,7 +40,7 @@ def test_another_release_has_an_environment(monkeypatch: pytest.MonkeyPatch, tmp
     """The one that set-up makes, once it is there."""
     monkeypatch.setattr(release, "ROOT", tmp_path)
     monkeypatch.setattr(release, "installed", lambda: "0.31.0")
-    other = release.with_release(LAB, "0.30.0")
+    other = with_release(LAB, "0.30.0")
     assert release.python_of(other) == sys.executable
     python = tmp_path / ".venvs" / "vllm-0.30.0" / "bin" / "python"
     python.parent.mkdir(parents=True)

@@ -11,8 +11,9 @@ from disagglab import plot, report
 from disagglab.errors import LabError
 from disagglab.lab import load_lab
 from disagglab.recorder import Recorder
+from disagglab.records import Plot, Record, VerdictRow
 from disagglab.report import Claim, Module
-from disagglab.store import Plot, Record, Store, VerdictRow
+from disagglab.store import Store
 
 ROW = VerdictRow(
     "chat", "ttft_p50", "s", "disaggregated", "single", 0.5, 0.4, "worse", 0.25, 0.2, 0.3, 3, 0.05,

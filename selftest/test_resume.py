@@ -20,10 +20,7 @@ from disagglab import comparison, resume
 from disagglab.comparison import WARM_UP_ROUND, Comparison, figure_rows, run_rounds, verdict_rows, warm_up_of
 from disagglab.errors import ConfigError
 from disagglab.lab import load_lab
-from disagglab.ledger import Ledger, Reading
-from disagglab.load import Run
-from disagglab.looplag import ClientLoad
-from disagglab.metrics import Snapshot
+from disagglab.records import ClientLoad, Ledger, Reading, Run, Snapshot
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
 from disagglab.trace import arrivals

@@ -17,8 +17,7 @@ from disagglab import ledger, metrics, router, routing, topology
 from disagglab.errors import InvalidRun, StartError
 from disagglab.kv import KvShape, Layer
 from disagglab.lab import load_lab
-from disagglab.ledger import Reading
-from disagglab.metrics import Snapshot
+from disagglab.records import Reading, Sent, Snapshot
 from disagglab.router import Hearing, Router, router_argv
 from disagglab.routing import Arm
 from disagglab.server import EventSource, events_config
@@ -356,7 +355,7 @@ def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pyte
 def test_a_ledger_demands_no_even_shares_of_a_routed_topology() -> None:
     """Both requests on one server, none on the other: how a router shares is what is measured."""
     before, after = readings(a={**COUNTED, "local_compute": 15, "local_cache_hit": 12}, b={})
-    sent = [ledger.Sent(10, 3), ledger.Sent(17, 3, 12)]
+    sent = [Sent(10, 3), Sent(17, 3, 12)]
     shape = KvShape((Layer(3, 64, 64),), "bfloat16")
     assert ledger.prove(PAIR, before, after, sent, shape, "0.31.0").finished == {"a": 2, "b": 0}
     alike = dataclasses.replace(PAIR, kind=REPLICATED)

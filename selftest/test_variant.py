@@ -11,8 +11,7 @@ import pytest
 
 from disagglab import plan, variant
 from disagglab.errors import ConfigError
-from disagglab.lab import load_lab, parse_lab
-from disagglab.plugin import on_workloads
+from disagglab.lab import load_lab, on_workloads, parse_lab
 from disagglab.section import Lab
 
 RAW = tomllib.loads(Path("labs/two-h200-stock.toml").read_text())

@@ -13,7 +13,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from disagglab import vllm_plugin
-from disagglab.vllm_plugin import CPUS_VARIABLE, DELAY_VARIABLE, cores_of_node, register
+from disagglab.variables import CPUS_VARIABLE, DELAY_VARIABLE
+from disagglab.vllm_plugin import cores_of_node, register
 
 NIXL = "nixl_cu13._api"
 OTHER_NIXL = "nixl_cu12._api"

@@ -16,9 +16,10 @@ from disagglab import client, ledger
 from disagglab.comparison import measure
 from disagglab.figures import figures, percentile, tpot_s
 from disagglab.kv import KvShape, blocks
-from disagglab.load import LoadEngine, Run
+from disagglab.load import LoadEngine
 from disagglab.occupancy import peak_blocks
 from disagglab.recorder import Recorder
+from disagglab.records import Run
 from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store

@@ -26,10 +26,10 @@ from disagglab.comparison import measure
 from disagglab.conversation import Conversation, Transcript, converse
 from disagglab.figures import percentile
 from disagglab.kv import KvShape
-from disagglab.ledger import Sent
 from disagglab.load import LoadEngine
-from disagglab.metrics import Snapshot, delta
+from disagglab.metrics import delta
 from disagglab.recorder import Recorder
+from disagglab.records import Ledger, Sent, Snapshot
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import Topology
@@ -108,7 +108,7 @@ def require_alike(engine: Sequence[Round], own: Sequence[Round]) -> None:
 
 def by_engine(
     engine: LoadEngine, single: Topology, workload: Workload, seed: int, shape: KvShape, store: Store
-) -> tuple[Round, ledger.Ledger]:
+) -> tuple[Round, Ledger]:
     """A run of ``vllm bench serve``, proved."""
     before = single.servers[0].metrics()
     run = measure(engine, single, workload, seed, 0, shape)
@@ -121,7 +121,7 @@ def by_engine(
 
 def by_own_client(
     single: Topology, workload: Workload, seed: int, shape: KvShape
-) -> tuple[Round, ledger.Ledger, Transcript]:
+) -> tuple[Round, Ledger, Transcript]:
     """The same work through our client, proved by the same rules."""
     extra = {"cache_salt": secrets.token_hex(4), "return_token_ids": False}  # as the load engine asks
     prompts = [client.prompt_of(workload.prompt_tokens, seed + number) for number in range(workload.requests)]

@@ -18,8 +18,8 @@ from disagglab.conversation import Conversation, Transcript, converse, held_toke
 from disagglab.errors import InvalidRun
 from disagglab.kv import KvShape, reusable_tokens
 from disagglab.kvlayout import layout
-from disagglab.ledger import Sent
 from disagglab.recorder import Recorder
+from disagglab.records import Ledger, Reading, Sent
 from disagglab.topology import Topology
 
 OUTPUT_TOKENS = 16
@@ -59,11 +59,11 @@ def talks(salts: Mapping[str, str], turns: int = len(QUESTIONS)) -> list[Convers
 
 def prove_held(
     single: Topology,
-    before: ledger.Reading,
+    before: Reading,
     found: Transcript,
     held: Sequence[int],
     shape: KvShape,
-) -> ledger.Ledger:
+) -> Ledger:
     """Fail unless the server counted the client's tokens, and found exactly ``held`` of them in its cache."""
     after = ledger.settle(single, before, len(found.turns))
     sent = [

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from disagglab import client, ledger
 from disagglab.figures import percentile
 from disagglab.kv import KvShape
-from disagglab.ledger import Sent
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.topology import Topology
 

@@ -25,8 +25,9 @@ from disagglab.breakevencheck import Agreement, Budget
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
 from disagglab.kv import KvShape
-from disagglab.load import LoadEngine, Run
+from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
+from disagglab.records import Run
 from disagglab.roofline import Efficiency
 from disagglab.section import Lab
 from disagglab.session import Session

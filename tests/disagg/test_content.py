@@ -20,9 +20,9 @@ from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agre
 from disagglab.client import Completion
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
-from disagglab.ledger import Sent
 from disagglab.model import Model
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.topology import Topology
 

@@ -22,9 +22,10 @@ from disagglab.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.kv import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
+from disagglab.records import VerdictRow
 from disagglab.section import Lab, SloSection
 from disagglab.session import Session
-from disagglab.store import Store, VerdictRow
+from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 from disagglab.verdict import Verdict, holm
 

@@ -16,8 +16,8 @@ from disagglab.figures import percentile
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape, transfer_time_s
 from disagglab.kvlayout import layout
-from disagglab.ledger import Sent
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.topology import Topology

@@ -13,8 +13,8 @@ import pytest
 from disagglab import client, ledger
 from disagglab.errors import TransferError
 from disagglab.kv import KvShape, blocks, reusable_tokens
-from disagglab.ledger import Sent
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.topology import Topology
 

@@ -15,8 +15,9 @@ import pytest
 from disagglab.comparison import measure, warm_up_of
 from disagglab.figures import figures, kept_rate, saturated
 from disagglab.kv import KvShape
-from disagglab.load import LoadEngine, Run
+from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
+from disagglab.records import Run
 from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store

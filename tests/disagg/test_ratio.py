@@ -18,9 +18,9 @@ from disagglab.agreement import DIFFERENT, GAP_NATS, agree
 from disagglab.figures import percentile
 from disagglab.kv import KvShape, tokens_from_prefill
 from disagglab.kvlayout import layout
-from disagglab.ledger import Ledger, Sent
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
+from disagglab.records import Ledger, Sent
 from disagglab.section import Lab
 from disagglab.server import VllmServer
 from disagglab.topology import Topology

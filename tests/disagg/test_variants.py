@@ -25,12 +25,13 @@ from disagglab.comparison import measure
 from disagglab.errors import InvalidRun
 from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
-from disagglab.load import LoadEngine, Run
+from disagglab.load import LoadEngine
 from disagglab.moved import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.recorder import Recorder
+from disagglab.records import Run, VerdictRow
 from disagglab.section import Lab
 from disagglab.session import Session
-from disagglab.store import Store, VerdictRow
+from disagglab.store import Store
 from disagglab.topology import Topology
 from disagglab.transfertrace import Traced
 from disagglab.verdict import Direction, holm, judge

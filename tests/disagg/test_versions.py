@@ -19,10 +19,11 @@ from disagglab.comparison import Comparison, figure_rows, run_rounds, version_ro
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
-from disagglab.ledger import Sent
+from disagglab.lab import with_release
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
@@ -48,7 +49,7 @@ def pair(
     """The lab's servers, and beside them those of the release of ``--against``."""
     if not live.against:
         pytest.skip("AGAINST: asked for with --against X.Y.Z, which names another vLLM release")
-    other = Deployment(hosts, release.with_release(lab, live.against), weights, tag=f"@{live.against}")
+    other = Deployment(hosts, with_release(lab, live.against), weights, tag=f"@{live.against}")
     with live.uncaptured():
         other.start(live.progress(f"servers of vLLM {live.against}"))
     for server in other.servers:

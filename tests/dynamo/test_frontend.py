@@ -18,8 +18,9 @@ from disagglab import client, ledger
 from disagglab.client import CHAT, COMPLETIONS
 from disagglab.dynamo import Frontend, body
 from disagglab.kv import KvShape
-from disagglab.ledger import FINISHED, PROMPT_TOKENS, Reading, Sent
+from disagglab.ledger import FINISHED, PROMPT_TOKENS
 from disagglab.recorder import Recorder
+from disagglab.records import Reading, Sent
 from disagglab.section import Lab
 from disagglab.topology import Topology
 

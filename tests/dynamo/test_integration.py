@@ -22,10 +22,10 @@ from disagglab.dynamofixtures import StartDynamo
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import Forecast, forecast
 from disagglab.kv import KvShape
-from disagglab.ledger import Sent
 from disagglab.model import Model
 from disagglab.prefixcache import PrefixCache
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.section import Lab
 from disagglab.session import Session

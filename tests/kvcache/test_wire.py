@@ -19,8 +19,8 @@ from disagglab.errors import TransferError
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape, tokens_from_prefill
 from disagglab.kvlayout import layout
-from disagglab.ledger import Sent
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.topology import Topology
 from disagglab.wire import Wire

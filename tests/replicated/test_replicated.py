@@ -10,9 +10,9 @@ from disagglab import client, ledger
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.figures import METRICS
 from disagglab.kv import KvShape
-from disagglab.ledger import Sent
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
+from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import pytest
 
 from disagglab import ledger
-from disagglab.ledger import Ledger
 from disagglab.recorder import Recorder
+from disagglab.records import Ledger
 from disagglab.routing import Finisher, require_no_failure
 from disagglab.section import Lab
 from disagglab.session import Session

@@ -22,9 +22,10 @@ from disagglab import client, ledger, routing
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import Forecast, forecast, replay
 from disagglab.recorder import Recorder
+from disagglab.records import VerdictRow
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.session import Session
-from disagglab.store import Store, VerdictRow
+from disagglab.store import Store
 from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.topology import Deployment
 from disagglab.traffic import Dialogue, dialogue, sketch

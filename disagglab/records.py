@@ -1,0 +1,248 @@
+"""Plain records: what was counted, what a run measured, what was judged. No behaviour beyond reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from disagglab.errors import InvalidRun
+from disagglab.supervisor import Process
+from disagglab.verdict import Direction, Verdict
+from disagglab.workload import Workload
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All samples of one scrape. ``server``: whose; values are as exposed (seconds, bytes, counts)."""
+
+    server: str
+    url: str
+    samples: tuple[tuple[str, frozenset[tuple[str, str]], float], ...]
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of all samples called ``name`` whose labels contain ``labels``.
+
+        Raises:
+            InvalidRun: if there is no such sample; the message names it and the address asked.
+        """
+        wanted = set(labels.items())
+        found = [value for sample, have, value in self.samples if sample == name and wanted <= have]
+        if not found:
+            shown = name + (str(labels) if labels else "")
+            raise InvalidRun(
+                f"{self.server} exposes no metric {shown}; look: curl -s {self.url} | grep {name}"
+            )
+        return sum(found)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One request as the client saw it, tokens.
+
+    ``held_by_decode`` and ``held_by_prefill``: how much of the prompt's beginning that server's prefix cache
+    holds, in whole blocks; where prefill and decode are one server, ``held_by_decode``.
+    """
+
+    prompt_tokens: int
+    output_tokens: int
+    held_by_decode: int = 0
+    held_by_prefill: int = 0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The counters of a topology's servers at one moment, and who answered."""
+
+    snapshots: Mapping[str, Snapshot]
+    processes: Mapping[str, Process]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What the servers counted between two readings. Tokens, bytes, seconds; by server where it says so.
+
+    ``external``, ``computed`` and ``cached`` are prompt tokens by source on the servers that decode: fetched
+    from prefill, computed there, found in the prefix cache there. ``prefill_computed``: on prefill servers.
+    ``kv_bytes_by``, ``transfers_by``: by the server that counts them, the one that moves the blocks.
+    """
+
+    finished: Mapping[str, int]
+    prompt_tokens: Mapping[str, int]
+    generated: Mapping[str, int]
+    kv_bytes: int
+    transfers: int
+    transfer_s: float
+    failed: int
+    expired: int
+    external_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    prefill_computed_tokens: int
+    kv_bytes_by: Mapping[str, int] = field(default_factory=dict)
+    transfers_by: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientLoad:
+    """CPU time over wall time of the client, and how late its event loop woke up (99th percentile, most), s.
+
+    Every token's time stamp can be late by that much.
+    """
+
+    cpu_share: float
+    lag_p99_s: float
+    lag_max_s: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a workload on a topology. Per-request lists in the order of sending; seconds, tokens.
+
+    ``start_s``: when each request was sent, from the first of them. ``streams``: which part of the workload
+    it belongs to. ``client``: how busy the load engine was; None if it was not seen. ``readings``: the
+    servers' counters before and after.
+    """
+
+    topology: str
+    workload: Workload
+    seed: int
+    round: int
+    command: str
+    duration_s: float
+    client: ClientLoad | None
+    ttft_s: tuple[float, ...]
+    e2e_s: tuple[float, ...]
+    itl_s: tuple[tuple[float, ...], ...]
+    prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...]
+    start_s: tuple[float, ...] = ()
+    streams: tuple[str, ...] = ()
+    ledger: Ledger | None = None
+    readings: tuple[Reading, Reading] | None = None
+    invalid: str | None = None
+
+    @property
+    def sent(self) -> list[Sent]:
+        """The requests, for the ledger."""
+        return [Sent(p, o) for p, o in zip(self.prompt_tokens, self.output_tokens, strict=True)]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Numbers that a test measured: ``values`` are the replicates, all in ``unit``."""
+
+    module: str
+    test: str
+    name: str
+    unit: str
+    values: tuple[float, ...]
+    arm: str = ""
+    what: str = "runs"
+    command: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure for the report. ``series``: label → (x values, y values). ``style``: points, line or bars.
+
+    ``ticks`` name the x positions 0, 1, … where these are no numbers.
+    """
+
+    module: str
+    title: str
+    x_label: str
+    y_label: str
+    series: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+    style: str = "line"
+    caption: str = ""
+    ticks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """One verdict as the report shows it. ``gate``: pass, fail, or what keeps it from being either.
+    ``saturated``: runs of the two arms that fell behind their arrivals.
+
+    ``noise_floor``: half width of the interval between two identical arms, ratio - 1. ``p_adjusted``: of
+    the gate's hypothesis, after Holm; None for a pair that no gate asks for.
+    """
+
+    workload: str
+    metric: str
+    unit: str
+    candidate: str
+    baseline: str
+    candidate_value: float
+    baseline_value: float
+    outcome: str
+    effect: float
+    low: float
+    high: float
+    rounds: int
+    smallest_detectable: float | None
+    gate: str
+    reason: str
+    noise_floor: float | None = None
+    saturated: int = 0
+    p_adjusted: float | None = None
+    p_sign_flip: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        verdict: Verdict,
+        *,
+        workload: str,
+        metric: str,
+        unit: str,
+        candidate: str,
+        baseline: str,
+        candidate_value: float,
+        baseline_value: float,
+        gate: str,
+        p_adjusted: float | None = None,
+        noise_floor: float | None = None,
+        saturated: int = 0,
+        reason: str | None = None,
+    ) -> VerdictRow:
+        """The row of a verdict. ``candidate_value``, ``baseline_value``: means of what was compared, in
+        ``unit``; ``reason``: the verdict's own if it is None.
+        """
+        return cls(
+            workload=workload,
+            metric=metric,
+            unit=unit,
+            candidate=candidate,
+            baseline=baseline,
+            candidate_value=candidate_value,
+            baseline_value=baseline_value,
+            outcome=verdict.outcome,
+            effect=verdict.effect,
+            low=verdict.low,
+            high=verdict.high,
+            rounds=verdict.rounds,
+            smallest_detectable=verdict.smallest_detectable,
+            gate=gate,
+            reason=verdict.reason if reason is None else reason,
+            noise_floor=noise_floor,
+            saturated=saturated,
+            p_adjusted=p_adjusted,
+            p_sign_flip=verdict.p_sign_flip,
+        )
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One run-level figure of one arm, a value a valid round; what trends over sessions are made of.
+
+    ``definition``: of the workload as it was scaled; figures of two definitions are not compared.
+    """
+
+    workload: str
+    arm: str
+    metric: str
+    unit: str
+    better: Direction
+    values: tuple[float, ...]
+    definition: str = ""
