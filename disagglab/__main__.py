@@ -16,12 +16,13 @@ from typing import NoReturn
 
 from disagglab import kv, kvlayout, kvtable
 from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.paths import REPORTS
 
 LEFT_OUT = 1  # exit status: a part of the input could not be read; the rest was computed
 MISSING = 1  # exit status: a host lacks something
 REFUSED = 2  # exit status: the input cannot be computed
 INTERRUPTED = 130
-REPORTS = Path(__file__).resolve().parent.parent / "reports"
+
 LOADS = (0.25, 0.5, 0.75)  # of what the replicas can bear
 DTYPE_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -240,7 +241,11 @@ def _gate(path: Path) -> str:
 
 
 def _predict(arguments: argparse.Namespace) -> str:
-    from disagglab import breakevenmap, lab, roofline  # needs pydantic; the arithmetic does without
+    from disagglab import (
+        breakevenmap,
+        lab,  # needs pydantic; the arithmetic does without
+        roofline,
+    )
 
     result = breakevenmap.predict(
         lab.load_lab(arguments.lab),
@@ -255,7 +260,11 @@ def _predict(arguments: argparse.Namespace) -> str:
 
 
 def _provision(arguments: argparse.Namespace) -> int:
-    from disagglab import hostcheck, lab, provision  # needs paramiko; the arithmetic does without
+    from disagglab import (
+        hostcheck,
+        lab,  # needs paramiko; the arithmetic does without
+        provision,
+    )
 
     want = provision.wanted(
         lab.load_lab(arguments.lab), arguments.vllm, arguments.host, arguments.offline, arguments.wheels
@@ -289,7 +298,11 @@ def _reference(arguments: argparse.Namespace) -> str:
 
 
 def _scatter(arguments: argparse.Namespace) -> int:
-    from disagglab import lab, nixlprobe, screen  # needs pydantic; the arithmetic does without
+    from disagglab import (
+        lab,  # needs pydantic; the arithmetic does without
+        nixlprobe,
+        screen,
+    )
 
     for key, least in (("threads", 0), ("repeats", 1)):
         given = getattr(arguments, key)

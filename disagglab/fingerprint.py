@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from disagglab.paths import ROOT
+
 PACKAGES = ("vllm", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")
 COPY_BYTES = 256 * 2**20  # several times the last-level cache of what this runs on
 MATRIX = 512
@@ -41,11 +43,10 @@ def cpu_model() -> str:
 
 def commit() -> str:
     """The commit of this checkout, with ``+changes`` when the tree is not clean; ``unknown`` outside git."""
-    root = Path(__file__).resolve().parent.parent
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=20
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=20
         ).stdout.strip()
 
     head = git("rev-parse", "--short=12", "HEAD")

@@ -1,7 +1,7 @@
 """A host of the lab: where processes are started, ports are taken and facts are read.
 
 One class for this machine and for remote ones. What happens on the host itself is its deputy's work
-(disagglab/deputy.py); a host differs from another only in how its deputy is called.
+(disagglab/agent/deputy.py); a host differs from another only in how its deputy is called.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from disagglab.deputy import Deputy
+from disagglab.agent.deputy import Deputy
+from disagglab.agent.supervisor import Process
 from disagglab.errors import LabError
-from disagglab.supervisor import Process
 
 WAIT_POLL_S = 0.1
 LOG_TAIL_LINES = 20
@@ -117,7 +117,7 @@ class Host:
 
     Args:
         name: as the lab file calls it; ``local`` is this machine.
-        call: calls a method of the host's :class:`~disagglab.deputy.Deputy`.
+        call: calls a method of the host's :class:`~disagglab.agent.deputy.Deputy`.
         logs: folder on this machine for the logs of what is started.
         suite_python: Python there that has this package and the suite's other dependencies.
     """
@@ -150,7 +150,7 @@ class Host:
         grace_s: float = 15.0,
         memory_stop_bytes: int = 0,
     ) -> HostProcess:
-        """Start an owned process; see :meth:`disagglab.deputy.Deputy.start`.
+        """Start an owned process; see :meth:`disagglab.agent.deputy.Deputy.start`.
 
         Raises:
             StartError: if it cannot be executed; the message holds the system's reason.

@@ -18,8 +18,9 @@ from disagglab.errors import StartError
 from disagglab.facts import VERSIONS_PROGRAM
 from disagglab.machine import GB, SetupError
 from disagglab.parcel import Comparison, Parcel
+from disagglab.paths import ROOT
 from disagglab.section import HostSection, Lab
-from disagglab.setup import DISK_BYTES, ROOT
+from disagglab.setup import DISK_BYTES
 
 READY = "ready"
 NOT_OURS = "a folder that set-up did not make"

@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from disagglab import lease, madehost, release
+from disagglab import madehost, release
+from disagglab.agent import leftovers
 from disagglab.errors import StartError
 from disagglab.host import Host, local_host
 from disagglab.lab import with_release
 from disagglab.model import Model
+from disagglab.paths import ROOT
 from disagglab.remote import RemoteHost
 from disagglab.section import HostSection, Lab, NodeSection
 from disagglab.ssh import Connection, target
@@ -54,7 +56,7 @@ class Hosts:
         Raises:
             StartError: if a host cannot be reached or made, or runs another session.
         """
-        self._stack.enter_context(lease.exclusive())
+        self._stack.enter_context(leftovers.exclusive())
         self.local = local_host(self._run_id, self._ports, self._logs, sys.executable)
         self._hosts["local"] = self.local
         self._reap(self.local)
@@ -84,7 +86,7 @@ class Hosts:
         section = self.sections[name]
         host = RemoteHost(section, self._connection(name), self._run_id, self._ports, self._logs)
         if section.namespace:  # it shares our files
-            host.folder, host.suite_python = str(release.ROOT), sys.executable
+            host.folder, host.suite_python = str(ROOT), sys.executable
         return host
 
     @property

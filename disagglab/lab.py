@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from disagglab import labcheck
 from disagglab.errors import ConfigError, Problem
+from disagglab.paths import LABS
 from disagglab.section import (
     ControllerSection,
     GateSection,
@@ -35,7 +36,6 @@ from disagglab.section import (
     VllmSection,
 )
 
-LABS_FOLDER = Path(__file__).resolve().parent.parent / "labs"
 _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "model": (ModelSection, True),
     "vllm": (VllmSection, True),
@@ -82,9 +82,9 @@ def find_lab(name: str) -> Path:
     Raises:
         ConfigError: if there is none; the message lists the labs that there are.
     """
-    path = Path(name) if name.endswith(".toml") or os.sep in name else LABS_FOLDER / f"{name}.toml"
+    path = Path(name) if name.endswith(".toml") or os.sep in name else LABS / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in LABS_FOLDER.glob("*.toml")))
+        known = ", ".join(sorted(file.stem for file in LABS.glob("*.toml")))
         raise ConfigError(
             [Problem(str(path), "--lab", "no such lab file", f"use one of {known}, or a path to a .toml")]
         )

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from disagglab import variant
 from disagglab.errors import ConfigError, Problem
 from disagglab.kvlayout import RULE_MEND, has_rule
+from disagglab.paths import WORKLOADS
 from disagglab.section import (
     ControllerSection,
     HostSection,
@@ -26,7 +27,7 @@ from disagglab.section import (
     VllmSection,
     control_peer,
 )
-from disagglab.workload import WORKLOADS_FOLDER, load_workload
+from disagglab.workload import load_workload
 
 WORKERS = 2  # servers that a routing strategy chooses between, on the lab's first nodes
 PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
@@ -188,7 +189,7 @@ def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
             yield Problem(file, f"{where}.stream", wrong, "remove it")
         if gate.metric == "slo_attainment" and "slo" not in parts:
             yield Problem(file, f"{where}.metric", "slo_attainment without [slo]", "add [slo] ttft_s, tpot_s")
-        if not (WORKLOADS_FOLDER / f"{gate.workload}.toml").is_file():
+        if not (WORKLOADS / f"{gate.workload}.toml").is_file():
             wrong = f"no file workloads/{gate.workload}.toml"
             yield Problem(file, f"{where}.workload", wrong, "name a workload that exists")
             continue

@@ -18,8 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from disagglab.agent.supervisor import write_atomically
 from disagglab.looplag import LoopLag
-from disagglab.supervisor import write_atomically
 
 POLL_S = 0.02  # between two jobs, not within one
 

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from disagglab.agent.port import accepts
 from disagglab.errors import StartError
-from disagglab.port import accepts
 from disagglab.section import HostSection, NodeSection, control_peer
 
 if TYPE_CHECKING:

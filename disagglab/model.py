@@ -21,8 +21,8 @@ import filelock
 import platformdirs
 
 from disagglab import attention, modelconfig
+from disagglab.agent.process import OwnedProcess
 from disagglab.errors import ConfigError, LabError, Problem
-from disagglab.process import OwnedProcess
 from disagglab.progress import ProgressLine
 from disagglab.section import Lab, ModelSection
 

@@ -15,14 +15,16 @@ import pytest
 from disagglab import fingerprint, release, report, resume, variant
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.lab import load_lab, on_workloads, with_release
+from disagglab.paths import REPORTS
 from disagglab.recorder import VIRTUAL_CLOCK
 from disagglab.report import Claim
 from disagglab.section import Lab
 from disagglab.session import Session
-from disagglab.store import REPORTS_FOLDER, Store, new_run_id
+from disagglab.store import Store, new_run_id
 
 SESSION = pytest.StashKey[Session]()
-ROOT = Path(__file__).resolve().parent.parent
+from disagglab.paths import ROOT
+
 DEFAULT_ROUNDS = 3
 LISTINGS = (
     "collectonly",
@@ -178,13 +180,13 @@ def _earlier(config: pytest.Config, lab: Lab) -> resume.Earlier:
 
 def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> Session:
     run_id = new_run_id()
-    store = Store.create(REPORTS_FOLDER, run_id)
+    store = Store.create(REPORTS, run_id)
     print_key = fingerprint.fingerprint(lab.vllm.version)
     options = config.option
     options.htmlpath = options.htmlpath or str(store.folder / "report.html")
     options.self_contained_html = True
     options.css = [*options.css, str(report.CSS)]
-    options.benchmark_storage = f"file://{REPORTS_FOLDER}/benchmarks/{lab.name}-{print_key['key']}"
+    options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{print_key['key']}"
     options.benchmark_autosave = options.benchmark_autosave or run_id
     options.benchmark_save_data = True
     options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")

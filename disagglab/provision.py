@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from disagglab import machine, parcel, release, wheels
-from disagglab.deputy import logs_folder
+from disagglab.agent.deputy import logs_folder
 from disagglab.environment import Plan
 from disagglab.errors import ConfigError, LabError, Problem, StartError
 from disagglab.hostcheck import PROBE, Found, Row, Wanted, environment_row, judge, table
 from disagglab.lab import with_release
 from disagglab.model import cache_folder
 from disagglab.parcel import Comparison, Parcel
+from disagglab.paths import ROOT
 from disagglab.progress import ProgressLine
 from disagglab.remote import RemoteHost
 from disagglab.section import HostSection, Lab
-from disagglab.setup import ROOT
 from disagglab.ssh import Connection, target
 from disagglab.store import new_run_id
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun
-from disagglab.supervisor import Process
 from disagglab.verdict import Direction, Verdict
 from disagglab.workload import Workload
 

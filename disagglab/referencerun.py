@@ -18,10 +18,11 @@ from typing import Any
 
 from disagglab import plot, report
 from disagglab.errors import ConfigError, Problem
+from disagglab.paths import REPORTS
 from disagglab.records import Plot
-from disagglab.store import META, REPORTS_FOLDER, TOKEN_PATTERN
+from disagglab.store import META, TOKEN_PATTERN
 
-REFERENCE = REPORTS_FOLDER / "reference"
+REFERENCE = REPORTS / "reference"
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
 PAGE = "report.html"

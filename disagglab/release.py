@@ -13,9 +13,9 @@ from disagglab.environment import environment_python
 from disagglab.errors import ConfigError, Problem, StartError
 from disagglab.kvlayout import RULE_MEND, has_rule
 from disagglab.labcheck import ports_needed
+from disagglab.paths import ROOT
 from disagglab.section import HostSection, Lab
 
-ROOT = Path(__file__).resolve().parent.parent
 ASK_S = 60.0
 HTTP_TIMEOUT_S = 30.0
 MOST_GPU_MEMORY = 0.95  # of a GPU, for the servers of two releases together

@@ -29,9 +29,9 @@ from disagglab.section import HostSection
 from disagglab.ssh import LOST, Connection
 
 MODULES = ("__init__", "deputy", "errors", "lease", "port", "process", "supervisor")
-MAIN = "import sys\nfrom disagglab.deputy import main\nsys.exit(main())\n"
+MAIN = "import sys\nfrom disagglab.agent.deputy import main\nsys.exit(main())\n"
 SEARCH_PATH = 'PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"; export PATH'
-CALL_LIMIT_S = 120.0  # ending a process takes 45 s at most (disagglab/process.py)
+CALL_LIMIT_S = 120.0  # ending a process takes 45 s at most (disagglab/agent/process.py)
 HELLO_LIMIT_S = 60.0
 FOLLOW_S = 1.0  # how often logs are fetched; each time is a sign of life, too
 FACT_LIMIT_S = 120.0

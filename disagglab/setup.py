@@ -44,8 +44,8 @@ from disagglab.machine import (
     glibc_version,
     gpu_answers,
 )
+from disagglab.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DISK_BYTES = {"cpu": 6 * GB, "cuda": 20 * GB}  # what is installed, and its wheels meanwhile
 OVERLAY_BYTES = 1 * GB  # the same of Dynamo on top of .venv
 NOT_FOUND = "No matching distribution found"

@@ -17,7 +17,6 @@ from typing import Any
 from disagglab.errors import LabError
 from disagglab.records import FigureRow, Plot, Reading, Record, Run, Snapshot, VerdictRow
 
-REPORTS_FOLDER = Path(__file__).resolve().parent.parent / "reports"
 META = "run.json"
 TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 SCANNED_SUFFIXES = {".gz", ".html", ".json", ".jsonl", ".log", ".toml", ".txt", ".svg"}

@@ -19,9 +19,9 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
+from disagglab.agent.process import OwnedProcess
 from disagglab.environment import Plan, Step
 from disagglab.errors import LabError
-from disagglab.process import OwnedProcess
 from disagglab.setup import NOT_FOUND
 
 DOWNLOAD_LIMIT_S = 7200.0  # CUDA wheels are several GB

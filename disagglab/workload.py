@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from disagglab.errors import ConfigError, Problem
+from disagglab.paths import WORKLOADS
 
-WORKLOADS_FOLDER = Path(__file__).resolve().parent.parent / "workloads"
 CHUNK = 64  # tokens; prompts are built of such pieces, so a shared prefix is a multiple of it
 
 
@@ -126,11 +125,11 @@ def load_workload(name: str) -> Workload:
     Raises:
         ConfigError: with every problem of the file.
     """
-    path = WORKLOADS_FOLDER / f"{name}.toml"
+    path = WORKLOADS / f"{name}.toml"
     try:
         return Workload.model_validate(tomllib.loads(path.read_text()))
     except FileNotFoundError as error:
-        known = ", ".join(sorted(file.stem for file in WORKLOADS_FOLDER.glob("*.toml")))
+        known = ", ".join(sorted(file.stem for file in WORKLOADS.glob("*.toml")))
         raise ConfigError([Problem(str(path), "(whole file)", "missing", f"use one of {known}")]) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([Problem(str(path), "(whole file)", f"not TOML: {error}", "correct it")]) from error

@@ -34,7 +34,7 @@ REMOTE_PORTS = (20500, 20599)  # of no lab
 OWNER = """
 import os, signal, sys, time
 from pathlib import Path
-from disagglab.process import OwnedProcess
+from disagglab.agent.process import OwnedProcess
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it
 
@@ -170,7 +170,7 @@ class SshServer:
         self.host_key = self._key(folder / "host_key", kind)
         self.client_key = self._key(folder / "client_key")
         self.log = folder / "sshd.log"
-        self._held = socket.socket()  # keeps the port ours, as disagglab/port.py does
+        self._held = socket.socket()  # keeps the port ours, as disagglab/agent/port.py does
         self._held.bind((self.address, 0))
         self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.port = self._held.getsockname()[1]

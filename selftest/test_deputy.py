@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from disagglab import lease
-from disagglab.deputy import Deputy, answer_to
+from disagglab.agent import leftovers
+from disagglab.agent.deputy import Deputy, answer_to
+from disagglab.agent.supervisor import MEMORY_LOOK_S
 from disagglab.errors import InvalidRun, LabError, StartError, TransferError
 from disagglab.host import cores
-from disagglab.supervisor import MEMORY_LOOK_S
 
 if TYPE_CHECKING:
     from conftest import Standins
@@ -182,7 +182,7 @@ def test_close_names_what_is_left(state: Path, tmp_path: Path, standins: Standin
     deputy = Deputy("run", PORTS, tmp_path)
     deputy.start("standin", TREE, {}, grace_s=GRACE_S)
     child, grandchild = standins.told("child"), standins.told("grandchild")
-    (path,) = lease.folder().glob("*.json")
+    (path,) = leftovers.folder().glob("*.json")
     watcher = standins.watch(json.loads(path.read_text())["supervisor"]["pid"])
     path.unlink()
     watcher.kill()

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from disagglab import lease
-from disagglab.deputy import LOGS_KEPT
+from disagglab.agent import leftovers
+from disagglab.agent.deputy import LOGS_KEPT
 from disagglab.remote import bundle
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def program(state: Path, tmp_path: Path, standins: Standins) -> Iterator[Make]:
 
 def no_leases() -> bool:
     """Whether no process of ours is noted any more."""
-    return not list(lease.folder().iterdir())
+    return not list(leftovers.folder().iterdir())
 
 
 def test_the_program_answers_what_it_is_asked(program: Make, standins: Standins) -> None:
@@ -196,7 +196,7 @@ def test_logs_of_old_runs_are_deleted(program: Make, state: Path) -> None:
     """A host that is used every night does not fill up: the newest few stay."""
     for number in range(LOGS_KEPT + 2):
         program(f"2026010{number}").close()
-    runs = lease.state_folder() / "runs"
+    runs = leftovers.state_folder() / "runs"
     assert sorted(path.name for path in runs.iterdir()) == [
         f"2026010{number}" for number in range(2, LOGS_KEPT + 2)
     ]

@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from disagglab import hosts, lease, release
+from disagglab import hosts, release
+from disagglab.agent import leftovers
+from disagglab.agent.supervisor import Process, identify
 from disagglab.errors import StartError
 from disagglab.hosts import Hosts
 from disagglab.lab import load_lab
 from disagglab.model import Model
 from disagglab.remote import RemoteHost
 from disagglab.section import HostSection, Lab
-from disagglab.supervisor import Process, identify
 
 if TYPE_CHECKING:
     from conftest import SshServer, Standins
 
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
-TRY_LOCK = "from disagglab.lease import exclusive\nwith exclusive(): pass"
+TRY_LOCK = "from disagglab.agent.leftovers import exclusive\nwith exclusive(): pass"
 CORE = min(os.sched_getaffinity(0))
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
@@ -110,7 +111,7 @@ def test_a_session_on_made_hosts(made: Lab, tmp_path: Path, standins: Standins) 
     """Left-overs end first, a row each; a node's processes are on its host; nothing stays."""
     orphan = standins.start(["sleep", "300"])
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    write_lease(lease.folder(), "earlier-here", boot_id, identify(orphan.pid))
+    write_lease(leftovers.folder(), "earlier-here", boot_id, identify(orphan.pid))
     there = STATE_THERE / made.hosts[1].name / "leases"
     write_lease(there, "earlier-there", "an earlier boot", identify(orphan.pid))
     before = set(psutil.Process().children(recursive=True))
@@ -147,7 +148,7 @@ def test_a_session_on_made_hosts(made: Lab, tmp_path: Path, standins: Standins) 
         session.close()
     standins.until(lambda: standins.gone(*everything), "everything has ended")
     assert lock_is_free()
-    assert not list(lease.folder().iterdir())
+    assert not list(leftovers.folder().iterdir())
     standins.until(lambda: not links & set(os.listdir("/sys/class/net")), "the links are gone")
 
 
@@ -207,7 +208,7 @@ def test_a_host_that_cannot_be_reached_leaves_nothing(two: Callable[..., Lab], t
         session.open()
     session.close()
     assert lock_is_free()
-    assert not list(lease.folder().iterdir())
+    assert not list(leftovers.folder().iterdir())
 
 
 def far_host(environments: dict[str, str]) -> Any:

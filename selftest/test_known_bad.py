@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from disagglab import attention, figures, ledger, load, metrics, modelconfig
+from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, LabError
 from disagglab.metrics import parse
 from disagglab.records import Reading, Run, Sent
 from disagglab.store import Store
-from disagglab.supervisor import Process
 from disagglab.topology import SINGLE, Topology
 from disagglab.verdict import judge
 from disagglab.workload import Workload

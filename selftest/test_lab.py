@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from disagglab.errors import ConfigError
-from disagglab.lab import LABS_FOLDER, check_against_model, find_lab, load_lab, parse_lab
+from disagglab.lab import check_against_model, find_lab, load_lab, parse_lab
+from disagglab.paths import LABS
 
-GOOD = tomllib.loads((LABS_FOLDER / "embedded.toml").read_text())
-MADE = tomllib.loads((LABS_FOLDER / "two-hosts.toml").read_text())
-ROOT = LABS_FOLDER.parent
+GOOD = tomllib.loads((LABS / "embedded.toml").read_text())
+MADE = tomllib.loads((LABS / "two-hosts.toml").read_text())
+ROOT = LABS.parent
 
 
 def broken(good: dict[str, Any] = GOOD, /, **changes: Any) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def test_a_core_that_this_machine_lacks_may_be_another_hosts() -> None:
     assert parse_lab(reached({"name": "far"}, node__1__cpus=[4096]), "my.toml").nodes[1].cpus == [4096]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in LABS_FOLDER.glob("*.toml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in LABS.glob("*.toml")))
 def test_every_shipped_lab_is_valid(name: str) -> None:
     """The lab files in labs/ are accepted, and carry the name of their file."""
     assert load_lab(name).name == name
@@ -283,7 +284,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> Non
 def test_a_broken_file_starts_nothing(tmp_path: Path) -> None:
     """pytest, given a broken lab file: exit status 4, every problem on the screen, no run folder."""
     path = tmp_path / "broken.toml"
-    text = (LABS_FOLDER / "embedded.toml").read_text()
+    text = (LABS / "embedded.toml").read_text()
     path.write_text(
         text.replace('role = "decode"', 'role = "prefill"')
         .replace("cpus = [1]", "cpus = [0]")

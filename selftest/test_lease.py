@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from disagglab import lease
+from disagglab.agent import leftovers
+from disagglab.agent.process import OwnedProcess
+from disagglab.agent.supervisor import Process, identify
 from disagglab.errors import StartError
-from disagglab.process import OwnedProcess
-from disagglab.supervisor import Process, identify
 
 if TYPE_CHECKING:
     from conftest import Standins
@@ -73,14 +73,14 @@ def write_lease(tmp_path: Path, supervisor: Process, child: Process, **changes: 
         "argv": ["vllm", "serve", "model", "--port", "21000"],
         **changes,
     }
-    path = lease.folder() / "run.standin.json"
+    path = leftovers.folder() / "run.standin.json"
     path.write_text(json.dumps(record))
     return path
 
 
 def supervisor_of(standins: Standins) -> psutil.Process:
     """The supervisor that the only lease names."""
-    (path,) = lease.folder().glob("*.json")
+    (path,) = leftovers.folder().glob("*.json")
     return standins.watch(json.loads(path.read_text())["supervisor"]["pid"])
 
 
@@ -108,12 +108,12 @@ def test_reap_ends_what_a_killed_supervisor_left(
     assert (tmp_path / "scratch").exists()
     assert shared_file.exists()
 
-    assert lease.reap() == [lease.Reaped("run", " ".join(command[:3]), (grandchild.pid,))]
+    assert leftovers.reap() == [leftovers.Reaped("run", " ".join(command[:3]), (grandchild.pid,))]
 
     assert standins.gone(grandchild)
     assert not shared_file.exists()
     assert not (tmp_path / "scratch").exists()
-    assert list(lease.folder().iterdir()) == []
+    assert list(leftovers.folder().iterdir()) == []
     assert not standins.gone(bystander)
     owned.stop()
 
@@ -125,7 +125,7 @@ def test_reap_leaves_a_lease_with_a_living_supervisor_alone(
     server = standins.start(["sleep", "300"])
     path = write_lease(tmp_path, supervisor=identify(os.getpid()), child=identify(server.pid))
 
-    assert lease.reap() == []
+    assert leftovers.reap() == []
 
     assert not standins.gone(server)
     assert path.exists()
@@ -139,7 +139,7 @@ def test_reap_ends_the_session_of_a_lease_whose_supervisor_is_gone(
     server = standins.start(["sleep", "300"])
     path = write_lease(tmp_path, supervisor=ended, child=identify(server.pid))
 
-    assert lease.reap() == [lease.Reaped("run", "vllm serve model", (server.pid,))]
+    assert leftovers.reap() == [leftovers.Reaped("run", "vllm serve model", (server.pid,))]
 
     assert standins.gone(server)
     assert not path.exists()
@@ -153,7 +153,7 @@ def test_reap_removes_a_lease_of_another_boot_and_kills_nothing(
     bystander = standins.start(["sleep", "300"])
     path = write_lease(tmp_path, supervisor=ended, child=identify(bystander.pid), boot_id="an earlier boot")
 
-    assert lease.reap() == [lease.Reaped("run", "vllm serve model", ())]
+    assert leftovers.reap() == [leftovers.Reaped("run", "vllm serve model", ())]
 
     assert not standins.gone(bystander)
     assert not path.exists()
@@ -169,7 +169,7 @@ def test_reap_does_not_end_a_session_that_was_given_an_old_number(
     earlier = Process(bystander.pid, identify(bystander.pid).start_ticks - 1)
     path = write_lease(tmp_path, supervisor=ended, child=earlier)
 
-    assert lease.reap() == [lease.Reaped("run", "vllm serve model", ())]
+    assert leftovers.reap() == [leftovers.Reaped("run", "vllm serve model", ())]
 
     assert not standins.gone(bystander)
     assert not standins.gone(member)
@@ -181,10 +181,10 @@ def test_reap_does_not_end_a_session_that_was_given_an_old_number(
 )
 def test_a_corrupt_lease_is_named(state: Path, text: str) -> None:
     """Nothing is guessed about processes: the error says which file it is and what to do with it."""
-    path = lease.folder() / "corrupt.json"
+    path = leftovers.folder() / "corrupt.json"
     path.write_text(text)
     with pytest.raises(StartError, match=r"corrupt\.json: not a lease .*delete the file") as caught:
-        lease.reap()
+        leftovers.reap()
     assert str(path) in str(caught.value)
     assert path.exists()
 
@@ -201,7 +201,7 @@ def test_a_lease_that_lacks_a_key_is_named_and_ends_nothing(
     path.write_text(json.dumps(record))
 
     with pytest.raises(StartError, match=rf"run\.standin\.json: not a lease \('{key}'\)"):
-        lease.reap()
+        leftovers.reap()
 
     assert not standins.gone(server)
     assert (tmp_path / "scratch").exists()
@@ -217,10 +217,10 @@ def test_the_wait_returns_when_an_orphaned_supervisor_has_finished(
     standins.until(lambda: standins.gone(owner), "the owner has ended")
     assert not standins.gone(child), "the tree ended before anybody could wait for it"
 
-    lease.wait_for_orphaned_supervisors()
+    leftovers.wait_for_orphaned_supervisors()
 
     assert standins.gone(child, grandchild)
-    assert list(lease.folder().iterdir()) == []
+    assert list(leftovers.folder().iterdir()) == []
 
 
 def test_the_wait_names_a_lease_that_does_not_end(
@@ -230,7 +230,7 @@ def test_the_wait_names_a_lease_that_does_not_end(
     hanging = identify(standins.start(["sleep", "300"]).pid)
     path = write_lease(tmp_path, supervisor=hanging, child=hanging, owner=as_record(ended))
     with pytest.raises(StartError, match="lost its owner") as caught:
-        lease.wait_for_orphaned_supervisors(deadline_s=0.1)
+        leftovers.wait_for_orphaned_supervisors(deadline_s=0.1)
     assert str(path) in str(caught.value)
 
 
@@ -238,32 +238,32 @@ def test_the_wait_does_not_wait_for_a_session_that_runs(state: Path, tmp_path: P
     """A supervisor with a living owner belongs to another session, which may run for hours."""
     me = identify(os.getpid())
     path = write_lease(tmp_path, supervisor=me, child=me)
-    lease.wait_for_orphaned_supervisors(deadline_s=0.0)
+    leftovers.wait_for_orphaned_supervisors(deadline_s=0.0)
     assert path.exists()
 
 
 def test_without_a_lease_there_is_nothing_to_do(state: Path) -> None:
     """The first session of an account finds no folder and makes it."""
-    assert lease.reap() == []
-    lease.wait_for_orphaned_supervisors(deadline_s=0.0)
-    assert lease.folder() == state / os.uname().nodename / "leases"
+    assert leftovers.reap() == []
+    leftovers.wait_for_orphaned_supervisors(deadline_s=0.0)
+    assert leftovers.folder() == state / os.uname().nodename / "leases"
 
 
 def test_hosts_that_share_a_home_do_not_share_leases(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pids of another host say nothing here: its leases and its lock lie in a folder of its name."""
-    here = lease.folder()
+    here = leftovers.folder()
     (here / "corrupt.json").write_text("not a lease")
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(nodename="elsewhere"))
-    assert lease.folder() == state / "elsewhere" / "leases"
-    assert lease.reap() == []
+    assert leftovers.folder() == state / "elsewhere" / "leases"
+    assert leftovers.reap() == []
     monkeypatch.undo()
     assert (here / "corrupt.json").exists()
 
 
 def test_two_sessions_cannot_run_a_lab_at_once(state: Path) -> None:
     """The second is refused at once, with the pid of the first and how to end it; then the lock is free."""
-    program = "from disagglab.lease import exclusive\nwith exclusive(): pass"
-    with lease.exclusive():
+    program = "from disagglab.agent.leftovers import exclusive\nwith exclusive(): pass"
+    with leftovers.exclusive():
         answer = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT_S, cwd=ROOT
         )
@@ -278,9 +278,12 @@ def test_two_sessions_cannot_run_a_lab_at_once(state: Path) -> None:
 
 def test_within_one_process_the_lock_is_held_once(state: Path) -> None:
     """A second session of the same process is refused as well, and the first one keeps the lock."""
-    with lease.exclusive():
+    with leftovers.exclusive():
         for _ in range(2):
-            with pytest.raises(StartError, match=f"another session .pid {os.getpid()}"), lease.exclusive():
+            with (
+                pytest.raises(StartError, match=f"another session .pid {os.getpid()}"),
+                leftovers.exclusive(),
+            ):
                 pass
-    with lease.exclusive():
+    with leftovers.exclusive():
         pass

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from disagglab import ledger, metrics
+from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv import KvShape, Layer
 from disagglab.records import Ledger, Reading, Sent, Snapshot
-from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
 
 SHAPE = KvShape((Layer(3, 64, 64),) * 30, "bfloat16")

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from disagglab import lease, madehost
+from disagglab import madehost
+from disagglab.agent import leftovers
 from disagglab.errors import StartError
 from disagglab.host import Host, HostProcess, local_host
 from disagglab.remote import RemoteHost
@@ -291,7 +292,7 @@ def test_what_is_lacking_is_said_before_anything_starts(
     with pytest.raises(StartError, match=message):
         Pair(tmp_path).make()
     assert list(tmp_path.glob("*.log")) == []
-    assert list(lease.folder().iterdir()) == []
+    assert list(leftovers.folder().iterdir()) == []
 
 
 def test_a_holder_that_cannot_be_shows_its_last_words(

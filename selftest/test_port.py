@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from disagglab.agent.port import PortPool, accepts
 from disagglab.errors import StartError
-from disagglab.port import PortPool, accepts
 
 ADDRESS = "127.0.0.1"
 # Below the ports that the kernel chooses from, above those of the shipped labs, and most likely not the ones

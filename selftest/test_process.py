@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from disagglab import lease, supervisor
+from disagglab.agent import leftovers, supervisor
+from disagglab.agent.process import OwnedProcess
 from disagglab.errors import StartError
-from disagglab.process import OwnedProcess
 
 if TYPE_CHECKING:
     from conftest import Standins
@@ -70,7 +70,7 @@ PYTEST_FILE = """
 import os, time
 from pathlib import Path
 import pytest
-from disagglab.process import OwnedProcess
+from disagglab.agent.process import OwnedProcess
 
 COMMAND = {command!r}
 
@@ -241,7 +241,7 @@ def test_a_binding_to_absent_cores_is_refused(own: Own, tmp_path: Path) -> None:
 def test_a_command_whose_lease_cannot_be_written_does_not_stay(own: Own, state: Path, tmp_path: Path) -> None:
     """A full or vanished state folder gives an answer, not a tree that no later session can find."""
     owned = own(TREE)
-    lease.folder().rmdir()
+    leftovers.folder().rmdir()
     with pytest.raises(StartError, match=r"standin: could not start sh: .*No such file or directory"):
         owned.start()
     working_here = [each.pid for each in psutil.process_iter(["cwd"]) if each.info["cwd"] == str(tmp_path)]

@@ -16,19 +16,20 @@ from typing import Any
 import pytest
 
 from disagglab import breakeven, client, ledger, metrics, plan, replay, topology, transfer, wire
+from disagglab.agent.supervisor import Process
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step
 from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.kv import KvShape, Layer
 from disagglab.kvlayout import layout
-from disagglab.lab import LABS_FOLDER, load_lab, parse_lab
+from disagglab.lab import load_lab, parse_lab
 from disagglab.labcheck import ports_needed
+from disagglab.paths import LABS
 from disagglab.records import Ledger, Reading, Sent, Snapshot
 from disagglab.section import Lab, NodeSection
-from disagglab.supervisor import Process
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
 
-SHARED = tomllib.loads((LABS_FOLDER / "one-to-two.toml").read_text())
-GATED = tomllib.loads((LABS_FOLDER / "embedded.toml").read_text())
+SHARED = tomllib.loads((LABS / "one-to-two.toml").read_text())
+GATED = tomllib.loads((LABS / "embedded.toml").read_text())
 VERSION = "0.31.0"
 
 

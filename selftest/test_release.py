@@ -12,6 +12,7 @@ import pytest
 from disagglab import release
 from disagglab.errors import ConfigError, StartError
 from disagglab.lab import load_lab, with_release
+from disagglab.paths import ROOT
 from disagglab.section import Lab
 
 LAB = load_lab("embedded")
@@ -27,7 +28,7 @@ def test_the_lab_file_decides_first(tmp_path: Path) -> None:
     """A folder is an environment, anything else the interpreter itself; relative paths begin at the root."""
     assert release.python_of(named("0.30.0", str(tmp_path))) == str(tmp_path / "bin" / "python")
     assert release.python_of(named("0.30.0", "/opt/python")) == "/opt/python"
-    assert release.python_of(named("0.30.0", "nowhere/python")) == str(release.ROOT / "nowhere" / "python")
+    assert release.python_of(named("0.30.0", "nowhere/python")) == str(ROOT / "nowhere" / "python")
 
 
 def test_the_installed_release_is_served_from_here(monkeypatch: pytest.MonkeyPatch) -> None:

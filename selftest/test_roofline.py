@@ -17,7 +17,7 @@ import pytest
 from disagglab import attention, modelconfig, roofline
 from disagglab.__main__ import main
 from disagglab.errors import ConfigError
-from disagglab.lab import LABS_FOLDER
+from disagglab.paths import LABS
 from disagglab.roofline import Efficiency, Weights
 from disagglab.section import SpeedSection
 
@@ -195,11 +195,11 @@ def test_bad_input_is_refused_in_one_line(capsys: Capture, argv: tuple[str, ...]
 @pytest.mark.parametrize("name", ["spark", "two-gpus", "two-h200"])
 def test_shipped_gpu_labs_have_nominal_speeds(name: str) -> None:
     """What predictions start from stands in the lab file, and is positive."""
-    speed = tomllib.loads((LABS_FOLDER / f"{name}.toml").read_text())["speed"]
+    speed = tomllib.loads((LABS / f"{name}.toml").read_text())["speed"]
     assert SpeedSection(**speed).memory_gb_s > 0
 
 
 def test_a_folder_beside_the_lab_file_is_found(capsys: Capture) -> None:
     """A lab whose model is a folder of its own needs no --model."""
-    assert Path(LABS_FOLDER, "models", "llama-3.1-8b", "config.json").is_file()
+    assert Path(LABS, "models", "llama-3.1-8b", "config.json").is_file()
     assert "llama-3.1-8b" in said(capsys, "--lab", "two-h200", "--link", "900GB/s", "--load", "0.5")

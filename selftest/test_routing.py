@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from disagglab import ledger, metrics, router, routing, topology
+from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, StartError
 from disagglab.kv import KvShape, Layer
 from disagglab.lab import load_lab
@@ -22,7 +23,6 @@ from disagglab.router import Hearing, Router, router_argv
 from disagglab.routing import Arm
 from disagglab.server import EventSource, events_config
 from disagglab.strategy import STRATEGIES
-from disagglab.supervisor import Process
 from disagglab.talk import Failure, Spoken, Talk
 from disagglab.topology import REPLICATED, ROUTED, Deployment, Topology
 

@@ -28,9 +28,9 @@ from disagglab.machine import (
     check_python,
     choose_platform,
 )
+from disagglab.paths import ROOT
 from disagglab.setup import (
     NOT_FOUND,
-    ROOT,
     Result,
     command_environment,
     failure,

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 
 from disagglab.environment import DYNAMO, DYNAMO_PROOF, Overlay, Plan, Stamp, dynamo_python, plans
 from disagglab.machine import SetupError
-from disagglab.setup import ROOT, Result, is_complete, set_up
+from disagglab.paths import ROOT
+from disagglab.setup import Result, is_complete, set_up
 
 
 class Pip:

@@ -30,7 +30,8 @@ from disagglab.environment import (
     plans,
 )
 from disagglab.machine import SetupError
-from disagglab.setup import ROOT, Result, failure, is_complete, set_up
+from disagglab.paths import ROOT
+from disagglab.setup import Result, failure, is_complete, set_up
 
 LOCKS = sorted((ROOT / "requirements").glob("vllm-*-*.txt"))
 ALIAS = (ROOT / "requirements" / "vllm-alias" / "pyproject.toml").read_text()

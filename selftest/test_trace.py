@@ -11,14 +11,15 @@ from pydantic import ValidationError
 
 from disagglab import trace
 from disagglab.lab import load_lab
+from disagglab.paths import WORKLOADS
 from disagglab.trace import MAIN, STEADY, arrivals
-from disagglab.workload import CHUNK, WORKLOADS_FOLDER, Steady, Workload, load_workload
+from disagglab.workload import CHUNK, Steady, Workload, load_workload
 
 OPEN = Workload(name="w", prompt_tokens=200, output_tokens=3, requests=400, rate_per_s=4.0)
 STEADY_REQUESTS = Steady(prompt_tokens=10, output_tokens=50, requests=2, lead_s=0.5)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in WORKLOADS_FOLDER.glob("*.toml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in WORKLOADS.glob("*.toml")))
 @pytest.mark.parametrize("lab", ["embedded", "two-gpus", "spark"])
 def test_every_workload_fits_every_lab(name: str, lab: str) -> None:
     """Scaled to a lab, a workload is still whole, and its longest request fits the lab's context."""

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
+from disagglab.agent.port import accepts
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.figures import METRICS
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.load import LoadEngine
-from disagglab.port import accepts
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session

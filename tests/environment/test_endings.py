@@ -23,8 +23,8 @@ import pytest
 
 from disagglab import madehost
 from disagglab.host import Host, local_host
+from disagglab.paths import ROOT
 from disagglab.recorder import Recorder
-from disagglab.release import ROOT
 from disagglab.section import HostSection, Lab
 from disagglab.session import Session
 

@@ -25,11 +25,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from disagglab import lease, supervisor
+from disagglab.agent import leftovers, supervisor
+from disagglab.agent.port import PortPool, holds, listening_sockets
+from disagglab.agent.process import OwnedProcess
+from disagglab.agent.supervisor import session_members
 from disagglab.errors import LabError, StartError
-from disagglab.port import PortPool, holds, listening_sockets
-from disagglab.process import OwnedProcess
-from disagglab.supervisor import session_members
 
 FOLLOW_BYTES = 2**20  # of a log in one answer
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
@@ -85,9 +85,9 @@ class Deputy:
 
     def reap(self) -> list[dict[str, Any]]:
         """End what earlier sessions left on this host; what was ended, a row a lease."""
-        lease.wait_for_orphaned_supervisors()
+        leftovers.wait_for_orphaned_supervisors()
         return [
-            {"run_id": row.run_id, "command": row.command, "pids": list(row.pids)} for row in lease.reap()
+            {"run_id": row.run_id, "command": row.command, "pids": list(row.pids)} for row in leftovers.reap()
         ]
 
     def reserve_port(self, address: str) -> int:
@@ -304,7 +304,7 @@ def answer_to(call: Callable[..., Any], args: Sequence[Any]) -> dict[str, Any]:
 
 def logs_folder(run_id: str) -> Path:
     """A folder for this run's logs; those of the oldest runs are deleted."""
-    runs = lease.state_folder() / "runs"
+    runs = leftovers.state_folder() / "runs"
     folder = runs / run_id
     folder.mkdir(parents=True)
     others = sorted(path for path in runs.iterdir() if path != folder)  # two controllers' clocks may differ
@@ -318,7 +318,7 @@ def serve(channel: Channel, first: Mapping[str, Any]) -> None:
     with contextlib.ExitStack() as stack:
         try:
             if first["exclusive"]:
-                stack.enter_context(lease.exclusive())
+                stack.enter_context(leftovers.exclusive())
             deputy = Deputy(first["run_id"], first["ports"], logs_folder(first["run_id"]))
         except (LabError, OSError) as error:
             channel.send({"id": first["id"], "error": str(error), "kind": "StartError"})

@@ -1,6 +1,6 @@
 """Leases: what this account has started on this host, and how a later session ends what an earlier one left.
 
-Standard library alone: this file also works on a remote host (disagglab/deputy.py).
+Standard library alone: this file also works on a remote host (disagglab/agent/deputy.py).
 
 Every supervisor writes one lease file and removes it when its tree is gone. A lease that outlives its
 supervisor means that the supervisor itself was killed (or the machine restarted); its processes are then
@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from disagglab.errors import StartError
-from disagglab.supervisor import (
+from disagglab.agent.supervisor import (
     TRACKER_S,
     Process,
     is_resource_tracker,
@@ -30,6 +29,7 @@ from disagglab.supervisor import (
     session_members,
     shared_memory,
 )
+from disagglab.errors import StartError
 
 STATE_VARIABLE = "DISAGGLAB_STATE"
 END_DEADLINE_S = 60.0  # for a supervisor that lost its owner to finish, and for a killed process to vanish

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from disagglab import lease, supervisor
+from disagglab.agent import leftovers, supervisor
+from disagglab.agent.supervisor import Process, Spec
 from disagglab.errors import LabError, StartError
-from disagglab.supervisor import Process, Spec
 
 SUPERVISOR = Path(supervisor.__file__)
 SPAWN_DEADLINE_S = 60.0  # from the fork to the supervisor's first word, on a machine that swaps
@@ -60,7 +60,7 @@ class OwnedProcess:
             argv=list(argv),
             env=dict(env),
             log=str(log),
-            lease=str(lease.folder() / f"{run_id}.{name}.json"),
+            lease=str(leftovers.folder() / f"{run_id}.{name}.json"),
             scratch=str(scratch),
             run_id=run_id,
             cwd=str(log.parent),
@@ -184,7 +184,7 @@ class OwnedProcess:
             if event["event"] == "done":
                 self.ended = event
         if self.identity is not None and self.ended is None:  # the supervisor itself was killed
-            lease.reap()
+            leftovers.reap()
 
     def __enter__(self) -> OwnedProcess:
         return self.start()
