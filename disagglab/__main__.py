@@ -234,7 +234,7 @@ def _history(arguments: argparse.Namespace) -> tuple[str, Sequence[Problem]]:
 
 
 def _gate(path: Path) -> str:
-    from disagglab import gatefile  # needs scipy; the arithmetic does without
+    from disagglab.stats import gatefile  # needs scipy; the arithmetic does without
 
     gate = gatefile.read(path)
     return json.dumps(gatefile.as_dict(gate, gate.judge()))

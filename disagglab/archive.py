@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 from disagglab.errors import ConfigError, Problem
 from disagglab.records import FigureRow
+from disagglab.stats.verdict import Direction
 from disagglab.store import META
-from disagglab.verdict import Direction
 
 RUN_ID = re.compile(r"\d{8}-\d{6}")
 FIGURES, COMMITTED = "figures.jsonl", "reference"

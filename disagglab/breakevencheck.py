@@ -10,7 +10,7 @@ from typing import Literal
 
 from disagglab import breakeven
 from disagglab.breakeven import Cluster, Outcome, Point
-from disagglab.verdict import Verdict
+from disagglab.stats.verdict import Verdict
 from disagglab.workload import Workload
 
 MOST_USE = 0.85  # of any station; nearer to 1 a short run is far from equilibrium

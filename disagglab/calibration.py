@@ -10,18 +10,19 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from disagglab import breakevenmap, linefit, speedfit
+from disagglab import breakevenmap, speedfit
 from disagglab.breakeven import Cluster, Speeds
 from disagglab.comparison import measure
 from disagglab.errors import InvalidRun
 from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
-from disagglab.linefit import LineFit
 from disagglab.load import LoadEngine
 from disagglab.metrics import delta
 from disagglab.records import Run
 from disagglab.section import Lab
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
+from disagglab.stats import linefit
+from disagglab.stats.linefit import LineFit
 from disagglab.store import Store
 from disagglab.topology import Topology
 from disagglab.workload import CHUNK, Workload

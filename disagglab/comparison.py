@@ -14,10 +14,10 @@ from disagglab.kv import KvShape
 from disagglab.load import LoadEngine, require_meaning
 from disagglab.records import FigureRow, Run, VerdictRow
 from disagglab.section import GateSection, Lab, SloSection
+from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.trace import MAIN, STEADY
-from disagglab.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 from disagglab.workload import Workload
 
 WARM_UP_ROUND = -1

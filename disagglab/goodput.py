@@ -21,8 +21,8 @@ from disagglab.breakevencheck import MOST_REQUESTS, MOST_USE, Budget
 from disagglab.records import Run
 from disagglab.replay import Served
 from disagglab.section import SloSection
+from disagglab.stats.verdict import Verdict, judge
 from disagglab.trace import arrivals
-from disagglab.verdict import Verdict, judge
 from disagglab.workload import Workload
 
 MARGIN = 0.05  # differences of goodput below it count as equivalent

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from disagglab import report
 from disagglab.archive import Archive, HistoryRun
-from disagglab.changepoint import MIN_VALUES, ChangePoint, find
 from disagglab.errors import ConfigError, Problem
-from disagglab.verdict import Direction
+from disagglab.stats.changepoint import MIN_VALUES, ChangePoint, find
+from disagglab.stats.verdict import Direction
 
 HEADER = (
     *("lab", "model", "fingerprint", "workload", "arm", "metric", "unit", "runs", "rounds"),

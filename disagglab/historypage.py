@@ -10,10 +10,10 @@ from typing import Any
 
 from disagglab import plot, report
 from disagglab.archive import NOT_RECORDED, Archive, HistoryRun, reason
-from disagglab.changepoint import MIN_SIDE, MIN_VALUES, ChangePoint, segments
 from disagglab.errors import ConfigError, Problem
 from disagglab.history import Series, change_text, summary
 from disagglab.records import Plot
+from disagglab.stats.changepoint import MIN_SIDE, MIN_VALUES, ChangePoint, segments
 
 NAME = "history.html"
 JOINED = "different fingerprints joined on request"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun
-from disagglab.verdict import Direction, Verdict
+from disagglab.stats.verdict import Direction, Verdict
 from disagglab.workload import Workload
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagglab.breakeven import Prefill, Speeds, Step
-from disagglab.linefit import LineFit
 from disagglab.records import Run
+from disagglab.stats.linefit import LineFit
 
 
 @dataclass(frozen=True)

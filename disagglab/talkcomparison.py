@@ -23,10 +23,10 @@ from disagglab.load import CLIENT_BOUND
 from disagglab.metrics import delta
 from disagglab.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.routing import Arm, Size
+from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
 from disagglab.talk import Spoken, talk
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.traffic import Dialogue, dialogue
-from disagglab.verdict import Direction, Verdict, holm, judge, noise_floor
 
 CONVERSATIONS = "conversations"  # in the place of a workload's name
 MARGIN = 0.05

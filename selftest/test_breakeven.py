@@ -19,10 +19,10 @@ from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load, 
 from disagglab.breakevencheck import Budget
 from disagglab.kv import KvShape, Layer
 from disagglab.kvlayout import layout
-from disagglab.linefit import LineFit
 from disagglab.records import Run
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
-from disagglab.verdict import judge
+from disagglab.stats.linefit import LineFit
+from disagglab.stats.verdict import judge
 from disagglab.workload import Workload
 
 LAYOUT = layout(KvShape((Layer(kv_heads=1, key_dim=500, value_dim=0),), "float16"), 16)  # 1,000 B a token

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from disagglab import changepoint
-from disagglab.changepoint import MIN_SIDE, NULL_DRAWS, PENALTY, find, propose, segments
+from disagglab.stats import changepoint
+from disagglab.stats.changepoint import MIN_SIDE, NULL_DRAWS, PENALTY, find, propose, segments
 
 NOISE = 0.05
 RUNS = 20

@@ -37,6 +37,7 @@ from disagglab.expectation import (
 from disagglab.lab import load_lab
 from disagglab.records import ClientLoad, Ledger, Run
 from disagglab.routing import Arm, Size
+from disagglab.stats.verdict import judge
 from disagglab.talk import Spoken, Talk
 from disagglab.talkcomparison import (
     CONVERSATIONS,
@@ -55,7 +56,6 @@ from disagglab.talkcomparison import (
 )
 from disagglab.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, SINGLE_AGAIN, TOPOLOGIES, Topology
 from disagglab.trace import arrivals
-from disagglab.verdict import judge
 from disagglab.workload import Workload
 
 LAB = load_lab("embedded")

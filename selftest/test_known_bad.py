@@ -19,9 +19,9 @@ from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, LabError
 from disagglab.metrics import parse
 from disagglab.records import Reading, Run, Sent
+from disagglab.stats.verdict import judge
 from disagglab.store import Store
 from disagglab.topology import SINGLE, Topology
-from disagglab.verdict import judge
 from disagglab.workload import Workload
 
 KNOWN_BAD: dict[str, Any] = json.loads((Path(__file__).parent / "known_bad.json").read_text())

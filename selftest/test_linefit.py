@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from disagglab import linefit
+from disagglab.stats import linefit
 
 LATENCY_S, BYTES_PER_S = 0.004, 2e9
 SIZES = [size * 2**20 for size in (3, 11, 22, 45, 68)]

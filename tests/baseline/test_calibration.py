@@ -31,9 +31,9 @@ from disagglab.metrics import delta
 from disagglab.recorder import Recorder
 from disagglab.records import Ledger, Sent, Snapshot
 from disagglab.session import Session
+from disagglab.stats.verdict import judge
 from disagglab.store import Store
 from disagglab.topology import Topology
-from disagglab.verdict import judge
 from disagglab.workload import Workload, load_workload
 
 SEED = 26_001

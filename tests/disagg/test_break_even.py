@@ -31,10 +31,10 @@ from disagglab.records import Run
 from disagglab.roofline import Efficiency
 from disagglab.section import Lab
 from disagglab.session import Session
+from disagglab.stats.verdict import Verdict, judge
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 from disagglab.trace import arrivals
-from disagglab.verdict import Verdict, judge
 
 SEED = 68_000
 POINTS, SHORT_POINTS = 6, 3

@@ -1,7 +1,7 @@
 """Disaggregated serving beside both baselines, measured in turns.
 
 Every run stands on its own proof of path; one that lacks it is kept, shown as invalid, and never aggregated.
-The verdicts are computed from pairs of runs of the same round (disagglab/verdict.py).
+The verdicts are computed from pairs of runs of the same round (disagglab/stats/verdict.py).
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session
+from disagglab.stats.verdict import Verdict, judge
 from disagglab.store import Store
 from disagglab.topology import SINGLE, Topology
-from disagglab.verdict import Verdict, judge
 
 FACTOR = 1.2
 ROUNDS = 6  # planned; a verdict that is still open then goes on to --max-rounds

@@ -25,9 +25,9 @@ from disagglab.recorder import Recorder
 from disagglab.records import VerdictRow
 from disagglab.section import Lab, SloSection
 from disagglab.session import Session
+from disagglab.stats.verdict import Verdict, holm
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
-from disagglab.verdict import Verdict, holm
 
 SEED = 69_000  # of the rounds
 SEARCH_SEEDS = range(70_000, 70_005)  # others, so that the points do not fit the arrivals of the rounds

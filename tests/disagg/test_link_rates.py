@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import client, ledger, linefit, shaping, wire
+from disagglab import client, ledger, shaping, wire
 from disagglab.figures import percentile
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape, transfer_time_s
@@ -20,6 +20,7 @@ from disagglab.recorder import Recorder
 from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.session import Session
+from disagglab.stats import linefit
 from disagglab.topology import Topology
 from disagglab.transfer import transfer
 

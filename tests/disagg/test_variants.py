@@ -31,10 +31,10 @@ from disagglab.recorder import Recorder
 from disagglab.records import Run, VerdictRow
 from disagglab.section import Lab
 from disagglab.session import Session
+from disagglab.stats.verdict import Direction, holm, judge
 from disagglab.store import Store
 from disagglab.topology import Topology
 from disagglab.transfertrace import Traced
-from disagglab.verdict import Direction, holm, judge
 from disagglab.workload import Workload
 
 SEED = 83_000

@@ -12,15 +12,16 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import ledger, linefit, nixlprobe
+from disagglab import ledger, nixlprobe
 from disagglab.figures import percentile
 from disagglab.hosts import Hosts
 from disagglab.kv import KvShape
 from disagglab.kvlayout import layout
-from disagglab.linefit import LineFit
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session
+from disagglab.stats import linefit
+from disagglab.stats.linefit import LineFit
 from disagglab.topology import Topology
 from disagglab.transfer import transfer
 

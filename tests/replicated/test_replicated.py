@@ -15,9 +15,9 @@ from disagglab.recorder import Recorder
 from disagglab.records import Sent
 from disagglab.section import Lab
 from disagglab.session import Session
+from disagglab.stats.verdict import judge
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Topology
-from disagglab.verdict import judge
 
 REQUESTS = 10
 OUTPUT_TOKENS = 4

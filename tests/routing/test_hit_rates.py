@@ -25,11 +25,11 @@ from disagglab.recorder import Recorder
 from disagglab.records import VerdictRow
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.session import Session
+from disagglab.stats.verdict import Direction, judge
 from disagglab.store import Store
 from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.topology import Deployment
 from disagglab.traffic import Dialogue, dialogue, sketch
-from disagglab.verdict import Direction, judge
 
 SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from disagglab.verdict import CONFIDENCE, holm
+from disagglab.stats.verdict import CONFIDENCE, holm
 
 MIN_SIDE = 3  # values on each side of a change point
 MIN_VALUES = 2 * MIN_SIDE

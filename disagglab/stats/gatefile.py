@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.verdict import Direction, Verdict, judge
+from disagglab.stats.verdict import Direction, Verdict, judge
 
 KEYS = ("metric", "better", "margin", "pairs")
 

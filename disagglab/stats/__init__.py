@@ -1,0 +1,1 @@
+"""Judgement on numbers: verdicts with intervals, change points, fits, a file of pairs."""
