@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from disagglab import kv, kvlayout, kvtable
 from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.kv import layout, shape
+from disagglab.kv import table as kv_table
 from disagglab.paths import REPORTS
 
 LEFT_OUT = 1  # exit status: a part of the input could not be read; the rest was computed
@@ -38,7 +39,7 @@ class _OneLineParser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _OneLineParser(prog="python -m disagglab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_OneLineParser)
-    table = commands.add_parser("kv", help="KV cache bytes of a model", description=kvtable.__doc__)
+    table = commands.add_parser("kv", help="KV cache bytes of a model", description=kv_table.__doc__)
     table.add_argument(
         "config", help="model folder, config.json, or a shipped name (Llama-3.1-8B-Instruct …)"
     )
@@ -46,14 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     table.add_argument(
         "--dtype",
         default="auto",
-        choices=["auto", *kv.DTYPES, *DTYPE_SHORT],
+        choices=["auto", *shape.DTYPES, *DTYPE_SHORT],
         help="of the KV cache (%(default)s: the model's own)",
     )
     table.add_argument("--tp", type=int, default=1, help="tensor parallel size (%(default)s)")
     table.add_argument(
         "--block-size",
         type=int,
-        default=kvlayout.DEFAULT_BLOCK_SIZE,
+        default=layout.DEFAULT_BLOCK_SIZE,
         help="tokens per block (%(default)s; 128 on CPUs)",
     )
     table.add_argument("--link", help="rate for the transfer time: 100Gbps, 12.5GB/s")
@@ -252,7 +253,7 @@ def _predict(arguments: argparse.Namespace) -> str:
         loads=arguments.load or LOADS,
         efficiency=roofline.Efficiency(arguments.prefill_efficiency, arguments.decode_efficiency),
         model=arguments.model,
-        link_bytes_per_s=None if arguments.link is None else kvtable.parse_rate(arguments.link),
+        link_bytes_per_s=None if arguments.link is None else kv_table.parse_rate(arguments.link),
         peak_tflop_s=arguments.peak_tflop_s,
         memory_gb_s=arguments.memory_gb_s,
     )
@@ -337,13 +338,13 @@ def _scatter(arguments: argparse.Namespace) -> int:
 
 
 def _kv(arguments: argparse.Namespace) -> str:
-    result = kvtable.table(
+    result = kv_table.table(
         arguments.config,
         tokens=arguments.tokens,
         dtype=DTYPE_SHORT.get(arguments.dtype, arguments.dtype),
         tensor_parallel=arguments.tp,
         block_size=arguments.block_size,
-        link_bytes_per_s=None if arguments.link is None else kvtable.parse_rate(arguments.link),
+        link_bytes_per_s=None if arguments.link is None else kv_table.parse_rate(arguments.link),
     )
     return json.dumps(result.as_dict()) if arguments.json else "\n".join(result.lines())
 

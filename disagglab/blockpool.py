@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from disagglab import ledger
-from disagglab.kv import blocks
+from disagglab.kv.shape import blocks
 from disagglab.section import Lab
 from disagglab.topology import Topology
 from disagglab.workload import Workload

@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from disagglab.kv import transfer_time_s
-from disagglab.kvlayout import KvLayout
+from disagglab.kv.layout import KvLayout
+from disagglab.kv.shape import transfer_time_s
 
 UNSTABLE = 1.0  # utilisation from which on a queue grows without end
 FINE = 1.04  # ratio of neighbouring lengths on the boundary

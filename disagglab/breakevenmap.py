@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from disagglab import attention, breakeven, modelconfig, roofline
+from disagglab import breakeven, roofline
 from disagglab.breakeven import Cluster, Outcome, Side, lengths
 from disagglab.errors import ConfigError, Problem
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv import attention, modelconfig
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.roofline import Efficiency
 from disagglab.section import Lab, SpeedSection
 

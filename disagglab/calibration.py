@@ -14,8 +14,8 @@ from disagglab import breakevenmap, speedfit
 from disagglab.breakeven import Cluster, Speeds
 from disagglab.comparison import measure
 from disagglab.errors import InvalidRun
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.metrics import delta
 from disagglab.records import Run

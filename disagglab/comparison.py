@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from disagglab import ledger
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.figures import METRICS, comparable, figures, saturated
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine, require_meaning
 from disagglab.records import FigureRow, Run, VerdictRow
 from disagglab.section import GateSection, Lab, SloSection

@@ -21,7 +21,7 @@ import httpx
 
 from disagglab.client import CHAT, COMPLETIONS, TIMEOUT, Completion, complete_beside_others
 from disagglab.errors import InvalidRun
-from disagglab.kv import common_prefix, reusable_tokens
+from disagglab.kv.shape import common_prefix, reusable_tokens
 from disagglab.looplag import LoopLag
 from disagglab.records import ClientLoad
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, facts, model, modelconfig, resume, variant
+from disagglab import facts, model, resume, variant
 from disagglab.calibration import Calibration, calibrate
 from disagglab.comparison import (
     Comparison,
@@ -21,7 +21,8 @@ from disagglab.comparison import (
 )
 from disagglab.errors import InvalidRun
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape
+from disagglab.kv import attention, modelconfig
+from disagglab.kv.shape import KvShape
 from disagglab.lab import check_against_model
 from disagglab.load import LoadEngine
 from disagglab.model import Model

@@ -1,6 +1,6 @@
 """Which share of the prompts' tokens servers find in their prefix caches, before anything has run.
 
-Requests are replayed one at a time on models of the servers' caches (:mod:`disagglab.prefixcache`), placed as
+Requests are replayed one at a time on models of the servers' caches (:mod:`disagglab.kv.prefixcache`), placed as
 a strategy would place them (:mod:`disagglab.strategy`).
 """
 
@@ -10,8 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from disagglab.prefixcache import PrefixCache
-from disagglab.prefixcache import Request as Request
+from disagglab.kv.prefixcache import PrefixCache
+from disagglab.kv.prefixcache import Request as Request
 from disagglab.strategy import Strategy
 
 SEEDS = 1000

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from disagglab import attention
-from disagglab.modelconfig import FILE, ORIGIN_KEY
+from disagglab.kv import attention
+from disagglab.kv.modelconfig import FILE, ORIGIN_KEY
 
 # The language model inside a multimodal one is built by itself: its images have no part in the KV cache of
 # text.

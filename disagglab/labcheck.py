@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from disagglab import variant
 from disagglab.errors import ConfigError, Problem
-from disagglab.kvlayout import RULE_MEND, has_rule
+from disagglab.kv.layout import RULE_MEND, has_rule
 from disagglab.paths import WORKLOADS
 from disagglab.section import (
     ControllerSection,
@@ -89,7 +89,7 @@ def contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
     yield from _arg_problems(vllm.args if vllm else {}, "vllm.args", RESERVED_ARGS, file)
     if vllm is not None and not has_rule(vllm.version):
         wrong = (
-            f"which KV blocks vLLM {vllm.version} moves is not known (BLOCK_RULE in disagglab/kvlayout.py)"
+            f"which KV blocks vLLM {vllm.version} moves is not known (BLOCK_RULE in disagglab/kv/layout.py)"
         )
         yield Problem(file, "vllm.version", wrong, RULE_MEND)
     ports: PortsSection | None = parts.get("ports")

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.kv import KvShape, tokens_from_prefill
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.metrics import delta
 from disagglab.records import Ledger, Reading, Sent, Snapshot
 from disagglab.server import VllmServer

@@ -20,9 +20,9 @@ from typing import Any
 import filelock
 import platformdirs
 
-from disagglab import attention, modelconfig
 from disagglab.agent.process import OwnedProcess
 from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.kv import attention, modelconfig
 from disagglab.progress import ProgressLine
 from disagglab.section import Lab, ModelSection
 

@@ -11,7 +11,7 @@ import httpx
 
 from disagglab.environment import environment_python
 from disagglab.errors import ConfigError, Problem, StartError
-from disagglab.kvlayout import RULE_MEND, has_rule
+from disagglab.kv.layout import RULE_MEND, has_rule
 from disagglab.labcheck import ports_needed
 from disagglab.paths import ROOT
 from disagglab.section import HostSection, Lab
@@ -75,7 +75,7 @@ def require(lab: Lab, option: str) -> None:
     """
     version = lab.vllm.version
     if not has_rule(version):
-        wrong = f"which KV blocks vLLM {version} moves is not known (BLOCK_RULE in disagglab/kvlayout.py)"
+        wrong = f"which KV blocks vLLM {version} moves is not known (BLOCK_RULE in disagglab/kv/layout.py)"
         raise ConfigError([Problem(lab.file, option, wrong, RULE_MEND)])
     python = python_of(lab)
     try:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagglab import attention
-from disagglab.attention import HIDDEN, Config
 from disagglab.breakeven import Prefill, Speeds, Step
 from disagglab.errors import ConfigError, Problem
-from disagglab.kv import DTYPES, KvShape
+from disagglab.kv import attention
+from disagglab.kv.attention import HIDDEN, Config
+from disagglab.kv.shape import DTYPES, KvShape
 from disagglab.section import SpeedSection
 
 FLOP = 2  # a multiplication and an addition for each weight and token

@@ -2,7 +2,7 @@
 
 Figures are the growth of the servers' own counters. Three accounts have to agree before an arm is believed:
 the counters, what the answers say of themselves (``usage``), and, for requests one at a time, a replay of the
-real token ids on a model of each server's cache (disagglab/prefixcache.py). A router's own counters show that
+real token ids on a model of each server's cache (disagglab/kv/prefixcache.py). A router's own counters show that
 it chose by what it claims to choose by, and nothing else.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 from disagglab import ledger
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import replay
+from disagglab.kv.prefixcache import Request
 from disagglab.labcheck import WORKERS
 from disagglab.ledger import FINISHED, FOUND, QUERIED
 from disagglab.metrics import delta
-from disagglab.prefixcache import Request
 from disagglab.records import Reading, Snapshot
 from disagglab.router import Router
 from disagglab.section import Lab, NodeSection

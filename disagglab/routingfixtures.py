@@ -8,8 +8,8 @@ import pytest
 
 from disagglab import routing
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.model import Model
 from disagglab.section import Lab
 from disagglab.session import Session

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from disagglab.kvlayout import KvLayout
+from disagglab.kv.layout import KvLayout
 
 LEAST_POINTS = 4  # one more than there are constants
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from disagglab.kv import common_prefix
-from disagglab.prefixcache import PrefixCache, Request
+from disagglab.kv.prefixcache import PrefixCache, Request
+from disagglab.kv.shape import common_prefix
 
 SESSION_HEADER = "X-Session-ID"
 CACHE_THRESHOLD = 0.3  # vllm-router's --cache-threshold

@@ -17,7 +17,7 @@ from disagglab import ledger, routing
 from disagglab.dynamocomparison import PAIRS, tagged
 from disagglab.errors import InvalidRun
 from disagglab.figures import percentile
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.ledger import FOUND, QUERIED
 from disagglab.load import CLIENT_BOUND
 from disagglab.metrics import delta

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from disagglab.errors import InvalidRun
-from disagglab.prefixcache import Request
+from disagglab.kv.prefixcache import Request
 
 TEXTS = Path(__file__).with_name("dialogues.toml")
 STAND_INS = ("yes", "the", "a", "no", "and", "on")  # short words; most tokenizers have one token for each

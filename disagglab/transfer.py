@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from disagglab import client, ledger
-from disagglab.kv import KvShape, reusable_tokens
+from disagglab.kv.shape import KvShape, reusable_tokens
 from disagglab.records import Ledger, Sent
 from disagglab.section import Lab
 from disagglab.server import VllmServer

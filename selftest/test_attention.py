@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, modelconfig
 from disagglab.errors import ConfigError
-from disagglab.kv import KvShape, Layer
+from disagglab.kv import attention, modelconfig
+from disagglab.kv.shape import KvShape, Layer
 
 BASE: dict[str, Any] = {
     "model_type": "llama",

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, modelconfig
 from disagglab.errors import ConfigError
+from disagglab.kv import attention, modelconfig
 
 CONFIGS = Path(__file__).parent / "configs"
 BASE: dict[str, Any] = {

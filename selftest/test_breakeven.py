@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from disagglab import breakeven, breakevencheck, replay, speedfit
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load, outcome
 from disagglab.breakevencheck import Budget
-from disagglab.kv import KvShape, Layer
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, Layer
 from disagglab.records import Run
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.stats.linefit import LineFit

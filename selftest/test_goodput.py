@@ -16,8 +16,8 @@ from disagglab import breakeven, figures, goodput, replay
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load
 from disagglab.breakevencheck import Budget
 from disagglab.goodput import Arms, Forecast
-from disagglab.kv import KvShape, Layer
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, Layer
 from disagglab.records import Run
 from disagglab.replay import Served
 from disagglab.section import SloSection

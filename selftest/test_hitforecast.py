@@ -10,7 +10,7 @@ import pytest
 
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import forecast, replay
-from disagglab.prefixcache import Request
+from disagglab.kv.prefixcache import Request
 from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Chooser
 
 PAIR = [Request(0, 0, (1,) * 8, (1,) * 5), Request(0, 1, (1,) * 17, (1,))]  # the second finds 3 blocks of 4

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, figures, ledger, load, metrics, modelconfig
+from disagglab import figures, ledger, load, metrics
 from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, LabError
+from disagglab.kv import attention, modelconfig
 from disagglab.metrics import parse
 from disagglab.records import Reading, Run, Sent
 from disagglab.stats.verdict import judge

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from disagglab import kv
 from disagglab.errors import ConfigError
-from disagglab.kv import KvShape, Layer
+from disagglab.kv.shape import DTYPES, KvShape, Layer, blocks, tokens_from_prefill, transfer_time_s
 
 LLAMA = KvShape((Layer(8, 128, 128),) * 32, "bfloat16")
 LATENT = Layer(kv_heads=1, key_dim=512 + 64, value_dim=0)
@@ -59,7 +58,7 @@ def test_known_shapes(shape: KvShape, per_token: int) -> None:
 
 def test_every_dtype_has_its_size_here() -> None:
     """A dtype that is added to the code needs a line in this file."""
-    assert set(kv.DTYPES) == {*NUMBER_BYTES, *PER_TOKEN_HEAD}
+    assert set(DTYPES) == {*NUMBER_BYTES, *PER_TOKEN_HEAD}
 
 
 @given(LAYERS, st.sampled_from(sorted(NUMBER_BYTES)))
@@ -109,7 +108,7 @@ def test_a_prompt_takes_whole_blocks(shape: KvShape, tokens: int, block: int) ->
 @given(st.integers(1, 10**6), BLOCK_SIZES)
 def test_blocks_are_the_smallest_cover(tokens: int, block: int) -> None:
     """The blocks hold the tokens, and one block less would not."""
-    count = kv.blocks(tokens, block)
+    count = blocks(tokens, block)
     assert count * block >= tokens > (count - 1) * block
 
 
@@ -155,10 +154,10 @@ def test_one_layer_that_cannot_be_shared_is_enough() -> None:
 
 def test_one_token_prompts_are_computed_by_decode() -> None:
     """vLLM recomputes the last prompt token, so of one token none counts as taken from prefill."""
-    assert (kv.tokens_from_prefill(1), kv.tokens_from_prefill(2), kv.tokens_from_prefill(300)) == (0, 2, 300)
+    assert (tokens_from_prefill(1), tokens_from_prefill(2), tokens_from_prefill(300)) == (0, 2, 300)
 
 
 def test_transfer_time_is_latency_and_bytes_over_rate() -> None:
     """One second of a 100 Gbit/s link is 12.5 GB; the latency comes on top."""
-    assert kv.transfer_time_s(12_500_000_000, 12.5e9) == 1.0
-    assert kv.transfer_time_s(6_250_000_000, 12.5e9, 0.25) == 0.75
+    assert transfer_time_s(12_500_000_000, 12.5e9) == 1.0
+    assert transfer_time_s(6_250_000_000, 12.5e9, 0.25) == 0.75

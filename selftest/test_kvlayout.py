@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagglab import attention, modelconfig
 from disagglab.errors import ConfigError
-from disagglab.kv import KvShape, Layer
-from disagglab.kvlayout import KvLayout, layout
+from disagglab.kv import attention, modelconfig
+from disagglab.kv.layout import KvLayout, layout
+from disagglab.kv.shape import KvShape, Layer
 
 VERSION = "0.31.0"
 SLIDES, FULL = Layer(1, 256, 256, window=512), Layer(1, 256, 256)

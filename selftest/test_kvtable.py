@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from disagglab import kvtable
 from disagglab.__main__ import main
 from disagglab.errors import ConfigError
+from disagglab.kv import table
 
 LLAMA, GEMMA = "Llama-3.1-8B-Instruct", "gemma-3-1b-it"
 Capture = pytest.CaptureFixture[str]
@@ -132,7 +132,7 @@ def test_ranks_that_hold_copies(capsys: Capture, model: str, tp: int, share: int
 )  # fmt: skip
 def test_link_rates(text: str, bytes_per_s: float) -> None:
     """b and bit are bits, B is a byte, prefixes are powers of 1000."""
-    assert kvtable.parse_rate(text) == pytest.approx(bytes_per_s)
+    assert table.parse_rate(text) == pytest.approx(bytes_per_s)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_link_rates(text: str, bytes_per_s: float) -> None:
 def test_what_is_no_rate_is_refused(capsys: Capture, text: str) -> None:
     """No unit, no number, nothing that is positive or a prefix of 1024: refused, and no table is printed."""
     with pytest.raises(ConfigError) as caught:
-        kvtable.parse_rate(text)
+        table.parse_rate(text)
     assert caught.value.problems[0].key == "link"
     assert main(["kv", LLAMA, f"--link={text}"]) == 2
     out, err = capsys.readouterr()

@@ -15,7 +15,7 @@ import pytest
 from disagglab import ledger, metrics
 from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.kv import KvShape, Layer
+from disagglab.kv.shape import KvShape, Layer
 from disagglab.records import Ledger, Reading, Sent, Snapshot
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
 

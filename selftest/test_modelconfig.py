@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from disagglab import attention, modelconfig
 from disagglab.errors import ConfigError
+from disagglab.kv import attention, modelconfig
 
 MLA = 512 + 64  # latent and rotary key, one per token and layer
 # id: (layers with a cache, of these with a window, its tokens, bytes per token, dtype). 2 x is key and

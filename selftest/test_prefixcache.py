@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from disagglab.errors import InvalidRun
-from disagglab.prefixcache import PrefixCache, Request, chain
+from disagglab.kv.prefixcache import PrefixCache, Request, chain
 
 # Hit blocks (base 36) of `traffic(seed)` by vLLM 0.31.0's KVCacheManager, one full attention group, 24 blocks
 # of 4 tokens: get_computed_blocks, allocate_slots for the prompt, then for each sampled token but the last,

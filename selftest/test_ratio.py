@@ -19,8 +19,8 @@ from disagglab import breakeven, client, ledger, metrics, plan, replay, topology
 from disagglab.agent.supervisor import Process
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step
 from disagglab.errors import ConfigError, InvalidRun, TransferError
-from disagglab.kv import KvShape, Layer
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, Layer
 from disagglab.lab import load_lab, parse_lab
 from disagglab.labcheck import ports_needed
 from disagglab.paths import LABS

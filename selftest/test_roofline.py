@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from disagglab import attention, modelconfig, roofline
+from disagglab import roofline
 from disagglab.__main__ import main
 from disagglab.errors import ConfigError
+from disagglab.kv import attention, modelconfig
 from disagglab.paths import LABS
 from disagglab.roofline import Efficiency, Weights
 from disagglab.section import SpeedSection

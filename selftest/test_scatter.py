@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from disagglab import attention, modelconfig, nixlprobe, scatter, screen
+from disagglab import nixlprobe, scatter, screen
 from disagglab.__main__ import main
 from disagglab.errors import ConfigError
-from disagglab.kvlayout import layout
+from disagglab.kv import attention, modelconfig
+from disagglab.kv.layout import layout
 from disagglab.lab import load_lab
 from disagglab.nixlprobe import Read
 from disagglab.scatter import Point, ScatterFit, fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from disagglab.prefixcache import PrefixCache, Request
+from disagglab.kv.prefixcache import PrefixCache, Request
 from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Chooser, OwnHistory
 
 

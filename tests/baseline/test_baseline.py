@@ -15,7 +15,7 @@ import pytest
 from disagglab import client, ledger
 from disagglab.comparison import measure
 from disagglab.figures import figures, percentile, tpot_s
-from disagglab.kv import KvShape, blocks
+from disagglab.kv.shape import KvShape, blocks
 from disagglab.load import LoadEngine
 from disagglab.occupancy import peak_blocks
 from disagglab.recorder import Recorder

@@ -25,7 +25,7 @@ from disagglab import client, ledger
 from disagglab.comparison import measure
 from disagglab.conversation import Conversation, Transcript, converse
 from disagglab.figures import percentile
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder

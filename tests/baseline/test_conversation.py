@@ -16,8 +16,8 @@ import pytest
 from disagglab import ledger
 from disagglab.conversation import Conversation, Transcript, converse, held_tokens
 from disagglab.errors import InvalidRun
-from disagglab.kv import KvShape, reusable_tokens
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, reusable_tokens
 from disagglab.recorder import Recorder
 from disagglab.records import Ledger, Reading, Sent
 from disagglab.topology import Topology

@@ -14,7 +14,7 @@ import pytest
 
 from disagglab.comparison import run_rounds
 from disagglab.figures import METRICS
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.recorder import Recorder

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from disagglab import client, ledger
 from disagglab.figures import percentile
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
 from disagglab.records import Sent

@@ -24,7 +24,7 @@ from disagglab.breakeven import Cluster, Outcome
 from disagglab.breakevencheck import Agreement, Budget
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import Run

@@ -19,7 +19,7 @@ from disagglab import client, ledger
 from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agree
 from disagglab.client import Completion
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.model import Model
 from disagglab.recorder import Recorder
 from disagglab.records import Sent

@@ -15,7 +15,7 @@ from disagglab.agent.port import accepts
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.figures import METRICS
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.section import Lab

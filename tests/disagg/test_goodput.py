@@ -19,7 +19,7 @@ from disagglab.breakevencheck import Agreement, Budget
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
 from disagglab.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import VerdictRow

@@ -14,8 +14,8 @@ import pytest
 from disagglab import client, ledger, shaping, wire
 from disagglab.figures import percentile
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape, transfer_time_s
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, transfer_time_s
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
 from disagglab.section import Lab

@@ -12,7 +12,7 @@ import pytest
 
 from disagglab import client, ledger
 from disagglab.errors import TransferError
-from disagglab.kv import KvShape, blocks, reusable_tokens
+from disagglab.kv.shape import KvShape, blocks, reusable_tokens
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
 from disagglab.section import Lab

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from disagglab import kv
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, transfer_time_s
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 
@@ -50,7 +49,7 @@ def test_predicted_transfer_time(lab: Lab, shape: KvShape, record: Recorder) -> 
     rate = lab.transport.link_gbit_s * 1e9 / BITS
     prompts = [tokens for tokens in CURVE if tokens <= lab.model.max_model_len]
     sizes = [layout(shape, lab.block_size).bytes_to_move(tokens, lab.vllm.version) for tokens in prompts]
-    times = [kv.transfer_time_s(size, rate) for size in sizes]
+    times = [transfer_time_s(size, rate) for size in sizes]
     for tokens, size, seconds in zip(prompts, sizes, times, strict=True):
         record.numbers(
             f"predicted transfer, {tokens} tokens",

@@ -14,7 +14,7 @@ import pytest
 
 from disagglab.comparison import measure, warm_up_of
 from disagglab.figures import figures, kept_rate, saturated
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import Run

@@ -16,8 +16,8 @@ import pytest
 from disagglab import client, ledger
 from disagglab.agreement import DIFFERENT, GAP_NATS, agree
 from disagglab.figures import percentile
-from disagglab.kv import KvShape, tokens_from_prefill
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
 from disagglab.records import Ledger, Sent

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from disagglab.comparison import measure
 from disagglab.figures import percentile
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.section import Lab

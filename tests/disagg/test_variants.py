@@ -23,8 +23,8 @@ from disagglab import blockpool, ledger, moved, scatter, transfertrace
 from disagglab.blockpool import Ageing
 from disagglab.comparison import measure
 from disagglab.errors import InvalidRun
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.moved import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.recorder import Recorder

@@ -17,8 +17,8 @@ from disagglab import behaviour, client, ledger, release
 from disagglab.behaviour import Behaviour
 from disagglab.comparison import Comparison, figure_rows, run_rounds, version_rows
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.lab import with_release
 from disagglab.load import LoadEngine
 from disagglab.model import Model

@@ -40,7 +40,7 @@ from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.errors import InvalidRun
 from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.recorder import Recorder

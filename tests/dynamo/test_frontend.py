@@ -17,7 +17,7 @@ import pytest
 from disagglab import client, ledger
 from disagglab.client import CHAT, COMPLETIONS
 from disagglab.dynamo import Frontend, body
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.ledger import FINISHED, PROMPT_TOKENS
 from disagglab.recorder import Recorder
 from disagglab.records import Reading, Sent

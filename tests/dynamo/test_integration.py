@@ -21,9 +21,9 @@ from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import Forecast, forecast
-from disagglab.kv import KvShape
+from disagglab.kv.prefixcache import PrefixCache
+from disagglab.kv.shape import KvShape
 from disagglab.model import Model
-from disagglab.prefixcache import PrefixCache
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
 from disagglab.routing import Arm, Size, run_arm

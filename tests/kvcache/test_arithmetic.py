@@ -1,6 +1,6 @@
 """KV cache sizes by arithmetic, and the running server's own accounting beside them.
 
-Two oracles that share no code: ``disagglab/attention.py`` and ``kv.py`` compute from config.json; vLLM
+Two oracles that share no code: ``disagglab/kv/attention.py`` and ``kv.py`` compute from config.json; vLLM
 computes from the model it loaded. Equality is exact, in blocks and bytes.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 
 from disagglab import ledger
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.topology import Topology

@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 
 from disagglab import client, ledger
-from disagglab.kv import KvShape, blocks, reusable_tokens
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, blocks, reusable_tokens
 from disagglab.ledger import BY_SOURCE
 from disagglab.metrics import delta
 from disagglab.occupancy import peak_blocks

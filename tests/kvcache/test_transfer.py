@@ -15,8 +15,8 @@ import pytest
 from disagglab import ledger, nixlprobe
 from disagglab.figures import percentile
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape
 from disagglab.recorder import Recorder
 from disagglab.section import Lab
 from disagglab.session import Session

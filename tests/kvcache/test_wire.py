@@ -17,8 +17,8 @@ import pytest
 from disagglab import client, ledger, wire
 from disagglab.errors import TransferError
 from disagglab.hosts import Hosts
-from disagglab.kv import KvShape, tokens_from_prefill
-from disagglab.kvlayout import layout
+from disagglab.kv.layout import layout
+from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
 from disagglab.section import Lab

@@ -9,7 +9,7 @@ from __future__ import annotations
 from disagglab import client, ledger
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.figures import METRICS
-from disagglab.kv import KvShape
+from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import Sent

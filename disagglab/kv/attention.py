@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.kv import DTYPES, KvShape, Layer
+from disagglab.kv.shape import DTYPES, KvShape, Layer
 
 Config = Mapping[str, Any]
 
@@ -97,7 +97,7 @@ def shape(config: Config, dtype: str = "auto", origin: str = "config.json") -> K
 
     Args:
         config: the parsed ``config.json``.
-        dtype: dtype of the KV cache, a key of :data:`disagglab.kv.DTYPES`; "auto": the model's own.
+        dtype: dtype of the KV cache, a key of :data:`disagglab.kv.shape.DTYPES`; "auto": the model's own.
         origin: where the config came from, for messages.
 
     Raises:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from disagglab.errors import InvalidRun
-from disagglab.kv import blocks as blocks_of
+from disagglab.kv.shape import blocks as blocks_of
 
 NULL_BLOCKS = 1  # vLLM sets the first block of a pool aside as a placeholder
 

@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.kv import KvShape, Layer, blocks
+from disagglab.kv.shape import KvShape, Layer, blocks
 
 DEFAULT_BLOCK_SIZE = 16  # tokens, on GPUs; 128 on CPUs. The effective one is in vllm:cache_config_info
 PADDING_LIMIT = 1.5  # kinds whose layer counts differ by less share one padded group size (kv_cache_utils.py)
@@ -102,7 +102,7 @@ def require_rule(vllm_version: str) -> None:
         raise ConfigError(
             [
                 Problem(
-                    "disagglab/kvlayout.py",
+                    "disagglab/kv/layout.py",
                     "BLOCK_RULE",
                     f"no block rule known for vLLM {vllm_version}",
                     RULE_MEND,

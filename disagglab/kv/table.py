@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
-from disagglab import attention, kv, kvlayout, modelconfig
 from disagglab.errors import ConfigError, Problem
+from disagglab.kv import attention, modelconfig, shape
+from disagglab.kv import layout as kv_layout
 
 PREFIXES = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 RATE = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(bps|bit/s|b/s|Bps|B/s)\s*$", re.IGNORECASE)
@@ -89,9 +90,9 @@ def table(
     tokens: int,
     dtype: str = "auto",
     tensor_parallel: int = 1,
-    block_size: int = kvlayout.DEFAULT_BLOCK_SIZE,
+    block_size: int = kv_layout.DEFAULT_BLOCK_SIZE,
     link_bytes_per_s: float | None = None,
-    vllm_version: str = max(kvlayout.BLOCK_RULE, key=lambda release: tuple(map(int, release.split(".")))),
+    vllm_version: str = max(kv_layout.BLOCK_RULE, key=lambda release: tuple(map(int, release.split(".")))),
 ) -> KvTable:
     """Compute the table for a model folder, a ``config.json`` or a shipped name.
 
@@ -113,7 +114,7 @@ def table(
         wrong = f"{tensor_parallel} does not divide {heads} attention heads"
         raise ConfigError([Problem("command line", "tensor parallel size", wrong, "choose a divisor")])
     rank = whole.on_rank(tensor_parallel)
-    layout = kvlayout.layout(rank, block_size)
+    layout = kv_layout.layout(rank, block_size)
     moved = layout.bytes_to_move(tokens, vllm_version) * tensor_parallel
     return KvTable(
         model=shown,
@@ -128,12 +129,12 @@ def table(
         groups=len(layout.groups),
         bytes_per_pool_block=layout.bytes_per_block,
         tokens=tokens,
-        blocks=kv.blocks(tokens, block_size),
+        blocks=shape.blocks(tokens, block_size),
         bytes_per_prompt=whole.bytes_per_prompt(tokens, block_size),
         bytes_per_prompt_per_rank=rank.bytes_per_prompt(tokens, block_size),
         bytes_to_move=moved,
         link_bytes_per_s=link_bytes_per_s,
-        transfer_s=kv.transfer_time_s(moved, link_bytes_per_s) if link_bytes_per_s else None,
+        transfer_s=shape.transfer_time_s(moved, link_bytes_per_s) if link_bytes_per_s else None,
     )
 
 

@@ -3,8 +3,8 @@ no vLLM.
 
 Bytes per token and layer = KV heads x (key + value numbers per head) x bytes per number. MHA, GQA and MQA
 differ only in the number of KV heads; MLA keeps one latent vector instead of keys and values. How a config
-tells what each layer keeps is in disagglab/attention.py, how vLLM puts it into blocks in
-disagglab/kvlayout.py.
+tells what each layer keeps is in disagglab/kv/attention.py, how vLLM puts it into blocks in
+disagglab/kv/layout.py.
 """
 
 from __future__ import annotations
