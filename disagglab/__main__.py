@@ -242,14 +242,11 @@ def _gate(path: Path) -> str:
 
 
 def _predict(arguments: argparse.Namespace) -> str:
-    from disagglab import (
-        breakevenmap,
-        lab,  # needs pydantic; the arithmetic does without
-        roofline,
-    )
+    from disagglab import breakevenmap, roofline
+    from disagglab.config import labs
 
     result = breakevenmap.predict(
-        lab.load_lab(arguments.lab),
+        labs.load_lab(arguments.lab),
         loads=arguments.load or LOADS,
         efficiency=roofline.Efficiency(arguments.prefill_efficiency, arguments.decode_efficiency),
         model=arguments.model,
@@ -261,14 +258,11 @@ def _predict(arguments: argparse.Namespace) -> str:
 
 
 def _provision(arguments: argparse.Namespace) -> int:
-    from disagglab import (
-        hostcheck,
-        lab,  # needs paramiko; the arithmetic does without
-        provision,
-    )
+    from disagglab import hostcheck, provision
+    from disagglab.config import labs
 
     want = provision.wanted(
-        lab.load_lab(arguments.lab), arguments.vllm, arguments.host, arguments.offline, arguments.wheels
+        labs.load_lab(arguments.lab), arguments.vllm, arguments.host, arguments.offline, arguments.wheels
     )
     try:
         rows = provision.check(want) if arguments.check else provision.provision(want)
@@ -299,18 +293,15 @@ def _reference(arguments: argparse.Namespace) -> str:
 
 
 def _scatter(arguments: argparse.Namespace) -> int:
-    from disagglab import (
-        lab,  # needs pydantic; the arithmetic does without
-        nixlprobe,
-        screen,
-    )
+    from disagglab import nixlprobe, screen
+    from disagglab.config import labs
 
     for key, least in (("threads", 0), ("repeats", 1)):
         given = getattr(arguments, key)
         if given is not None and given < least:
             wrong = f"{given} is too few"
             raise ConfigError([Problem("command line", f"--{key}", wrong, f"write --{key} {least} or more")])
-    chosen = screen.with_variables(lab.load_lab(arguments.lab), arguments.env)
+    chosen = screen.with_variables(labs.load_lab(arguments.lab), arguments.env)
     sizes = screen.MEBIBYTES[nixlprobe.memory_of(chosen)]
     wanted = screen.reads(
         sizes if arguments.mib is None else screen.whole_numbers(arguments.mib, "mib"),

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from disagglab import ledger
+from disagglab.config.schema import Lab
+from disagglab.config.workload import Workload
 from disagglab.kv.shape import blocks
-from disagglab.section import Lab
 from disagglab.topology import Topology
-from disagglab.workload import Workload
 
 PASSES = 2.0  # times that traffic goes through a pool before anything counts
 MOST_AGEING_RUNS, SHORT_AGEING_RUNS = 12, 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from disagglab.config.schema import Lab
 from disagglab.errors import StartError
 from disagglab.progress import ProgressLine
-from disagglab.section import Lab
 from disagglab.server import POLL_S, VllmServer, post_mortem
 
 CPU_PROGRESS_S = 0.05  # CPU time between two looks that counts as a sign of life

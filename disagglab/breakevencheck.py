@@ -10,8 +10,8 @@ from typing import Literal
 
 from disagglab import breakeven
 from disagglab.breakeven import Cluster, Outcome, Point
+from disagglab.config.workload import Workload
 from disagglab.stats.verdict import Verdict
-from disagglab.workload import Workload
 
 MOST_USE = 0.85  # of any station; nearer to 1 a short run is far from equilibrium
 LEAST_REQUESTS, MOST_REQUESTS = 6, 400  # of a run

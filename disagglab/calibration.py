@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from disagglab import breakevenmap, speedfit
 from disagglab.breakeven import Cluster, Speeds
 from disagglab.comparison import measure
+from disagglab.config.schema import Lab
+from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.metrics import delta
 from disagglab.records import Run
-from disagglab.section import Lab
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
 from disagglab.store import Store
 from disagglab.topology import Topology
-from disagglab.workload import CHUNK, Workload
 
 SEED = 67_000
 PROMPT_SHARES, SHORT_PROMPT_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2), (1 / 32, 1 / 8, 1 / 4)  # of max_model_len

@@ -8,17 +8,17 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from disagglab import ledger
+from disagglab.config.arrivals import MAIN, STEADY
+from disagglab.config.schema import GateSection, Lab, SloSection
+from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.figures import METRICS, comparable, figures, saturated
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine, require_meaning
 from disagglab.records import FigureRow, Run, VerdictRow
-from disagglab.section import GateSection, Lab, SloSection
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
-from disagglab.trace import MAIN, STEADY
-from disagglab.workload import Workload
 
 WARM_UP_ROUND = -1
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file

@@ -22,13 +22,13 @@ from typing import Any
 import httpx
 
 from disagglab import client
+from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
 from disagglab.host import Host
 from disagglab.metrics import PROCESS_START, scrape
 from disagglab.model import Model
 from disagglab.records import Snapshot
 from disagglab.router import Router
-from disagglab.section import Lab, NodeSection
 from disagglab.server import GIB, HTTP_TIMEOUT_S, ServerPlan, VllmServer, events_config, plan_engine
 from disagglab.topology import DISAGGREGATED
 

@@ -15,10 +15,10 @@ import dataclasses
 
 from disagglab import dynamo
 from disagglab.comparison import Comparison, pair_rows, verdict_rows
+from disagglab.config.schema import Lab
+from disagglab.config.workload import Workload
 from disagglab.records import VerdictRow
-from disagglab.section import Lab
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
-from disagglab.workload import Workload
 
 TAG = "@beside-dynamo"  # of the lab's own topologies here: their engines have other options than elsewhere
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from disagglab import boot, client
+from disagglab.config.schema import Lab, NodeSection
 from disagglab.dynamo import (
     AGGREGATED,
     BACKEND,
@@ -36,7 +37,6 @@ from disagglab.etcd import EtcdClient, Listing
 from disagglab.hosts import Hosts
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
-from disagglab.section import Lab, NodeSection
 from disagglab.server import POLL_S, await_process, require_memory
 from disagglab.topology import DISAGGREGATED, ROUTED, Topology
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx
 
+from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.host import Host, HostProcess
-from disagglab.section import Lab
 from disagglab.server import HTTP_TIMEOUT_S, await_process
 
 FOLDERS = ("/usr/bin", "/usr/local/bin")  # beside PATH

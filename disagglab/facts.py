@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from disagglab import gpu, rdma
-from disagglab.section import NodeSection
+from disagglab.config.schema import NodeSection
 
 GIB = 2**30
 ISA_OF_INTEREST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")

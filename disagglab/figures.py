@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from disagglab.config.arrivals import MAIN
+from disagglab.config.schema import SloSection
 from disagglab.records import Run
-from disagglab.section import SloSection
 from disagglab.stats.verdict import Direction
-from disagglab.trace import MAIN
 
 PERCENTILE_SAMPLES = {50: 1, 90: 10, 95: 20, 99: 100}  # fewer samples than this: the percentile is not shown
 SATURATED_BELOW = 0.95  # of the offered rate

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import facts, model, resume, variant
+from disagglab import facts, model, resume
 from disagglab.calibration import Calibration, calibrate
 from disagglab.comparison import (
     Comparison,
@@ -19,16 +19,17 @@ from disagglab.comparison import (
     variant_rows,
     verdict_rows,
 )
+from disagglab.config import variant
+from disagglab.config.labs import check_against_model
+from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
 from disagglab.hosts import Hosts
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.shape import KvShape
-from disagglab.lab import check_against_model
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.plugin import SESSION, module_of
 from disagglab.recorder import Recorder, timing_into
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import (

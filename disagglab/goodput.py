@@ -18,12 +18,12 @@ from functools import cached_property
 from disagglab import breakeven, breakevencheck, figures, replay
 from disagglab.breakeven import Cluster, Point
 from disagglab.breakevencheck import MOST_REQUESTS, MOST_USE, Budget
+from disagglab.config.arrivals import arrivals
+from disagglab.config.schema import SloSection
+from disagglab.config.workload import Workload
 from disagglab.records import Run
 from disagglab.replay import Served
-from disagglab.section import SloSection
 from disagglab.stats.verdict import Verdict, judge
-from disagglab.trace import arrivals
-from disagglab.workload import Workload
 
 MARGIN = 0.05  # differences of goodput below it count as equivalent
 USEFUL = 0.9  # share of good requests below which nobody would run the better topology either

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from disagglab import environment, machine, release
+from disagglab.config.schema import HostSection, Lab
 from disagglab.environment import Plan
 from disagglab.errors import StartError
 from disagglab.facts import VERSIONS_PROGRAM
 from disagglab.machine import GB, SetupError
 from disagglab.parcel import Comparison, Parcel
 from disagglab.paths import ROOT
-from disagglab.section import HostSection, Lab
 from disagglab.setup import DISK_BYTES
 
 READY = "ready"

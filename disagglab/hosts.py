@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from disagglab import madehost, release
 from disagglab.agent import leftovers
+from disagglab.config.labs import with_release
+from disagglab.config.schema import HostSection, Lab, NodeSection
 from disagglab.errors import StartError
 from disagglab.host import Host, local_host
-from disagglab.lab import with_release
 from disagglab.model import Model
 from disagglab.paths import ROOT
 from disagglab.remote import RemoteHost
-from disagglab.section import HostSection, Lab, NodeSection
 from disagglab.ssh import Connection, target
 
 MODEL_LIMIT_S = 900.0  # a packaged model is converted once

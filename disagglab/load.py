@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from disagglab import trace
+from disagglab.config.arrivals import MAIN, STEADY, arrivals, write
+from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
 from disagglab.host import Host, HostProcess
 from disagglab.records import ClientLoad, Run
 from disagglab.server import read_tail
 from disagglab.topology import Topology
-from disagglab.trace import MAIN, STEADY, arrivals
-from disagglab.workload import CHUNK, Workload
 
 JOB_DEADLINE_S = 1800.0  # with the imports of vLLM beside two booting servers
 POLL_S = 0.1
@@ -57,7 +56,7 @@ class LoadEngine:
         """
         requests = arrivals(workload, seed)
         path = self._traces / f"{workload.name}.{seed}.{len(requests)}.jsonl"
-        trace.write(path, requests)
+        write(path, requests)
         where = self._on_host(path)
         options = bench_options(topology, workload, where, self._tokenizer, secrets.token_hex(4))
         command = f"PYTHONHASHSEED={HASH_SEED} vllm bench serve " + shlex.join(options)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagglab.agent.port import accepts
+from disagglab.config.schema import HostSection, NodeSection, control_peer
 from disagglab.errors import StartError
-from disagglab.section import HostSection, NodeSection, control_peer
 
 if TYPE_CHECKING:
     from disagglab.host import Host, HostProcess

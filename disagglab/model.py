@@ -21,10 +21,10 @@ import filelock
 import platformdirs
 
 from disagglab.agent.process import OwnedProcess
+from disagglab.config.schema import Lab, ModelSection
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.kv import attention, modelconfig
 from disagglab.progress import ProgressLine
-from disagglab.section import Lab, ModelSection
 
 CACHE_VARIABLE = "DISAGGLAB_CACHE"
 PACKAGE_PREFIX = "package:"

@@ -27,9 +27,9 @@ from disagglab.errors import StartError
 from disagglab.variables import TRACE_VARIABLE
 
 if TYPE_CHECKING:
+    from disagglab.config.schema import Lab, NodeSection
     from disagglab.host import HostProcess
     from disagglab.hosts import Hosts
-    from disagglab.section import Lab, NodeSection
 
 DEADLINE_S = 60.0
 POLL_S = 0.1

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from disagglab import facts, madehost, release, remote, routing, shaping, variant
+from disagglab import facts, madehost, release, remote, routing, shaping
+from disagglab.config import variant
+from disagglab.config.labs import with_release
+from disagglab.config.schema import HostSection, Lab, NodeSection, VariantSection
 from disagglab.host import HostProcess
-from disagglab.lab import with_release
 from disagglab.load import HASH_SEED, bench_options
 from disagglab.model import PACKAGE_PREFIX, Model
 from disagglab.router import Hearing, Router, router_argv
-from disagglab.section import HostSection, Lab, NodeSection, VariantSection
 from disagglab.server import ServerPlan, VllmServer, plan_server
 from disagglab.ssh import Target, target
 from disagglab.strategy import STRATEGIES

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from disagglab import fingerprint, release, report, resume, variant
+from disagglab import fingerprint, release, report, resume
+from disagglab.config import variant
+from disagglab.config.labs import load_lab, on_workloads, with_release
+from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
-from disagglab.lab import load_lab, on_workloads, with_release
 from disagglab.paths import REPORTS
 from disagglab.recorder import VIRTUAL_CLOCK
 from disagglab.report import Claim
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store, new_run_id
 

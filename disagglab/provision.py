@@ -14,16 +14,16 @@ from pathlib import Path, PurePosixPath
 
 from disagglab import machine, parcel, release, wheels
 from disagglab.agent.deputy import logs_folder
+from disagglab.config.labs import with_release
+from disagglab.config.schema import HostSection, Lab
 from disagglab.environment import Plan
 from disagglab.errors import ConfigError, LabError, Problem, StartError
 from disagglab.hostcheck import PROBE, Found, Row, Wanted, environment_row, judge, table
-from disagglab.lab import with_release
 from disagglab.model import cache_folder
 from disagglab.parcel import Comparison, Parcel
 from disagglab.paths import ROOT
 from disagglab.progress import ProgressLine
 from disagglab.remote import RemoteHost
-from disagglab.section import HostSection, Lab
 from disagglab.ssh import Connection, target
 from disagglab.store import new_run_id
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from disagglab.agent.supervisor import Process
+from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.stats.verdict import Direction, Verdict
-from disagglab.workload import Workload
 
 
 @dataclass(frozen=True)

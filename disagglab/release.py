@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 
 import httpx
 
+from disagglab.config.checks import ports_needed
+from disagglab.config.schema import HostSection, Lab
 from disagglab.environment import environment_python
 from disagglab.errors import ConfigError, Problem, StartError
 from disagglab.kv.layout import RULE_MEND, has_rule
-from disagglab.labcheck import ports_needed
 from disagglab.paths import ROOT
-from disagglab.section import HostSection, Lab
 
 ASK_S = 60.0
 HTTP_TIMEOUT_S = 30.0

@@ -23,9 +23,9 @@ from typing import Any
 import paramiko
 
 from disagglab import errors
+from disagglab.config.schema import HostSection
 from disagglab.errors import LabError, StartError
 from disagglab.host import Host
-from disagglab.section import HostSection
 from disagglab.ssh import LOST, Connection
 
 MODULES = ("__init__", "deputy", "errors", "lease", "port", "process", "supervisor")

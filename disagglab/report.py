@@ -14,8 +14,8 @@ import jinja2
 from markdown_it import MarkdownIt
 
 from disagglab import plot
+from disagglab.config.schema import Lab
 from disagglab.records import Record, Run
-from disagglab.section import Lab
 from disagglab.store import Store
 
 TEMPLATES = Path(__file__).parent / "templates"

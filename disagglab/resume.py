@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from disagglab import variant
+from disagglab.config import variant
+from disagglab.config.labs import parse_lab, with_release
+from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
-from disagglab.lab import parse_lab, with_release
 from disagglab.records import Reading, Run, Snapshot
-from disagglab.section import Lab
 from disagglab.store import META, Store
 
 RUNS, METRICS = "runs", ".metrics.json.gz"

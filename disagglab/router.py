@@ -9,10 +9,10 @@ from pathlib import Path
 
 import httpx
 
+from disagglab.config.schema import Lab
 from disagglab.host import Host, HostProcess
 from disagglab.metrics import scrape
 from disagglab.records import Snapshot
-from disagglab.section import Lab
 from disagglab.server import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
 from disagglab.strategy import Strategy
 

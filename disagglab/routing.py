@@ -14,21 +14,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from disagglab import ledger
+from disagglab.config.checks import WORKERS
+from disagglab.config.schema import Lab, NodeSection
+from disagglab.config.traffic import Dialogue
+from disagglab.config.variant import GPU_SHARE
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import replay
 from disagglab.kv.prefixcache import Request
-from disagglab.labcheck import WORKERS
 from disagglab.ledger import FINISHED, FOUND, QUERIED
 from disagglab.metrics import delta
 from disagglab.records import Reading, Snapshot
 from disagglab.router import Router
-from disagglab.section import Lab, NodeSection
 from disagglab.server import VllmServer
 from disagglab.strategy import Strategy
 from disagglab.talk import Spoken, Talk, talk
 from disagglab.topology import Topology
-from disagglab.traffic import Dialogue
-from disagglab.variant import GPU_SHARE
 
 TAG = "@routing"
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM takes on CPUs, so a history of some hundred tokens is many

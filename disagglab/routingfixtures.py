@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 
 from disagglab import routing
+from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.model import Model
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.topology import Deployment
 

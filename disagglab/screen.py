@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from disagglab import nixlprobe, scatter
+from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.hosts import Hosts
 from disagglab.nixlprobe import Read
 from disagglab.scatter import ScatterFit
-from disagglab.section import Lab
 from disagglab.store import new_run_id
 
 LIMIT_S = 540.0  # of all reads together

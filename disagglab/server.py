@@ -14,12 +14,12 @@ from pathlib import Path
 
 import httpx
 
+from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
 from disagglab.host import Host, HostProcess
 from disagglab.metrics import scrape
 from disagglab.model import Model
 from disagglab.records import Snapshot
-from disagglab.section import Lab, NodeSection
 from disagglab.variables import CPUS_VARIABLE
 
 LOG_TAIL_LINES = 40

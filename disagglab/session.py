@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TextIO
 
 from disagglab.comparison import Comparison
+from disagglab.config.schema import Lab
 from disagglab.progress import ProgressLine
 from disagglab.report import Claim, Module, lesson_html
 from disagglab.resume import Earlier
-from disagglab.section import Lab
 from disagglab.store import Store
 
 

@@ -9,10 +9,10 @@ import contextlib
 import json
 from collections.abc import Iterator
 
+from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun
 from disagglab.host import Host
 from disagglab.hosts import Hosts
-from disagglab.section import Lab, NodeSection
 
 BITS = 8
 LIMIT_S = 30.0

@@ -19,8 +19,8 @@ from typing import Any
 
 import paramiko
 
+from disagglab.config.schema import HostSection
 from disagglab.errors import StartError
-from disagglab.section import HostSection
 
 KEEPALIVE_S = 5
 SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts"

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from disagglab import etcd, nats
+from disagglab.config.schema import Lab
 from disagglab.environment import dynamo_python
 from disagglab.errors import LabError
 from disagglab.etcd import EtcdServer
 from disagglab.hosts import Hosts
 from disagglab.nats import NatsServer
-from disagglab.section import Lab
 from disagglab.store import Store
 
 

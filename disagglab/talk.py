@@ -19,12 +19,12 @@ from typing import Any
 import httpx
 
 from disagglab.client import CHAT, TIMEOUT
+from disagglab.config.traffic import Dialogue, chat
 from disagglab.conversation import Turn, exact_answer, exact_request
 from disagglab.errors import InvalidRun
 from disagglab.looplag import LoopLag
 from disagglab.records import ClientLoad
 from disagglab.strategy import SESSION_HEADER
-from disagglab.traffic import Dialogue, chat
 
 
 @dataclass(frozen=True, kw_only=True)

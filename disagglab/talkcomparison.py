@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 from disagglab import ledger, routing
+from disagglab.config.traffic import Dialogue, dialogue
 from disagglab.dynamocomparison import PAIRS, tagged
 from disagglab.errors import InvalidRun
 from disagglab.figures import percentile
@@ -26,7 +27,6 @@ from disagglab.routing import Arm, Size
 from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
 from disagglab.talk import Spoken, talk
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
-from disagglab.traffic import Dialogue, dialogue
 
 CONVERSATIONS = "conversations"  # in the place of a workload's name
 MARGIN = 0.05

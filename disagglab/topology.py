@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from disagglab import boot, release
+from disagglab.config.schema import Lab, NodeSection
 from disagglab.hosts import Hosts
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
 from disagglab.router import Hearing, Router, start_router
-from disagglab.section import Lab, NodeSection
 from disagglab.server import EventSource, VllmServer, plan_server, require_memory
 from disagglab.strategy import Strategy
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from disagglab import client, ledger
+from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape, reusable_tokens
 from disagglab.records import Ledger, Sent
-from disagglab.section import Lab
 from disagglab.server import VllmServer
 from disagglab.topology import Topology
 

@@ -20,9 +20,9 @@ import psutil
 import pytest
 
 from disagglab import madehost
+from disagglab.config.schema import HostSection
 from disagglab.errors import StartError
 from disagglab.remote import RemoteHost
-from disagglab.section import HostSection
 from disagglab.ssh import Connection, target
 
 DEADLINE_S = 20.0  # for conditions that hold within a second; only a failing test waits this long

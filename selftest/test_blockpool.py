@@ -11,10 +11,10 @@ import pytest
 
 from disagglab import blockpool
 from disagglab.blockpool import Ageing
+from disagglab.config.labs import load_lab
+from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.lab import load_lab
 from disagglab.records import Snapshot
-from disagglab.workload import Workload
 
 EMBEDDED = load_lab("embedded")
 LAB = EMBEDDED.model_copy(

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from disagglab import breakeven, breakevencheck, replay, speedfit
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load, outcome
 from disagglab.breakevencheck import Budget
+from disagglab.config.workload import Workload
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.records import Run
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.stats.linefit import LineFit
 from disagglab.stats.verdict import judge
-from disagglab.workload import Workload
 
 LAYOUT = layout(KvShape((Layer(kv_heads=1, key_dim=500, value_dim=0),), "float16"), 16)  # 1,000 B a token
 VERSION = "0.31.0"

@@ -13,14 +13,14 @@ import pytest
 
 from disagglab import comparison
 from disagglab.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.config.arrivals import arrivals
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import Lab
+from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.lab import load_lab
 from disagglab.records import Ledger, Reading, Run, Snapshot
-from disagglab.section import Lab
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
-from disagglab.trace import arrivals
-from disagglab.workload import Workload
 
 LAB = load_lab("embedded")
 BASE_S = {SINGLE_AGAIN: 1.0, SINGLE: 1.0, REPLICATED: 1.0, DISAGGREGATED: 0.5}

@@ -13,6 +13,8 @@ from typing import Any, cast
 import pytest
 
 from disagglab import dynamo, dynamodeployment, dynamoworker
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import Lab
 from disagglab.dynamo import (
     AGGREGATED,
     BACKEND,
@@ -32,10 +34,8 @@ from disagglab.dynamo import (
 from disagglab.dynamodeployment import require_events
 from disagglab.errors import InvalidRun
 from disagglab.host import HostProcess
-from disagglab.lab import load_lab
 from disagglab.metrics import PROCESS_START, parse
 from disagglab.model import Model
-from disagglab.section import Lab
 from disagglab.topology import DISAGGREGATED, ROUTED, Topology
 
 PYTHON = "/opt/dynamo/bin/python"

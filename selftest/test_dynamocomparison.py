@@ -13,6 +13,9 @@ import pytest
 
 from disagglab import talkcomparison
 from disagglab.comparison import Comparison
+from disagglab.config.arrivals import arrivals
+from disagglab.config.labs import load_lab
+from disagglab.config.workload import Workload
 from disagglab.dynamocomparison import (
     DYNAMO_KV,
     DYNAMO_ROUND_ROBIN,
@@ -34,7 +37,6 @@ from disagglab.expectation import (
     hits_and_misses,
     standing,
 )
-from disagglab.lab import load_lab
 from disagglab.records import ClientLoad, Ledger, Run
 from disagglab.routing import Arm, Size
 from disagglab.stats.verdict import judge
@@ -55,8 +57,6 @@ from disagglab.talkcomparison import (
     value,
 )
 from disagglab.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, SINGLE_AGAIN, TOPOLOGIES, Topology
-from disagglab.trace import arrivals
-from disagglab.workload import Workload
 
 LAB = load_lab("embedded")
 SIZE = Size(conversations=3, turns=2, output_tokens=4, blocks=65)

@@ -15,13 +15,13 @@ import pytest
 from disagglab import breakeven, figures, goodput, replay
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load
 from disagglab.breakevencheck import Budget
+from disagglab.config.schema import SloSection
+from disagglab.config.workload import Workload
 from disagglab.goodput import Arms, Forecast
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.records import Run
 from disagglab.replay import Served
-from disagglab.section import SloSection
-from disagglab.workload import Workload
 
 LAYOUT = layout(KvShape((Layer(kv_heads=1, key_dim=500, value_dim=0),), "float16"), 16)  # 1,000 B a token
 VERSION = "0.31.0"

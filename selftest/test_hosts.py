@@ -23,12 +23,12 @@ import pytest
 from disagglab import hosts, release
 from disagglab.agent import leftovers
 from disagglab.agent.supervisor import Process, identify
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import HostSection, Lab
 from disagglab.errors import StartError
 from disagglab.hosts import Hosts
-from disagglab.lab import load_lab
 from disagglab.model import Model
 from disagglab.remote import RemoteHost
-from disagglab.section import HostSection, Lab
 
 if TYPE_CHECKING:
     from conftest import SshServer, Standins

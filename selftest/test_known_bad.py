@@ -16,6 +16,7 @@ import pytest
 
 from disagglab import figures, ledger, load, metrics
 from disagglab.agent.supervisor import Process
+from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, LabError
 from disagglab.kv import attention, modelconfig
 from disagglab.metrics import parse
@@ -23,7 +24,6 @@ from disagglab.records import Reading, Run, Sent
 from disagglab.stats.verdict import judge
 from disagglab.store import Store
 from disagglab.topology import SINGLE, Topology
-from disagglab.workload import Workload
 
 KNOWN_BAD: dict[str, Any] = json.loads((Path(__file__).parent / "known_bad.json").read_text())
 LLAMA = attention.shape(modelconfig.shipped_config("meta-llama/Llama-3.1-8B-Instruct"))

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from disagglab.config.labs import check_against_model, find_lab, load_lab, parse_lab
 from disagglab.errors import ConfigError
-from disagglab.lab import check_against_model, find_lab, load_lab, parse_lab
 from disagglab.paths import LABS
 
 GOOD = tomllib.loads((LABS / "embedded.toml").read_text())

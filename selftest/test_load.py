@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from disagglab import figures, load, loadworker
+from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.host import Host, local_host
 from disagglab.loadworker import keep_token_ids
 from disagglab.records import Run
-from disagglab.workload import Workload
 
 WORKLOAD = Workload(name="w", prompt_tokens=10, output_tokens=3, concurrency=1, requests=2)
 RESULT: dict[str, Any] = {

@@ -21,10 +21,10 @@ import pytest
 
 from disagglab import madehost
 from disagglab.agent import leftovers
+from disagglab.config.schema import HostSection, NodeSection, control_peer
 from disagglab.errors import StartError
 from disagglab.host import Host, HostProcess, local_host
 from disagglab.remote import RemoteHost
-from disagglab.section import HostSection, NodeSection, control_peer
 from disagglab.ssh import Connection, target
 
 if TYPE_CHECKING:

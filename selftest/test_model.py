@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from disagglab import model
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError
-from disagglab.lab import load_lab
-from disagglab.section import Lab
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 60

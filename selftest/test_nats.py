@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from disagglab import nats
+from disagglab.config.labs import load_lab
 from disagglab.errors import LabError, StartError
 from disagglab.host import local_host
-from disagglab.lab import load_lab
 from disagglab.nats import Connection, JetStream, Stream, Subscription
 
 PORTS = (23700, 23709)  # none is taken

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from disagglab import vllm_plugin
-from disagglab.lab import load_lab
+from disagglab.config.labs import load_lab
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "offline"

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from disagglab import plan, routing, shaping, ssh
-from disagglab.lab import load_lab
-from disagglab.labcheck import ports_needed
+from disagglab.config.checks import ports_needed
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import HostSection, Lab
 from disagglab.madehost import UNSHARE
 from disagglab.remote import bundle
-from disagglab.section import HostSection, Lab
 from disagglab.strategy import STRATEGIES
 from disagglab.topology import TOPOLOGIES
 

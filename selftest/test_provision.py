@@ -20,14 +20,14 @@ import pytest
 from packaging.requirements import Requirement
 
 from disagglab import hostcheck, parcel, provision, wheels
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import HostSection
 from disagglab.environment import Plan, Stamp
 from disagglab.errors import ConfigError, LabError, StartError
 from disagglab.hostcheck import READY, Environment, Found, Row, Wanted, judge, state_of, table
-from disagglab.lab import load_lab
 from disagglab.machine import GB
 from disagglab.parcel import MANIFEST, Comparison, Parcel
 from disagglab.progress import ProgressLine
-from disagglab.section import HostSection
 from disagglab.setup import NOT_FOUND, Result, failure
 from disagglab.wheels import Target
 

@@ -18,14 +18,14 @@ import pytest
 from disagglab import breakeven, client, ledger, metrics, plan, replay, topology, transfer, wire
 from disagglab.agent.supervisor import Process
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step
+from disagglab.config.checks import ports_needed
+from disagglab.config.labs import load_lab, parse_lab
+from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
-from disagglab.lab import load_lab, parse_lab
-from disagglab.labcheck import ports_needed
 from disagglab.paths import LABS
 from disagglab.records import Ledger, Reading, Sent, Snapshot
-from disagglab.section import Lab, NodeSection
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
 
 SHARED = tomllib.loads((LABS / "one-to-two.toml").read_text())

@@ -10,10 +10,10 @@ import httpx
 import pytest
 
 from disagglab import release
+from disagglab.config.labs import load_lab, with_release
+from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, StartError
-from disagglab.lab import load_lab, with_release
 from disagglab.paths import ROOT
-from disagglab.section import Lab
 
 LAB = load_lab("embedded")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from disagglab import plot, report
+from disagglab.config.labs import load_lab
 from disagglab.errors import LabError
-from disagglab.lab import load_lab
 from disagglab.recorder import Recorder
 from disagglab.records import Plot, Record, VerdictRow
 from disagglab.report import Claim, Module

@@ -18,13 +18,13 @@ import pytest
 
 from disagglab import comparison, resume
 from disagglab.comparison import WARM_UP_ROUND, Comparison, figure_rows, run_rounds, verdict_rows, warm_up_of
+from disagglab.config.arrivals import arrivals
+from disagglab.config.labs import load_lab
+from disagglab.config.workload import Workload
 from disagglab.errors import ConfigError
-from disagglab.lab import load_lab
 from disagglab.records import ClientLoad, Ledger, Reading, Run, Snapshot
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
-from disagglab.trace import arrivals
-from disagglab.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = load_lab("embedded")

@@ -16,11 +16,11 @@ import pytest
 
 from disagglab import roofline
 from disagglab.__main__ import main
+from disagglab.config.schema import SpeedSection
 from disagglab.errors import ConfigError
 from disagglab.kv import attention, modelconfig
 from disagglab.paths import LABS
 from disagglab.roofline import Efficiency, Weights
-from disagglab.section import SpeedSection
 
 Capture = pytest.CaptureFixture[str]
 

@@ -15,9 +15,9 @@ import pytest
 
 from disagglab import ledger, metrics, router, routing, topology
 from disagglab.agent.supervisor import Process
+from disagglab.config.labs import load_lab
 from disagglab.errors import InvalidRun, StartError
 from disagglab.kv.shape import KvShape, Layer
-from disagglab.lab import load_lab
 from disagglab.records import Reading, Sent, Snapshot
 from disagglab.router import Hearing, Router, router_argv
 from disagglab.routing import Arm

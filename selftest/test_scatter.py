@@ -12,14 +12,14 @@ import pytest
 
 from disagglab import nixlprobe, scatter, screen
 from disagglab.__main__ import main
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import TransportSection
 from disagglab.errors import ConfigError
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import layout
-from disagglab.lab import load_lab
 from disagglab.nixlprobe import Read
 from disagglab.scatter import Point, ScatterFit, fit
 from disagglab.screen import Screen
-from disagglab.section import TransportSection
 
 MIB = 2**20
 LATENCY_S, PER_PIECE_S, BYTES_PER_S = 0.002, 3e-6, 300e9

@@ -14,11 +14,11 @@ import pytest
 
 from disagglab import router
 from disagglab.boot import wait_ready
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import Lab
 from disagglab.errors import StartError
-from disagglab.lab import load_lab
 from disagglab.model import Model
 from disagglab.progress import ProgressLine
-from disagglab.section import Lab
 from disagglab.server import (
     ServerPlan,
     VllmServer,

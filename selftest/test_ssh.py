@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from disagglab import ssh
+from disagglab.config.schema import HostSection
 from disagglab.errors import StartError
-from disagglab.section import HostSection
 from disagglab.ssh import Connection, target
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from disagglab import trace
-from disagglab.lab import load_lab
+from disagglab.config.arrivals import MAIN, STEADY, arrivals, write
+from disagglab.config.labs import load_lab
+from disagglab.config.workload import CHUNK, Steady, Workload, load_workload
 from disagglab.paths import WORKLOADS
-from disagglab.trace import MAIN, STEADY, arrivals
-from disagglab.workload import CHUNK, Steady, Workload, load_workload
 
 OPEN = Workload(name="w", prompt_tokens=200, output_tokens=3, requests=400, rate_per_s=4.0)
 STEADY_REQUESTS = Steady(prompt_tokens=10, output_tokens=50, requests=2, lead_s=0.5)
@@ -72,7 +71,7 @@ def test_prompts_share_the_prefix_and_nothing_else() -> None:
 def test_the_file_is_what_the_load_engine_reads(tmp_path: Path) -> None:
     """One object a line with time, lengths and pieces enough for the prompt."""
     path = tmp_path / "traces" / "w.jsonl"
-    trace.write(path, arrivals(OPEN, 1))
+    write(path, arrivals(OPEN, 1))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == OPEN.requests
     assert set(rows[0]) == {"timestamp", "input_length", "output_length", "hash_ids"}

@@ -17,8 +17,8 @@ import jinja2
 import platformdirs
 import pytest
 
+from disagglab.config.traffic import Dialogue, Messages, chat, dialogue, sketch, stand_in
 from disagglab.errors import InvalidRun
-from disagglab.traffic import Dialogue, Messages, chat, dialogue, sketch, stand_in
 
 NONCE = "Case 3f2a91c4"
 BLOCK = 16  # tokens; the smallest KV cache block of vLLM

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import plan, variant
+from disagglab import plan
+from disagglab.config import variant
+from disagglab.config.labs import load_lab, on_workloads, parse_lab
+from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError
-from disagglab.lab import load_lab, on_workloads, parse_lab
-from disagglab.section import Lab
 
 RAW = tomllib.loads(Path("labs/two-h200-stock.toml").read_text())
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from disagglab import facts, wire
+from disagglab.config.schema import NodeSection
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.section import NodeSection
 from disagglab.wire import Wire
 
 BEFORE = Wire("b", "/proc/net/dev", received=1_000, sent=50, mtu=1500)

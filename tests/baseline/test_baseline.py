@@ -14,17 +14,17 @@ import pytest
 
 from disagglab import client, ledger
 from disagglab.comparison import measure
+from disagglab.config.schema import Lab
+from disagglab.config.workload import Workload
 from disagglab.figures import figures, percentile, tpot_s
 from disagglab.kv.shape import KvShape, blocks
 from disagglab.load import LoadEngine
 from disagglab.occupancy import peak_blocks
 from disagglab.recorder import Recorder
 from disagglab.records import Run
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import Topology
-from disagglab.workload import Workload
 
 SEED = 20_001
 ROUNDING_S = 0.005  # the load engine takes first-token and last-token times by separate clock reads

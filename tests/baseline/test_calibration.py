@@ -23,6 +23,7 @@ import pytest
 
 from disagglab import client, ledger
 from disagglab.comparison import measure
+from disagglab.config.workload import Workload, load_workload
 from disagglab.conversation import Conversation, Transcript, converse
 from disagglab.figures import percentile
 from disagglab.kv.shape import KvShape
@@ -34,7 +35,6 @@ from disagglab.session import Session
 from disagglab.stats.verdict import judge
 from disagglab.store import Store
 from disagglab.topology import Topology
-from disagglab.workload import Workload, load_workload
 
 SEED = 26_001
 MARGIN = 0.10

@@ -13,12 +13,12 @@ import statistics
 import pytest
 
 from disagglab.comparison import run_rounds
+from disagglab.config.schema import Lab
 from disagglab.figures import METRICS
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Deployment

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from disagglab import client, ledger
+from disagglab.config.schema import Lab
 from disagglab.figures import percentile
 from disagglab.kv.shape import KvShape
 from disagglab.metrics import delta
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
-from disagglab.section import Lab
 from disagglab.topology import Topology
 
 REPEATS = 5

@@ -24,17 +24,17 @@ from disagglab.breakeven import Cluster, Outcome
 from disagglab.breakevencheck import Agreement, Budget
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
+from disagglab.config.arrivals import arrivals
+from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import Run
 from disagglab.roofline import Efficiency
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
-from disagglab.trace import arrivals
 
 SEED = 68_000
 POINTS, SHORT_POINTS = 6, 3

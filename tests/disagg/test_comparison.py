@@ -11,9 +11,9 @@ from collections.abc import Callable
 import pytest
 
 from disagglab.comparison import Comparison, figure_rows
+from disagglab.config.schema import GateSection, Lab
 from disagglab.figures import METRICS
 from disagglab.recorder import Recorder
-from disagglab.section import GateSection, Lab
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, TOPOLOGIES
 

@@ -18,12 +18,12 @@ import pytest
 from disagglab import client, ledger
 from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agree
 from disagglab.client import Completion
+from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.model import Model
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
-from disagglab.section import Lab
 from disagglab.topology import Topology
 
 OUTPUT_TOKENS = 8

@@ -18,12 +18,12 @@ from disagglab import breakeven, breakevencheck, goodput, ledger
 from disagglab.breakevencheck import Agreement, Budget
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
+from disagglab.config.schema import Lab, SloSection
 from disagglab.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import VerdictRow
-from disagglab.section import Lab, SloSection
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, holm
 from disagglab.store import Store

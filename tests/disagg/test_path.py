@@ -11,11 +11,11 @@ import dataclasses
 import pytest
 
 from disagglab import client, ledger
+from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.kv.shape import KvShape, blocks, reusable_tokens
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
-from disagglab.section import Lab
 from disagglab.topology import Topology
 
 OUTPUT_TOKENS = 4

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, transfer_time_s
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 
 BITS = 8
 CURVE = (128, 512, 2048, 8192)  # prompt tokens

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import pytest
 
 from disagglab.comparison import measure, warm_up_of
+from disagglab.config.arrivals import arrivals
+from disagglab.config.schema import Lab
+from disagglab.config.workload import Workload
 from disagglab.figures import figures, kept_rate, saturated
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import Run
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Topology
-from disagglab.trace import arrivals
-from disagglab.workload import Workload
 
 SEED = 61_000
 ATTAINMENT = 0.9  # of the requests sent have to be good for a rate to count as kept

@@ -8,12 +8,12 @@ exactly (disagglab/ledger.py, with_shared_prefix).
 from __future__ import annotations
 
 from disagglab.comparison import measure
+from disagglab.config.schema import Lab
 from disagglab.figures import percentile
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.store import Store
 from disagglab.topology import Topology
 

@@ -22,6 +22,8 @@ import pytest
 from disagglab import blockpool, ledger, moved, scatter, transfertrace
 from disagglab.blockpool import Ageing
 from disagglab.comparison import measure
+from disagglab.config.schema import Lab
+from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
@@ -29,13 +31,11 @@ from disagglab.load import LoadEngine
 from disagglab.moved import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.recorder import Recorder
 from disagglab.records import Run, VerdictRow
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.stats.verdict import Direction, holm, judge
 from disagglab.store import Store
 from disagglab.topology import Topology
 from disagglab.transfertrace import Traced
-from disagglab.workload import Workload
 
 SEED = 83_000
 MARGIN = 0.05

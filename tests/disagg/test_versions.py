@@ -16,15 +16,15 @@ import pytest
 from disagglab import behaviour, client, ledger, release
 from disagglab.behaviour import Behaviour
 from disagglab.comparison import Comparison, figure_rows, run_rounds, version_rows
+from disagglab.config.labs import with_release
+from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.lab import with_release
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Deployment, Topology

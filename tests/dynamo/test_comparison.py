@@ -24,6 +24,7 @@ import pytest
 
 from disagglab import ledger, routing
 from disagglab.comparison import LIMIT, Comparison, figure_rows, run_rounds
+from disagglab.config.schema import Lab
 from disagglab.dynamo import engine_lab
 from disagglab.dynamocomparison import (
     DYNAMO_KV,
@@ -45,7 +46,6 @@ from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.recorder import Recorder
 from disagglab.routing import Arm, Size
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.store import Store
 from disagglab.talkcomparison import (

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 import pytest
 
 from disagglab import etcd
+from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.etcd import EXPIRY_CHECK_S, EtcdClient, EtcdServer
 from disagglab.hosts import Hosts
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.store import Store
 
 ASKED_TTL_S = 3  # Dynamo asks for 30 (ETCD_LEASE_TTL); the smaller, the shorter the test

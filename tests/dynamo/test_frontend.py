@@ -16,12 +16,12 @@ import pytest
 
 from disagglab import client, ledger
 from disagglab.client import CHAT, COMPLETIONS
+from disagglab.config.schema import Lab
 from disagglab.dynamo import Frontend, body
 from disagglab.kv.shape import KvShape
 from disagglab.ledger import FINISHED, PROMPT_TOKENS
 from disagglab.recorder import Recorder
 from disagglab.records import Reading, Sent
-from disagglab.section import Lab
 from disagglab.topology import Topology
 
 REQUESTS = 6

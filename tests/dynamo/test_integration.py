@@ -16,6 +16,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from disagglab import client, ledger, routing
+from disagglab.config.schema import Lab
+from disagglab.config.traffic import dialogue, sketch
 from disagglab.dynamo import HIT_RATE, KV, ROUND_ROBIN, body
 from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.dynamofixtures import StartDynamo
@@ -27,11 +29,9 @@ from disagglab.model import Model
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
 from disagglab.routing import Arm, Size, run_arm
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.strategy import STRATEGIES
 from disagglab.topology import Topology
-from disagglab.traffic import dialogue, sketch
 
 SEED = 11  # of the order of requests
 MODES = {ROUND_ROBIN: "round_robin", KV: "kv_aware", "random": "random"}  # and whose rule a forecast takes

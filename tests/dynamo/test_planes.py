@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from disagglab import client, routing
+from disagglab.config.schema import Lab
 from disagglab.dynamo import ROUND_ROBIN, Planes, body
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.etcd import EtcdServer
 from disagglab.nats import NatsServer
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.session import Session
 
 REQUESTS, OUTPUT_TOKENS = 3, 6

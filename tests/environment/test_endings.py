@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 
 from disagglab import madehost
+from disagglab.config.schema import HostSection, Lab
 from disagglab.host import Host, local_host
 from disagglab.paths import ROOT
 from disagglab.recorder import Recorder
-from disagglab.section import HostSection, Lab
 from disagglab.session import Session
 
 HEARTBEAT_S = 6.0

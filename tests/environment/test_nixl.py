@@ -11,9 +11,9 @@ from collections.abc import Callable
 import pytest
 
 from disagglab import nixlprobe
+from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 
 SIZES = (2**20, 2**24, 2**26)  # bytes: from below one KV block of the embedded lab to twenty-three
 REPEATS = 5

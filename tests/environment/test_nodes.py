@@ -12,11 +12,11 @@ import time
 import pytest
 
 from disagglab import facts, gpu
+from disagglab.config.checks import ports_needed
+from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
-from disagglab.labcheck import ports_needed
 from disagglab.model import cache_folder
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.store import Store
 
 GIB = 2**30

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import KvLayout, layout
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 
 BUDGET = 4 * 2**30  # bytes; a block of the largest model here takes 64 MiB
 TP_SIZES = (1, 2, 4, 8)

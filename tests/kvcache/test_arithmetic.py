@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 
 from disagglab import ledger
+from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.topology import Topology
 
 GIB = 2**30

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from disagglab import nixlprobe, scatter
+from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.nixlprobe import Read
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.session import Session
 
 MIB = 2**20

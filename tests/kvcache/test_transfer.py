@@ -13,12 +13,12 @@ from collections.abc import Callable
 import pytest
 
 from disagglab import ledger, nixlprobe
+from disagglab.config.schema import Lab
 from disagglab.figures import percentile
 from disagglab.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.recorder import Recorder
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit

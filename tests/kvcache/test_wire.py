@@ -15,13 +15,13 @@ from collections.abc import Callable
 import pytest
 
 from disagglab import client, ledger, wire
+from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
-from disagglab.section import Lab
 from disagglab.topology import Topology
 from disagglab.wire import Wire
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from disagglab import client, ledger
 from disagglab.comparison import Comparison, run_rounds
+from disagglab.config.schema import Lab
 from disagglab.figures import METRICS
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.recorder import Recorder
 from disagglab.records import Sent
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.stats.verdict import judge
 from disagglab.store import Store

@@ -17,15 +17,15 @@ from collections.abc import Sequence
 import pytest
 
 from disagglab import ledger
+from disagglab.config.schema import Lab
+from disagglab.config.traffic import dialogue
 from disagglab.recorder import Recorder
 from disagglab.records import Ledger
 from disagglab.routing import Finisher, require_no_failure
-from disagglab.section import Lab
 from disagglab.session import Session
 from disagglab.strategy import STRATEGIES, Strategy
 from disagglab.talk import Talk, talk
 from disagglab.topology import Deployment, Topology
-from disagglab.traffic import dialogue
 
 CONVERSATIONS, TURNS, OUTPUT_TOKENS = 3, 2, 4
 SEED = 0  # of the order: dealt in turn to two servers, every conversation moves

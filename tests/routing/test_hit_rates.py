@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from disagglab import client, ledger, routing
+from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import Forecast, forecast, replay
 from disagglab.recorder import Recorder
@@ -29,7 +30,6 @@ from disagglab.stats.verdict import Direction, judge
 from disagglab.store import Store
 from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.topology import Deployment
-from disagglab.traffic import Dialogue, dialogue, sketch
 
 SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from disagglab.config.schema import Lab, TransportSection, VariantSection
 from disagglab.errors import ConfigError, Problem
-from disagglab.section import Lab, TransportSection, VariantSection
 
 GPU_SHARE = 0.9  # of a GPU's memory, for the servers of all deployments together
 GIB = 2**30

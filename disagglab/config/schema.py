@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from disagglab.config.workload import Workload, load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.variables import DELAY_VARIABLE, TRACE_VARIABLE
-from disagglab.workload import Workload, load_workload
 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from disagglab.workload import CHUNK, Workload
+from disagglab.config.workload import CHUNK, Workload
 
 MAIN, STEADY = "main", "steady"
 ID_BITS = 48

@@ -10,11 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from disagglab import variant
-from disagglab.errors import ConfigError, Problem
-from disagglab.kv.layout import RULE_MEND, has_rule
-from disagglab.paths import WORKLOADS
-from disagglab.section import (
+from disagglab.config import variant
+from disagglab.config.schema import (
     ControllerSection,
     HostSection,
     ModelSection,
@@ -27,7 +24,10 @@ from disagglab.section import (
     VllmSection,
     control_peer,
 )
-from disagglab.workload import load_workload
+from disagglab.config.workload import load_workload
+from disagglab.errors import ConfigError, Problem
+from disagglab.kv.layout import RULE_MEND, has_rule
+from disagglab.paths import WORKLOADS
 
 WORKERS = 2  # servers that a routing strategy chooses between, on the lab's first nodes
 PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)

@@ -14,10 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from disagglab import labcheck
-from disagglab.errors import ConfigError, Problem
-from disagglab.paths import LABS
-from disagglab.section import (
+from disagglab.config import checks
+from disagglab.config.schema import (
     ControllerSection,
     GateSection,
     HostSection,
@@ -35,6 +33,8 @@ from disagglab.section import (
     VariantSection,
     VllmSection,
 )
+from disagglab.errors import ConfigError, Problem
+from disagglab.paths import LABS
 
 _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "model": (ModelSection, True),
@@ -102,7 +102,7 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
     known = {"name", "label", *_SECTIONS, *_OPTIONAL, *_LISTS}
     for key in raw:
         if key not in known:
-            problems.append(Problem(file, key, "unknown key", labcheck.suggest(key, known)))
+            problems.append(Problem(file, key, "unknown key", checks.suggest(key, known)))
     for key in ("name", "label"):
         value = raw.get(key, "")
         if not isinstance(value, str) or (key == "name" and not value):
@@ -129,7 +129,7 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
             rows = []
         parsed = [_parse_section(section, row, file, f"{key}[{i}]", problems) for i, row in enumerate(rows)]
         parts[f"{key}s"] = tuple(row for row in parsed if row is not None)
-    problems.extend(labcheck.contradictions(parts, file))
+    problems.extend(checks.contradictions(parts, file))
     if problems:
         raise ConfigError(problems)
     return Lab(file=file, **parts)
@@ -143,7 +143,7 @@ def _parse_section(
     except ValidationError as error:
         for detail in error.errors():
             key = ".".join([where, *(str(part) for part in detail["loc"])])
-            problems.append(Problem(file, key, *labcheck.explain(section, detail)))
+            problems.append(Problem(file, key, *checks.explain(section, detail)))
         return None
 
 

@@ -1,0 +1,1 @@
+"""What is asked: labs, workloads, arrivals, conversations; every mistake with its mend."""
