@@ -215,11 +215,7 @@ def _one_line(problem: Problem) -> str:
 
 
 def _history(arguments: argparse.Namespace) -> tuple[str, Sequence[Problem]]:
-    from disagglab import (  # needs scipy and matplotlib; the arithmetic does without
-        archive,
-        history,
-        historypage,
-    )
+    from disagglab.results import archive, history, historypage
 
     found_runs = archive.read(arguments.reports)
     filters = history.Filters(
@@ -279,14 +275,14 @@ def _provision(arguments: argparse.Namespace) -> int:
 
 
 def _reference(arguments: argparse.Namespace) -> str:
-    from disagglab import referencerun  # needs matplotlib and jinja2; the arithmetic does without
+    from disagglab.results import publish  # needs matplotlib and jinja2; the arithmetic does without
 
     parts = [text.partition("=") for text in arguments.replace]
     further = {text: by for text, equals, by in parts if text and equals}
     if len(further) < len(parts):
         wrong = f"{' '.join(arguments.replace)}: TEXT=BY is wanted, each TEXT once"
         raise ConfigError([Problem("reference", "--replace", wrong, "--replace '/mnt/models=$MODELS'")])
-    made = referencerun.make(
+    made = publish.make(
         arguments.folder, arguments.name, arguments.allow_failures, further, notes=arguments.note
     )
     return str(made)

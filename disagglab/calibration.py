@@ -20,11 +20,11 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.metrics import delta
-from disagglab.records import Run
+from disagglab.results.records import Run
+from disagglab.results.run_folder import Store
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
-from disagglab.store import Store
 from disagglab.topology import Topology
 
 SEED = 67_000

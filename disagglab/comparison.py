@@ -12,12 +12,12 @@ from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, TransferError
-from disagglab.figures import METRICS, comparable, figures, saturated
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine, require_meaning
-from disagglab.records import FigureRow, Run, VerdictRow
+from disagglab.results.metrics import METRICS, comparable, figures, saturated
+from disagglab.results.records import FigureRow, Run, VerdictRow
+from disagglab.results.run_folder import Store
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
-from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
 
 WARM_UP_ROUND = -1

@@ -23,7 +23,7 @@ from disagglab.client import CHAT, COMPLETIONS, TIMEOUT, Completion, complete_be
 from disagglab.errors import InvalidRun
 from disagglab.kv.shape import common_prefix, reusable_tokens
 from disagglab.looplag import LoopLag
-from disagglab.records import ClientLoad
+from disagglab.results.records import ClientLoad
 
 Message = str | tuple[int, ...]
 

@@ -27,7 +27,7 @@ from disagglab.errors import InvalidRun, StartError
 from disagglab.host import Host
 from disagglab.metrics import PROCESS_START, scrape
 from disagglab.model import Model
-from disagglab.records import Snapshot
+from disagglab.results.records import Snapshot
 from disagglab.router import Router
 from disagglab.server import GIB, HTTP_TIMEOUT_S, ServerPlan, VllmServer, events_config, plan_engine
 from disagglab.topology import DISAGGREGATED

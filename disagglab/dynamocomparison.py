@@ -17,7 +17,7 @@ from disagglab import dynamo
 from disagglab.comparison import Comparison, pair_rows, verdict_rows
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
-from disagglab.records import VerdictRow
+from disagglab.results.records import VerdictRow
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 
 TAG = "@beside-dynamo"  # of the lab's own topologies here: their engines have other options than elsewhere

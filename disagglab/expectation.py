@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from disagglab.comparison import LIMIT
 from disagglab.dynamocomparison import DYNAMO_KV, DYNAMO_ROUND_ROBIN, tagged
-from disagglab.records import VerdictRow
+from disagglab.results.records import VerdictRow
 from disagglab.routing import BLOCK_SIZE, Arm, times_by_hit
 from disagglab.stats.verdict import Verdict, judge
 from disagglab.talkcomparison import CONVERSATIONS, E2E, FIGURES, HIT_RATE, MARGIN, THROUGHPUT, values

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import facts, model, resume
+from disagglab import facts, model
 from disagglab.calibration import Calibration, calibrate
 from disagglab.comparison import (
     Comparison,
@@ -29,9 +29,10 @@ from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
 from disagglab.plugin import SESSION, module_of
-from disagglab.recorder import Recorder, timing_into
+from disagglab.results import resume
+from disagglab.results.recorder import Recorder, timing_into
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
-from disagglab.store import Store
 from disagglab.topology import (
     DISAGGREGATED,
     REPLICATED,

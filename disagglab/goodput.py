@@ -15,14 +15,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from disagglab import breakeven, breakevencheck, figures, replay
+from disagglab import breakeven, breakevencheck, replay
 from disagglab.breakeven import Cluster, Point
 from disagglab.breakevencheck import MOST_REQUESTS, MOST_USE, Budget
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Workload
-from disagglab.records import Run
 from disagglab.replay import Served
+from disagglab.results import metrics
+from disagglab.results.records import Run
 from disagglab.stats.verdict import Verdict, judge
 
 MARGIN = 0.05  # differences of goodput below it count as equivalent
@@ -52,14 +53,14 @@ class Goodput:
 
     @property
     def comparable_per_s(self) -> float:
-        """As a verdict takes it: positive even where no request was good (disagglab/figures.py)."""
-        share = figures.comparable("slo_attainment", self.attainment, self.sent)
+        """As a verdict takes it: positive even where no request was good (disagglab/results/metrics.py)."""
+        share = metrics.comparable("slo_attainment", self.attainment, self.sent)
         return share * self.sent / self.duration_s
 
 
 def seen(run: Run) -> Served:
     """The requests of a measured run."""
-    return Served(run.ttft_s, tuple(figures.tpot_s(run)), run.e2e_s, run.duration_s)
+    return Served(run.ttft_s, tuple(metrics.tpot_s(run)), run.e2e_s, run.duration_s)
 
 
 def goodput(run: Served, slo: SloSection, slack: float = 1.0) -> Goodput:

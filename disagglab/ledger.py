@@ -14,7 +14,7 @@ from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.metrics import delta
-from disagglab.records import Ledger, Reading, Sent, Snapshot
+from disagglab.results.records import Ledger, Reading, Sent, Snapshot
 from disagglab.server import VllmServer
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 

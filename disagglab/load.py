@@ -14,7 +14,7 @@ from disagglab.config.arrivals import MAIN, STEADY, arrivals, write
 from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
 from disagglab.host import Host, HostProcess
-from disagglab.records import ClientLoad, Run
+from disagglab.results.records import ClientLoad, Run
 from disagglab.server import read_tail
 from disagglab.topology import Topology
 

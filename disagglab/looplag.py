@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from disagglab.records import ClientLoad
+from disagglab.results.records import ClientLoad
 
 INTERVAL_S = 0.01
 MOST_SAMPLES = 360_000  # an hour; later ones are not kept

@@ -8,7 +8,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagglab.errors import InvalidRun
-from disagglab.records import Snapshot
+from disagglab.results.records import Snapshot
 
 SCRAPE_TIMEOUT_S = 30.0
 PROCESS_START = "process_start_time_seconds"

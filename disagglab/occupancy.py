@@ -8,7 +8,7 @@ from typing import Any
 
 from disagglab import client, ledger
 from disagglab.errors import InvalidRun
-from disagglab.records import Snapshot
+from disagglab.results.records import Snapshot
 from disagglab.server import VllmServer
 
 USAGE = "vllm:kv_cache_usage_perc"  # a share, 0 to 1, of all blocks but the one that vLLM keeps back

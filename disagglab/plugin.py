@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from disagglab import fingerprint, release, report, resume
+from disagglab import release
 from disagglab.config import variant
 from disagglab.config.labs import load_lab, on_workloads, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.paths import REPORTS
-from disagglab.recorder import VIRTUAL_CLOCK
-from disagglab.report import Claim
+from disagglab.results import fingerprint, report, resume
+from disagglab.results.recorder import VIRTUAL_CLOCK
+from disagglab.results.report import Claim
+from disagglab.results.run_folder import Store, new_run_id
 from disagglab.session import Session
-from disagglab.store import Store, new_run_id
 
 SESSION = pytest.StashKey[Session]()
 from disagglab.paths import ROOT

@@ -24,8 +24,8 @@ from disagglab.parcel import Comparison, Parcel
 from disagglab.paths import ROOT
 from disagglab.progress import ProgressLine
 from disagglab.remote import RemoteHost
+from disagglab.results.run_folder import new_run_id
 from disagglab.ssh import Connection, target
-from disagglab.store import new_run_id
 
 PROBE_LIMIT_S = 120.0  # three Pythons that list their packages, on a disk that was asleep
 SETUP_LIMIT_S = 7200.0  # several GB over a slow network, for two environments

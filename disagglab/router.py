@@ -12,7 +12,7 @@ import httpx
 from disagglab.config.schema import Lab
 from disagglab.host import Host, HostProcess
 from disagglab.metrics import scrape
-from disagglab.records import Snapshot
+from disagglab.results.records import Snapshot
 from disagglab.server import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
 from disagglab.strategy import Strategy
 

@@ -23,7 +23,7 @@ from disagglab.hitforecast import replay
 from disagglab.kv.prefixcache import Request
 from disagglab.ledger import FINISHED, FOUND, QUERIED
 from disagglab.metrics import delta
-from disagglab.records import Reading, Snapshot
+from disagglab.results.records import Reading, Snapshot
 from disagglab.router import Router
 from disagglab.server import VllmServer
 from disagglab.strategy import Strategy

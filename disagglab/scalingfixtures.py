@@ -23,10 +23,10 @@ from disagglab.dynamo import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker
 from disagglab.dynamodeployment import DynamoDeployment
 from disagglab.errors import InvalidRun
 from disagglab.etcd import EXPIRY_CHECK_S, EtcdClient
+from disagglab.results.run_folder import Store
 from disagglab.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
 from disagglab.server import POLL_S, require_memory
 from disagglab.session import Session
-from disagglab.store import Store
 
 MIGRATIONS = 3  # --migration-limit of the second frontend
 LEASE_SHORT_S, LEASE_FULL_S = 10, 30  # the second is Dynamo's own

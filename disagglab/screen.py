@@ -17,8 +17,8 @@ from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.hosts import Hosts
 from disagglab.nixlprobe import Read
+from disagglab.results.run_folder import new_run_id
 from disagglab.scatter import ScatterFit
-from disagglab.store import new_run_id
 
 LIMIT_S = 540.0  # of all reads together
 MEBIBYTES = {"DRAM": (4, 16), "VRAM": (256, 1024)}  # of a read, unless asked otherwise

@@ -19,7 +19,7 @@ from disagglab.errors import InvalidRun, StartError
 from disagglab.host import Host, HostProcess
 from disagglab.metrics import scrape
 from disagglab.model import Model
-from disagglab.records import Snapshot
+from disagglab.results.records import Snapshot
 from disagglab.variables import CPUS_VARIABLE
 
 LOG_TAIL_LINES = 40

@@ -11,9 +11,9 @@ from typing import TextIO
 from disagglab.comparison import Comparison
 from disagglab.config.schema import Lab
 from disagglab.progress import ProgressLine
-from disagglab.report import Claim, Module, lesson_html
-from disagglab.resume import Earlier
-from disagglab.store import Store
+from disagglab.results.report import Claim, Module, lesson_html
+from disagglab.results.resume import Earlier
+from disagglab.results.run_folder import Store
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagglab.breakeven import Prefill, Speeds, Step
-from disagglab.records import Run
+from disagglab.results.records import Run
 from disagglab.stats.linefit import LineFit
 
 

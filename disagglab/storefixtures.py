@@ -17,7 +17,7 @@ from disagglab.errors import LabError
 from disagglab.etcd import EtcdServer
 from disagglab.hosts import Hosts
 from disagglab.nats import NatsServer
-from disagglab.store import Store
+from disagglab.results.run_folder import Store
 
 
 @pytest.fixture(scope="session")

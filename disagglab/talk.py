@@ -23,7 +23,7 @@ from disagglab.config.traffic import Dialogue, chat
 from disagglab.conversation import Turn, exact_answer, exact_request
 from disagglab.errors import InvalidRun
 from disagglab.looplag import LoopLag
-from disagglab.records import ClientLoad
+from disagglab.results.records import ClientLoad
 from disagglab.strategy import SESSION_HEADER
 
 

@@ -17,12 +17,12 @@ from disagglab import ledger, routing
 from disagglab.config.traffic import Dialogue, dialogue
 from disagglab.dynamocomparison import PAIRS, tagged
 from disagglab.errors import InvalidRun
-from disagglab.figures import percentile
 from disagglab.kv.shape import KvShape
 from disagglab.ledger import FOUND, QUERIED
 from disagglab.load import CLIENT_BOUND
 from disagglab.metrics import delta
-from disagglab.records import FigureRow, Ledger, Sent, VerdictRow
+from disagglab.results.metrics import percentile
+from disagglab.results.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.routing import Arm, Size
 from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
 from disagglab.talk import Spoken, talk
@@ -165,7 +165,7 @@ def value(arm: Arm, figure: str) -> float:
     """One of FIGURES, of one arm in one round.
 
     A share of n tokens is (k + 1/2) / (n + 1), so that its logarithm exists; see
-    :func:`disagglab.figures.comparable`.
+    :func:`disagglab.results.metrics.comparable`.
 
     Raises:
         InvalidRun: if there is no turn.

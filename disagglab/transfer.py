@@ -7,7 +7,7 @@ from dataclasses import replace
 from disagglab import client, ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape, reusable_tokens
-from disagglab.records import Ledger, Sent
+from disagglab.results.records import Ledger, Sent
 from disagglab.server import VllmServer
 from disagglab.topology import Topology
 

@@ -14,7 +14,7 @@ from disagglab.blockpool import Ageing
 from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.records import Snapshot
+from disagglab.results.records import Snapshot
 
 EMBEDDED = load_lab("embedded")
 LAB = EMBEDDED.model_copy(

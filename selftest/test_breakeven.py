@@ -20,7 +20,7 @@ from disagglab.breakevencheck import Budget
 from disagglab.config.workload import Workload
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
-from disagglab.records import Run
+from disagglab.results.records import Run
 from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.stats.linefit import LineFit
 from disagglab.stats.verdict import judge

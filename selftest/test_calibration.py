@@ -12,7 +12,7 @@ import pytest
 from disagglab import calibration
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.records import Run
+from disagglab.results.records import Run
 
 CLOSED = Workload(name="x", prompt_tokens=64, output_tokens=6, requests=2, concurrency=2)
 RUN = Run(

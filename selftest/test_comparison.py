@@ -18,8 +18,8 @@ from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.records import Ledger, Reading, Run, Snapshot
-from disagglab.store import Store
+from disagglab.results.records import Ledger, Reading, Run, Snapshot
+from disagglab.results.run_folder import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
 
 LAB = load_lab("embedded")

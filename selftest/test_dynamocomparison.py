@@ -37,7 +37,7 @@ from disagglab.expectation import (
     hits_and_misses,
     standing,
 )
-from disagglab.records import ClientLoad, Ledger, Run
+from disagglab.results.records import ClientLoad, Ledger, Run
 from disagglab.routing import Arm, Size
 from disagglab.stats.verdict import judge
 from disagglab.talk import Spoken, Talk

@@ -12,10 +12,10 @@ from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Steady, Workload
 from disagglab.errors import InvalidRun
-from disagglab.figures import comparable, figures, good_requests, kept_rate, saturated
 from disagglab.load import require_meaning
 from disagglab.looplag import LoopLag
-from disagglab.records import ClientLoad, Ledger, Run
+from disagglab.results.metrics import comparable, figures, good_requests, kept_rate, saturated
+from disagglab.results.records import ClientLoad, Ledger, Run
 
 CLOSED = Workload(name="w", prompt_tokens=10, output_tokens=5, concurrency=1, requests=4)
 SLO = SloSection(ttft_s=1.0, tpot_s=0.1)

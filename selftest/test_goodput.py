@@ -1,7 +1,7 @@
 """Goodput under an objective: each request of a replay, limits, and which points are chosen.
 
 Oracles: requests worked out by hand from round speeds; the means that the same replay gives; the definition
-in disagglab/figures.py; and a made cluster in which one arm must win.
+in disagglab/results/metrics.py; and a made cluster in which one arm must win.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 
 import pytest
 
-from disagglab import breakeven, figures, goodput, replay
+from disagglab import breakeven, goodput, replay
 from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load
 from disagglab.breakevencheck import Budget
 from disagglab.config.schema import SloSection
@@ -20,8 +20,9 @@ from disagglab.config.workload import Workload
 from disagglab.goodput import Arms, Forecast
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
-from disagglab.records import Run
 from disagglab.replay import Served
+from disagglab.results import metrics
+from disagglab.results.records import Run
 
 LAYOUT = layout(KvShape((Layer(kv_heads=1, key_dim=500, value_dim=0),), "float16"), 16)  # 1,000 B a token
 VERSION = "0.31.0"
@@ -127,7 +128,7 @@ def test_a_measured_run_is_counted_as_its_figures_say() -> None:
         ttft_s=(0.3, 0.6, 0.2), e2e_s=(0.34, 0.62, 0.4), itl_s=((0.008,) * 5, (0.004,) * 5, (0.04,) * 5),
         prompt_tokens=(64,) * 3, output_tokens=(6,) * 3, start_s=(0.0, 0.4, 0.8), streams=("main",) * 3,
     )  # fmt: skip
-    found, known = goodput.goodput(goodput.seen(run), BOTH), figures.figures(run, BOTH)
+    found, known = goodput.goodput(goodput.seen(run), BOTH), metrics.figures(run, BOTH)
     assert found.good == 1
     assert (found.attainment, found.per_s) == (known["slo_attainment"], known["goodput_per_s"])
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from disagglab import archive, history, historypage
 from disagglab.__main__ import main
+from disagglab.results import archive, history, historypage
 
 OLD, NEW = "a" * 12, "b" * 12
 WIGGLE = (0.99, 1.0, 1.01, 1.0, 0.995, 1.005)  # run by run, around a level

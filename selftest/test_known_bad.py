@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 
-from disagglab import figures, ledger, load, metrics
+from disagglab import ledger, load, metrics
 from disagglab.agent.supervisor import Process
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, LabError
 from disagglab.kv import attention, modelconfig
 from disagglab.metrics import parse
-from disagglab.records import Reading, Run, Sent
+from disagglab.results import metrics as results_metrics
+from disagglab.results.records import Reading, Run, Sent
+from disagglab.results.run_folder import Store
 from disagglab.stats.verdict import judge
-from disagglab.store import Store
 from disagglab.topology import SINGLE, Topology
 
 KNOWN_BAD: dict[str, Any] = json.loads((Path(__file__).parent / "known_bad.json").read_text())
@@ -73,7 +74,7 @@ def test_2_throughput_of_a_run_that_failed(case: dict[str, Any]) -> None:
 
 def test_3_a_percentile_of_one_sample() -> None:
     """TTFT mean = P95 = 612.6 ms, because n = 1: below 20 samples there is no P95."""
-    assert figures.percentile([KNOWN_BAD["p95_of_one"]["ttft_ms"]], 95) is None
+    assert results_metrics.percentile([KNOWN_BAD["p95_of_one"]["ttft_ms"]], 95) is None
 
 
 def test_4_a_factor_from_one_run() -> None:
@@ -89,7 +90,7 @@ def test_5_two_definitions_of_latency() -> None:
     batch = bench_result(8, latencies=[case["batch_s"]] * 8, duration=case["batch_s"])
     published = case["batch_s"] / 8 * 1000
     assert published == pytest.approx(case["published_ms"], rel=0.001)
-    assert figures.figures(run_from(batch, 8))["e2e_p50"] == case["batch_s"]
+    assert results_metrics.figures(run_from(batch, 8))["e2e_p50"] == case["batch_s"]
 
 
 def test_6_tokens_that_were_not_made() -> None:

@@ -16,7 +16,7 @@ from disagglab import ledger, metrics
 from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.shape import KvShape, Layer
-from disagglab.records import Ledger, Reading, Sent, Snapshot
+from disagglab.results.records import Ledger, Reading, Sent, Snapshot
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
 
 SHAPE = KvShape((Layer(3, 64, 64),) * 30, "bfloat16")

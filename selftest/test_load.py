@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from disagglab import figures, load, loadworker
+from disagglab import load, loadworker
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.host import Host, local_host
 from disagglab.loadworker import keep_token_ids
-from disagglab.records import Run
+from disagglab.results import metrics
+from disagglab.results.records import Run
 
 WORKLOAD = Workload(name="w", prompt_tokens=10, output_tokens=3, concurrency=1, requests=2)
 RESULT: dict[str, Any] = {
@@ -41,7 +42,7 @@ def run_from(**changes: Any) -> Run:
 
 def test_figures_follow_their_definitions() -> None:
     """TTFT and E2E medians, TPOT = (E2E - TTFT) / (tokens - 1), throughput = tokens / duration."""
-    found = figures.figures(run_from())
+    found = metrics.figures(run_from())
     assert found["ttft_p50"] == pytest.approx(0.2)
     assert found["e2e_p50"] == pytest.approx(0.7)
     assert found["tpot_p50"] == pytest.approx(((0.5 - 0.1) / 2 + (0.9 - 0.3) / 2) / 2)
@@ -50,9 +51,9 @@ def test_figures_follow_their_definitions() -> None:
 
 def test_a_percentile_needs_its_samples() -> None:
     """p99 of four gaps is not a number; p99 of a hundred is."""
-    assert figures.figures(run_from())["itl_p99"] is None
-    assert figures.percentile([float(i) for i in range(100)], 99) == pytest.approx(98.01)
-    assert figures.percentile([1.0] * 19, 95) is None
+    assert metrics.figures(run_from())["itl_p99"] is None
+    assert metrics.percentile([float(i) for i in range(100)], 99) == pytest.approx(98.01)
+    assert metrics.percentile([1.0] * 19, 95) is None
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.paths import LABS
-from disagglab.records import Ledger, Reading, Sent, Snapshot
+from disagglab.results.records import Ledger, Reading, Sent, Snapshot
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
 
 SHARED = tomllib.loads((LABS / "one-to-two.toml").read_text())

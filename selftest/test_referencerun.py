@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from disagglab import archive, referencerun
 from disagglab.__main__ import main
 from disagglab.errors import ConfigError
-from disagglab.records import FigureRow, Plot, Record, VerdictRow
-from disagglab.referencerun import check, left, make, places, replaced
-from disagglab.store import Store
+from disagglab.results import archive, publish
+from disagglab.results.publish import check, left, make, places, replaced
+from disagglab.results.records import FigureRow, Plot, Record, VerdictRow
+from disagglab.results.run_folder import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_ID = "20261122-053423-a773"
@@ -244,7 +244,7 @@ def test_a_reference_is_not_written_over(session: Made, tmp_path: Path) -> None:
 
 def test_a_session_is_small(session: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More bytes than the limit are refused with both numbers."""
-    monkeypatch.setattr(referencerun, "SESSION_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(publish, "SESSION_LIMIT_BYTES", 1000)
     (problem,) = refusal([session()], "two-gpus", into=tmp_path / "reference").problems
     assert "more than 1,000 B" in problem.wrong
 
@@ -262,7 +262,7 @@ def test_the_command_makes_a_reference(
     session: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``python -m disagglab reference`` prints the folder; a mistake is one line and exit status 2."""
-    monkeypatch.setattr(referencerun, "make", lambda *args, notes: print(*args[1:], *notes) or tmp_path)
+    monkeypatch.setattr(publish, "make", lambda *args, notes: print(*args[1:], *notes) or tmp_path)
     folder = str(session())
     assert main(["reference", folder, folder, "two-gpus", "--replace", "/mnt=$M"]) == 0
     assert capsys.readouterr().out.splitlines() == ["two-gpus False {'/mnt': '$M'}", str(tmp_path)]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from disagglab import plot, report
 from disagglab.config.labs import load_lab
 from disagglab.errors import LabError
-from disagglab.recorder import Recorder
-from disagglab.records import Plot, Record, VerdictRow
-from disagglab.report import Claim, Module
-from disagglab.store import Store
+from disagglab.results import plot, report
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Plot, Record, VerdictRow
+from disagglab.results.report import Claim, Module
+from disagglab.results.run_folder import Store
 
 ROW = VerdictRow(
     "chat", "ttft_p50", "s", "disaggregated", "single", 0.5, 0.4, "worse", 0.25, 0.2, 0.3, 3, 0.05,

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from disagglab import comparison, resume
+from disagglab import comparison
 from disagglab.comparison import WARM_UP_ROUND, Comparison, figure_rows, run_rounds, verdict_rows, warm_up_of
 from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.errors import ConfigError
-from disagglab.records import ClientLoad, Ledger, Reading, Run, Snapshot
-from disagglab.store import Store
+from disagglab.results import resume
+from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
+from disagglab.results.run_folder import Store
 from disagglab.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
 
 ROOT = Path(__file__).resolve().parent.parent

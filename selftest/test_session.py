@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from disagglab.store import new_run_id
+from disagglab.results.run_folder import new_run_id
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 90

@@ -16,14 +16,14 @@ from disagglab import client, ledger
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
-from disagglab.figures import figures, percentile, tpot_s
 from disagglab.kv.shape import KvShape, blocks
 from disagglab.load import LoadEngine
 from disagglab.occupancy import peak_blocks
-from disagglab.recorder import Recorder
-from disagglab.records import Run
+from disagglab.results.metrics import figures, percentile, tpot_s
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Run
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
-from disagglab.store import Store
 from disagglab.topology import Topology
 
 SEED = 20_001

@@ -25,15 +25,15 @@ from disagglab import client, ledger
 from disagglab.comparison import measure
 from disagglab.config.workload import Workload, load_workload
 from disagglab.conversation import Conversation, Transcript, converse
-from disagglab.figures import percentile
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.metrics import delta
-from disagglab.recorder import Recorder
-from disagglab.records import Ledger, Sent, Snapshot
+from disagglab.results.metrics import percentile
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Ledger, Sent, Snapshot
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
 from disagglab.stats.verdict import judge
-from disagglab.store import Store
 from disagglab.topology import Topology
 
 SEED = 26_001

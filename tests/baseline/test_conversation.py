@@ -18,8 +18,8 @@ from disagglab.conversation import Conversation, Transcript, converse, held_toke
 from disagglab.errors import InvalidRun
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, reusable_tokens
-from disagglab.recorder import Recorder
-from disagglab.records import Ledger, Reading, Sent
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Ledger, Reading, Sent
 from disagglab.topology import Topology
 
 OUTPUT_TOKENS = 16

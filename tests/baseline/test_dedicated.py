@@ -14,13 +14,13 @@ import pytest
 
 from disagglab.comparison import run_rounds
 from disagglab.config.schema import Lab
-from disagglab.figures import METRICS
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
-from disagglab.recorder import Recorder
+from disagglab.results.metrics import METRICS
+from disagglab.results.recorder import Recorder
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
-from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Deployment
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from disagglab import client, ledger
 from disagglab.config.schema import Lab
-from disagglab.figures import percentile
 from disagglab.kv.shape import KvShape
 from disagglab.metrics import delta
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.metrics import percentile
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
 from disagglab.topology import Topology
 
 REPEATS = 5

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import breakeven, breakevencheck, breakevenmap, figures, ledger, replay, speedfit
+from disagglab import breakeven, breakevencheck, breakevenmap, ledger, replay, speedfit
 from disagglab.breakeven import Cluster, Outcome
 from disagglab.breakevencheck import Agreement, Budget
 from disagglab.calibration import Calibration
@@ -28,12 +28,13 @@ from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.recorder import Recorder
-from disagglab.records import Run
+from disagglab.results import metrics
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Run
+from disagglab.results.run_folder import Store
 from disagglab.roofline import Efficiency
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
-from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 
 SEED = 68_000
@@ -51,7 +52,7 @@ CURVE = 1.2  # ratio of neighbouring prompt lengths on a drawn boundary
 FIGURES: dict[str, Callable[[Run], float]] = {
     "e2e_s": lambda run: statistics.fmean(run.e2e_s),
     "ttft_s": lambda run: statistics.fmean(run.ttft_s),
-    "tpot_s": lambda run: statistics.fmean(figures.tpot_s(run)),
+    "tpot_s": lambda run: statistics.fmean(metrics.tpot_s(run)),
 }
 NAMES = {"e2e_s": "mean E2E", "ttft_s": "mean TTFT", "tpot_s": "mean TPOT"}
 ONE_USER = "one user at a time"

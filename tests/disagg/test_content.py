@@ -22,8 +22,8 @@ from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.model import Model
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
 from disagglab.topology import Topology
 
 OUTPUT_TOKENS = 8

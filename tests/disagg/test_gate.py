@@ -14,14 +14,14 @@ import pytest
 from disagglab.agent.port import accepts
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.config.schema import Lab
-from disagglab.figures import METRICS
 from disagglab.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.recorder import Recorder
+from disagglab.results.metrics import METRICS
+from disagglab.results.recorder import Recorder
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
-from disagglab.store import Store
 from disagglab.topology import SINGLE, Topology
 
 FACTOR = 1.2

@@ -22,11 +22,11 @@ from disagglab.config.schema import Lab, SloSection
 from disagglab.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.recorder import Recorder
-from disagglab.records import VerdictRow
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import VerdictRow
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, holm
-from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 
 SEED = 69_000  # of the rounds

@@ -13,12 +13,12 @@ import pytest
 
 from disagglab import client, ledger, shaping, wire
 from disagglab.config.schema import Lab
-from disagglab.figures import percentile
 from disagglab.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, transfer_time_s
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.metrics import percentile
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
 from disagglab.session import Session
 from disagglab.stats import linefit
 from disagglab.topology import Topology

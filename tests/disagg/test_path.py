@@ -14,8 +14,8 @@ from disagglab import client, ledger
 from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.kv.shape import KvShape, blocks, reusable_tokens
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
 from disagglab.topology import Topology
 
 OUTPUT_TOKENS = 4

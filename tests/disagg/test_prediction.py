@@ -11,7 +11,7 @@ import pytest
 from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, transfer_time_s
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 
 BITS = 8
 CURVE = (128, 512, 2048, 8192)  # prompt tokens

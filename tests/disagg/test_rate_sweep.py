@@ -16,13 +16,13 @@ from disagglab.comparison import measure, warm_up_of
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
-from disagglab.figures import figures, kept_rate, saturated
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.recorder import Recorder
-from disagglab.records import Run
+from disagglab.results.metrics import figures, kept_rate, saturated
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Run
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
-from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Topology
 
 SEED = 61_000

@@ -16,12 +16,12 @@ import pytest
 from disagglab import client, ledger
 from disagglab.agreement import DIFFERENT, GAP_NATS, agree
 from disagglab.config.schema import Lab
-from disagglab.figures import percentile
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.metrics import delta
-from disagglab.recorder import Recorder
-from disagglab.records import Ledger, Sent
+from disagglab.results.metrics import percentile
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Ledger, Sent
 from disagglab.server import VllmServer
 from disagglab.topology import Topology
 from disagglab.transfer import transfer

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
-from disagglab.figures import percentile
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.recorder import Recorder
-from disagglab.store import Store
+from disagglab.results.metrics import percentile
+from disagglab.results.recorder import Recorder
+from disagglab.results.run_folder import Store
 from disagglab.topology import Topology
 
 SEED = 62_000

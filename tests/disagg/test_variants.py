@@ -29,11 +29,11 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.moved import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
-from disagglab.recorder import Recorder
-from disagglab.records import Run, VerdictRow
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Run, VerdictRow
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
 from disagglab.stats.verdict import Direction, holm, judge
-from disagglab.store import Store
 from disagglab.topology import Topology
 from disagglab.transfertrace import Traced
 

@@ -23,10 +23,10 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
-from disagglab.store import Store
 from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Deployment, Topology
 
 OUTPUT_TOKENS = 4

@@ -44,10 +44,10 @@ from disagglab.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.model import Model
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
+from disagglab.results.run_folder import Store
 from disagglab.routing import Arm, Size
 from disagglab.session import Session
-from disagglab.store import Store
 from disagglab.talkcomparison import (
     CONVERSATIONS,
     E2E,

@@ -21,8 +21,8 @@ from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.etcd import EXPIRY_CHECK_S, EtcdClient, EtcdServer
 from disagglab.hosts import Hosts
-from disagglab.recorder import Recorder
-from disagglab.store import Store
+from disagglab.results.recorder import Recorder
+from disagglab.results.run_folder import Store
 
 ASKED_TTL_S = 3  # Dynamo asks for 30 (ETCD_LEASE_TTL); the smaller, the shorter the test
 HEARTBEATS = 5  # at half of the TTL each, as Dynamo does: together 2.5 TTL

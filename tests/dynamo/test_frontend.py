@@ -20,8 +20,8 @@ from disagglab.config.schema import Lab
 from disagglab.dynamo import Frontend, body
 from disagglab.kv.shape import KvShape
 from disagglab.ledger import FINISHED, PROMPT_TOKENS
-from disagglab.recorder import Recorder
-from disagglab.records import Reading, Sent
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Reading, Sent
 from disagglab.topology import Topology
 
 REQUESTS = 6

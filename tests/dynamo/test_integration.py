@@ -26,8 +26,8 @@ from disagglab.hitforecast import Forecast, forecast
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
 from disagglab.model import Model
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.session import Session
 from disagglab.strategy import STRATEGIES

@@ -23,7 +23,7 @@ import pytest
 from nats.errors import NoRespondersError
 
 from disagglab.nats import NatsServer
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 
 MESSAGES = 300
 WORKERS = 3  # that one of them gets none of 300 messages by chance: 3 * (2/3)**300, 1e-52

@@ -20,7 +20,7 @@ from disagglab.dynamo import ROUND_ROBIN, Planes, body
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.etcd import EtcdServer
 from disagglab.nats import NatsServer
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.session import Session
 
 REQUESTS, OUTPUT_TOKENS = 3, 6

@@ -20,7 +20,7 @@ import httpx
 
 from disagglab import agreement
 from disagglab.agreement import Agreement
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.scaling import Attempt
 from disagglab.scalingfixtures import (
     AFTERWARDS,

@@ -20,7 +20,7 @@ from disagglab.dynamodeployment import DynamoDeployment
 from disagglab.etcd import EtcdServer
 from disagglab.ledger import FINISHED, METRICS, PROMPT_TOKENS
 from disagglab.metrics import PROCESS_START
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.topology import Topology
 
 WORKERS = (0, 1)

@@ -25,7 +25,7 @@ from disagglab import madehost
 from disagglab.config.schema import HostSection, Lab
 from disagglab.host import Host, local_host
 from disagglab.paths import ROOT
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.session import Session
 
 HEARTBEAT_S = 6.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.topology import Deployment
 
 WINDOW_S = 5.0  # long against the servers' own timers (1 s of spinning after the last message)

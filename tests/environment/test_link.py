@@ -12,7 +12,7 @@ import pytest
 from disagglab import facts, linkspeed, rdma
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.hosts import Hosts
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 
 DURATION_S = 5  # of one measurement
 # A ConnectX-7 of a DGX Spark that came up badly carries 8 to 25 Gbit/s on a rail of about 100, while state,

@@ -13,7 +13,7 @@ import pytest
 from disagglab import nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 
 SIZES = (2**20, 2**24, 2**26)  # bytes: from below one KV block of the embedded lab to twenty-three
 REPEATS = 5

@@ -16,8 +16,8 @@ from disagglab.config.checks import ports_needed
 from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.model import cache_folder
-from disagglab.recorder import Recorder
-from disagglab.store import Store
+from disagglab.results.recorder import Recorder
+from disagglab.results.run_folder import Store
 
 GIB = 2**30
 SMALLEST_MTU = 1500  # bytes; RoCE wants 4200 or more

@@ -18,7 +18,7 @@ from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import KvLayout, layout
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 
 BUDGET = 4 * 2**30  # bytes; a block of the largest model here takes 64 MiB
 TP_SIZES = (1, 2, 4, 8)

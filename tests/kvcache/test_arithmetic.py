@@ -12,7 +12,7 @@ from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.topology import Topology
 
 GIB = 2**30

@@ -15,7 +15,7 @@ from disagglab.kv.shape import KvShape, blocks, reusable_tokens
 from disagglab.ledger import BY_SOURCE
 from disagglab.metrics import delta
 from disagglab.occupancy import peak_blocks
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.topology import Topology
 
 GROWTH = (1, 2, 5, 9, 17)  # blocks of the prompt, less one token

@@ -18,7 +18,7 @@ from disagglab import nixlprobe, scatter
 from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.nixlprobe import Read
-from disagglab.recorder import Recorder
+from disagglab.results.recorder import Recorder
 from disagglab.session import Session
 
 MIB = 2**20

@@ -14,11 +14,11 @@ import pytest
 
 from disagglab import ledger, nixlprobe
 from disagglab.config.schema import Lab
-from disagglab.figures import percentile
 from disagglab.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.recorder import Recorder
+from disagglab.results.metrics import percentile
+from disagglab.results.recorder import Recorder
 from disagglab.session import Session
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit

@@ -20,8 +20,8 @@ from disagglab.errors import TransferError
 from disagglab.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
 from disagglab.topology import Topology
 from disagglab.wire import Wire
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from disagglab import client, ledger
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.config.schema import Lab
-from disagglab.figures import METRICS
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.recorder import Recorder
-from disagglab.records import Sent
+from disagglab.results.metrics import METRICS
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Sent
+from disagglab.results.run_folder import Store
 from disagglab.session import Session
 from disagglab.stats.verdict import judge
-from disagglab.store import Store
 from disagglab.topology import REPLICATED, SINGLE, Topology
 
 REQUESTS = 10

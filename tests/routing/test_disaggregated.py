@@ -19,8 +19,8 @@ import pytest
 from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue
-from disagglab.recorder import Recorder
-from disagglab.records import Ledger
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import Ledger
 from disagglab.routing import Finisher, require_no_failure
 from disagglab.session import Session
 from disagglab.strategy import STRATEGIES, Strategy

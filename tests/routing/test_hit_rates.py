@@ -22,12 +22,12 @@ from disagglab import client, ledger, routing
 from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.hitforecast import Forecast, forecast, replay
-from disagglab.recorder import Recorder
-from disagglab.records import VerdictRow
+from disagglab.results.recorder import Recorder
+from disagglab.results.records import VerdictRow
+from disagglab.results.run_folder import Store
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.session import Session
 from disagglab.stats.verdict import Direction, judge
-from disagglab.store import Store
 from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.topology import Deployment
 

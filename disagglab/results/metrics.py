@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from disagglab.config.arrivals import MAIN
 from disagglab.config.schema import SloSection
-from disagglab.records import Run
+from disagglab.results.records import Run
 from disagglab.stats.verdict import Direction
 
 PERCENTILE_SAMPLES = {50: 1, 90: 10, 95: 20, 99: 100}  # fewer samples than this: the percentile is not shown

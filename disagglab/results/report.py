@@ -13,10 +13,10 @@ from typing import Any
 import jinja2
 from markdown_it import MarkdownIt
 
-from disagglab import plot
 from disagglab.config.schema import Lab
-from disagglab.records import Record, Run
-from disagglab.store import Store
+from disagglab.results import plot
+from disagglab.results.records import Record, Run
+from disagglab.results.run_folder import Store
 
 TEMPLATES = Path(__file__).parent / "templates"
 CSS = TEMPLATES / "report.css"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from disagglab.records import Plot, Record
-from disagglab.store import Store
+from disagglab.results.records import Plot, Record
+from disagglab.results.run_folder import Store
 
 
 class VirtualClock:

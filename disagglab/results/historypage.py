@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from disagglab import plot, report
-from disagglab.archive import NOT_RECORDED, Archive, HistoryRun, reason
 from disagglab.errors import ConfigError, Problem
-from disagglab.history import Series, change_text, summary
-from disagglab.records import Plot
+from disagglab.results import plot, report
+from disagglab.results.archive import NOT_RECORDED, Archive, HistoryRun, reason
+from disagglab.results.history import Series, change_text, summary
+from disagglab.results.records import Plot
 from disagglab.stats.changepoint import MIN_SIDE, MIN_VALUES, ChangePoint, segments
 
 NAME = "history.html"

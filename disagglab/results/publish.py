@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagglab import plot, report
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import REPORTS
-from disagglab.records import Plot
-from disagglab.store import META, TOKEN_PATTERN
+from disagglab.results import plot, report
+from disagglab.results.records import Plot
+from disagglab.results.run_folder import META, TOKEN_PATTERN
 
 REFERENCE = REPORTS / "reference"
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -53,7 +53,7 @@ HOME = re.compile(rf"{BEGIN}(/root|/home/[\w.-]+|/Users/[\w.-]+){END}")
 FOLDER = r"(/[^\s\"'<>;,()=\\]*?)"
 ROOT_BEFORE = (
     r"/reports/\d{8}-\d{6}-[0-9a-f]{4}\b",
-    r"/disagglab/templates/report\.css",
+    r"/disagglab/results/templates/report\.css",
     r"/tests/\w+/test_\w+\.py",
 )
 ROUTER = r"/bin/vllm-router\b"

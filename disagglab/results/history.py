@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from disagglab import report
-from disagglab.archive import Archive, HistoryRun
 from disagglab.errors import ConfigError, Problem
+from disagglab.results import report
+from disagglab.results.archive import Archive, HistoryRun
 from disagglab.stats.changepoint import MIN_VALUES, ChangePoint, find
 from disagglab.stats.verdict import Direction
 

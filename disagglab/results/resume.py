@@ -18,8 +18,8 @@ from disagglab.config import variant
 from disagglab.config.labs import parse_lab, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
-from disagglab.records import Reading, Run, Snapshot
-from disagglab.store import META, Store
+from disagglab.results.records import Reading, Run, Snapshot
+from disagglab.results.run_folder import META, Store
 
 RUNS, METRICS = "runs", ".metrics.json.gz"
 # Keys of a lab that no run depends on: what is judged, and by which limits, is computed from the runs anew.
@@ -197,7 +197,7 @@ def _runs(folder: Path, session: str) -> Iterator[KeptRun]:
 
 
 def read_run(path: Path) -> Run:
-    """A run as :meth:`disagglab.store.Store.add_run` wrote it; with its counters if they lie beside it.
+    """A run as :meth:`disagglab.results.run_folder.Store.add_run` wrote it; with its counters if they lie beside it.
 
     Who answered (``Reading.processes``) and at which address is not kept.
 

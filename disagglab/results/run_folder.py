@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from disagglab.errors import LabError
-from disagglab.records import FigureRow, Plot, Reading, Record, Run, Snapshot, VerdictRow
+from disagglab.results.records import FigureRow, Plot, Reading, Record, Run, Snapshot, VerdictRow
 
 META = "run.json"
 TOKEN_PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")

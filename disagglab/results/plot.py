@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 
-from disagglab.records import Plot
+from disagglab.results.records import Plot
 
 SIZE_INCHES = (6.4, 3.2)
 POINTS, LINE, BARE = ({"linestyle": s, "marker": m} for s, m in (("", "o"), ("-", "o"), ("-", "")))

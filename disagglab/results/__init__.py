@@ -1,0 +1,1 @@
+"""What was found: records, metrics, the folder of a session, its report, history over sessions."""
