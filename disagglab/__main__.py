@@ -238,10 +238,10 @@ def _gate(path: Path) -> str:
 
 
 def _predict(arguments: argparse.Namespace) -> str:
-    from disagglab import breakevenmap, roofline
     from disagglab.config import labs
+    from disagglab.predict import breakeven_map, roofline
 
-    result = breakevenmap.predict(
+    result = breakeven_map.predict(
         labs.load_lab(arguments.lab),
         loads=arguments.load or LOADS,
         efficiency=roofline.Efficiency(arguments.prefill_efficiency, arguments.decode_efficiency),

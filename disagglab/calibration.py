@@ -10,8 +10,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from disagglab import breakevenmap, speedfit
-from disagglab.breakeven import Cluster, Speeds
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.config.workload import CHUNK, Workload
@@ -20,9 +18,11 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.metrics import delta
+from disagglab.predict import breakeven_map, speedfit
+from disagglab.predict.breakeven import Cluster, Speeds
+from disagglab.predict.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
-from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
 from disagglab.topology import Topology
@@ -51,7 +51,7 @@ class Calibration:
             self.speeds,
             layout(shape, block_size),
             lab.vllm.version,
-            breakevenmap.step_tokens(lab),
+            breakeven_map.step_tokens(lab),
             len(lab.prefill),
             len(lab.decode),
         )

@@ -21,10 +21,10 @@ from disagglab.config.schema import HostSection, Lab, NodeSection, VariantSectio
 from disagglab.host import HostProcess
 from disagglab.load import HASH_SEED, bench_options
 from disagglab.model import PACKAGE_PREFIX, Model
+from disagglab.predict.strategies import STRATEGIES
 from disagglab.router import Hearing, Router, router_argv
 from disagglab.server import ServerPlan, VllmServer, plan_server
 from disagglab.ssh import Target, target
-from disagglab.strategy import STRATEGIES
 from disagglab.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, TOPOLOGIES, Topology
 
 LOCAL = "local"

@@ -12,9 +12,9 @@ import httpx
 from disagglab.config.schema import Lab
 from disagglab.host import Host, HostProcess
 from disagglab.metrics import scrape
+from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Snapshot
 from disagglab.server import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
-from disagglab.strategy import Strategy
 
 READY_DEADLINE_S = 90.0  # ready after 1 to 2 s where nothing else runs
 

@@ -19,14 +19,14 @@ from disagglab.config.schema import Lab, NodeSection
 from disagglab.config.traffic import Dialogue
 from disagglab.config.variant import GPU_SHARE
 from disagglab.errors import InvalidRun
-from disagglab.hitforecast import replay
 from disagglab.kv.prefixcache import Request
 from disagglab.ledger import FINISHED, FOUND, QUERIED
 from disagglab.metrics import delta
+from disagglab.predict.hitforecast import replay
+from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Reading, Snapshot
 from disagglab.router import Router
 from disagglab.server import VllmServer
-from disagglab.strategy import Strategy
 from disagglab.talk import Spoken, Talk, talk
 from disagglab.topology import Topology
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagglab import nixlprobe, scatter
+from disagglab import nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.hosts import Hosts
 from disagglab.nixlprobe import Read
+from disagglab.predict import scattered_reads
+from disagglab.predict.scattered_reads import ScatterFit
 from disagglab.results.run_folder import new_run_id
-from disagglab.scatter import ScatterFit
 
 LIMIT_S = 540.0  # of all reads together
 MEBIBYTES = {"DRAM": (4, 16), "VRAM": (256, 1024)}  # of a read, unless asked otherwise
@@ -54,7 +55,7 @@ class Screen:
         first = self.rows[0]
         head = [f"{self.lab}: {first['memory']}, {first['threads']} threads, {settings or 'no variables'}"]
         tail = [str(self.fit)] if self.fit else []
-        return [*head, *scatter.lines(self.rows, self.fit), *tail]
+        return [*head, *scattered_reads.lines(self.rows, self.fit), *tail]
 
     def as_dict(self) -> dict[str, Any]:
         """For a file; an infinite bandwidth is null."""
@@ -135,7 +136,7 @@ def run(lab: Lab, wanted: Sequence[Read], repeats: int, threads: int | None) -> 
     if len(rows) != len(wanted):
         raise LabError(f"{len(wanted)} kinds of reads were asked for, {len(rows)} reported; run it again")
     try:
-        fitted = scatter.fit(scatter.points(rows))
+        fitted = scattered_reads.fit(scattered_reads.points(rows))
     except ValueError:  # too few shapes were asked for
         fitted = None
     return Screen(lab.name, nixlprobe.environment(lab, lab.decode[0]), command, rows, fitted)

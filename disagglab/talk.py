@@ -23,8 +23,8 @@ from disagglab.config.traffic import Dialogue, chat
 from disagglab.conversation import Turn, exact_answer, exact_request
 from disagglab.errors import InvalidRun
 from disagglab.looplag import LoopLag
+from disagglab.predict.strategies import SESSION_HEADER
 from disagglab.results.records import ClientLoad
-from disagglab.strategy import SESSION_HEADER
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from disagglab import boot, release
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.hosts import Hosts
 from disagglab.model import Model
+from disagglab.predict.strategies import Strategy
 from disagglab.progress import ProgressLine
 from disagglab.router import Hearing, Router, start_router
 from disagglab.server import EventSource, VllmServer, plan_server, require_memory
-from disagglab.strategy import Strategy
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)

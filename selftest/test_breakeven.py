@@ -1,7 +1,7 @@
 """The break-even model: its limits, its formulas beside the steps that they sum up, and what is fitted to it.
 
 Oracles: values worked out by hand from round speeds; laws that hold for any speeds (parts add up, a slower
-link never helps, capacity is never gained); and disagglab/replay.py, which knows no queueing theory.
+link never helps, capacity is never gained); and disagglab/predict/simulation.py, which knows no queueing theory.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagglab import breakeven, breakevencheck, replay, speedfit
-from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load, outcome
-from disagglab.breakevencheck import Budget
 from disagglab.config.workload import Workload
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
+from disagglab.predict import breakeven, breakeven_points, simulation, speedfit
+from disagglab.predict.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load, outcome
+from disagglab.predict.breakeven_points import Budget
+from disagglab.predict.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.results.records import Run
-from disagglab.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.stats.linefit import LineFit
 from disagglab.stats.verdict import judge
 
@@ -190,7 +190,10 @@ def poisson(rate_per_s: float, requests: int, seed: int) -> list[float]:
 def test_one_request_step_by_step() -> None:
     """A single request takes what the formulas say at rest, to the last digit."""
     idle = outcome(CLUSTER, dataclasses.replace(POINT, rate_per_s=1e-12))
-    for side, run in ((idle.replicated, replay.replicated), (idle.disaggregated, replay.disaggregated)):
+    for side, run in (
+        (idle.replicated, simulation.replicated),
+        (idle.disaggregated, simulation.disaggregated),
+    ):
         found = run(CLUSTER, POINT, [5.0])
         assert found.ttft_s == pytest.approx(side.ttft_s)
         assert found.tpot_s == pytest.approx(side.tpot_s)
@@ -205,7 +208,7 @@ def test_two_requests_step_by_step() -> None:
     0.5 + 0.01 s that gives the first its last token.
     """
     point = Point(400, 3, 0.0)
-    found = replay.replicated(CLUSTER, point, [0.0, 0.01, 0.55])
+    found = simulation.replicated(CLUSTER, point, [0.0, 0.01, 0.55])
     first, second = (0.5, 1.12), (1.12 - 0.55, 1.34 - 0.55)
     assert found.ttft_s == pytest.approx(0.03 + (first[0] + 0.5 + second[0]) / 3)
     assert found.e2e_s == pytest.approx(0.03 + (first[1] + 0.72 + second[1]) / 3)
@@ -221,7 +224,10 @@ def test_formulas_sum_up_the_steps(prompt: int, output: int, load: float) -> Non
     """
     found = at_load(SMALL, prompt, output, load)
     times = poisson(found.point.rate_per_s, 3000, seed=7)
-    for side, run in ((found.replicated, replay.replicated), (found.disaggregated, replay.disaggregated)):
+    for side, run in (
+        (found.replicated, simulation.replicated),
+        (found.disaggregated, simulation.disaggregated),
+    ):
         steps = run(SMALL, found.point, times)
         assert side.e2e_s == pytest.approx(steps.e2e_s, rel=0.1)
         assert side.tpot_s == pytest.approx(steps.tpot_s, rel=0.1)
@@ -231,7 +237,7 @@ def test_formulas_sum_up_the_steps(prompt: int, output: int, load: float) -> Non
 def test_a_short_run_is_not_in_equilibrium() -> None:
     """The same load for a few seconds: batches have not built up, so tokens come faster than the map says."""
     found = at_load(SMALL, 1024, 64, 0.45)
-    short = replay.replicated(SMALL, found.point, poisson(found.point.rate_per_s, 7, seed=3))
+    short = simulation.replicated(SMALL, found.point, poisson(found.point.rate_per_s, 7, seed=3))
     assert short.tpot_s < 0.9 * found.replicated.tpot_s
 
 
@@ -256,14 +262,14 @@ def test_lengths_double() -> None:
 def points(count: int = 6) -> list[breakeven.Outcome]:
     """What a lab of the size of the embedded one would measure."""
     budget = Budget(7.0, 3.5, 4096)
-    found = breakevencheck.candidates(
+    found = breakeven_points.candidates(
         SMALL,
         breakeven.lengths(128, 2048),
         breakeven.lengths(8, 512),
         (0.2, 0.4, 0.6),
         budget,
     )
-    return breakevencheck.choose(found, count)
+    return breakeven_points.choose(found, count)
 
 
 def test_chosen_points_are_wins_losses_and_between() -> None:
@@ -275,7 +281,7 @@ def test_chosen_points_are_wins_losses_and_between() -> None:
     assert abs(math.log(ratios[2])) < 0.1
     assert chosen[1].decided_by != chosen[4].decided_by
     for one in chosen:
-        asked = breakevencheck.workload(one, 7.0)
+        asked = breakeven_points.workload(one, 7.0)
         assert asked.requests >= 6
         assert asked.rate_per_s == one.point.rate_per_s
         assert one.disaggregated.e2e_s <= 3.5
@@ -284,7 +290,7 @@ def test_chosen_points_are_wins_losses_and_between() -> None:
 
 def test_workloads_of_points_have_names_of_their_own() -> None:
     """A name says the point; runs of two points are never pooled."""
-    names = [breakevencheck.workload(one, 7.0).name for one in points()]
+    names = [breakeven_points.workload(one, 7.0).name for one in points()]
     assert len(set(names)) == 6
     assert all(name.startswith("break-even-") for name in names)
 
@@ -312,15 +318,15 @@ SLOWER, FASTER, EQUAL, OPEN = (
 )
 def test_agreement(predicted: float, pairs: list[tuple[float, float]], told: str) -> None:
     """A verdict bears a ratio out, or refutes it, or says nothing."""
-    assert breakevencheck.agreement(predicted, judge(pairs, "lower", 0.05)) == told
+    assert breakeven_points.agreement(predicted, judge(pairs, "lower", 0.05)) == told
 
 
 def test_concordance() -> None:
     """1 in the same order, -1 in the opposite one, 0 where as many pairs agree as do not."""
-    assert breakevencheck.concordance([1, 2, 3], [10, 20, 30]) == 1
-    assert breakevencheck.concordance([1, 2, 3], [3, 2, 1]) == -1
-    assert breakevencheck.concordance([1, 2, 3], [2, 2, 2]) == 0
-    assert breakevencheck.concordance([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert breakeven_points.concordance([1, 2, 3], [10, 20, 30]) == 1
+    assert breakeven_points.concordance([1, 2, 3], [3, 2, 1]) == -1
+    assert breakeven_points.concordance([1, 2, 3], [2, 2, 2]) == 0
+    assert breakeven_points.concordance([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
 
 
 @settings(max_examples=30, deadline=None)

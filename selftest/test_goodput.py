@@ -12,15 +12,15 @@ import statistics
 
 import pytest
 
-from disagglab import breakeven, goodput, replay
-from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load
-from disagglab.breakevencheck import Budget
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Workload
-from disagglab.goodput import Arms, Forecast
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
-from disagglab.replay import Served
+from disagglab.predict import breakeven, goodput, simulation
+from disagglab.predict.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load
+from disagglab.predict.breakeven_points import Budget
+from disagglab.predict.goodput import Arms, Forecast
+from disagglab.predict.simulation import Served
 from disagglab.results import metrics
 from disagglab.results.records import Run
 
@@ -57,7 +57,7 @@ def test_each_request_of_a_replica_by_hand() -> None:
     until 0.61 s, and its last at 1.12 s with the second prompt. That one came at 0.55 s and ends at 1.34 s.
     The request of the other replica is alone.
     """
-    found = replay.by_replicas(CLUSTER, Point(400, 3, 0.0), [0.0, 0.01, 0.55])
+    found = simulation.by_replicas(CLUSTER, Point(400, 3, 0.0), [0.0, 0.01, 0.55])
     assert found.ttft_s == pytest.approx((0.53, 0.53, 0.60))
     assert found.tpot_s == pytest.approx((0.31, 0.11, 0.11))
     assert found.e2e_s == pytest.approx((1.15, 0.75, 0.82))
@@ -70,7 +70,7 @@ def test_each_request_of_prefill_and_decode_by_hand() -> None:
     Prefill ends at 0.5 and 1.0 s; hand-over takes 0.02 s, a transfer 0.2 s. The first has its tokens at 0.83,
     0.94 and 1.05 s. In that last step the second is handed over, so its transfer begins at 1.05 s.
     """
-    found = replay.by_prefill_and_decode(CLUSTER, Point(400, 3, 0.0), [0.0, 0.1])
+    found = simulation.by_prefill_and_decode(CLUSTER, Point(400, 3, 0.0), [0.0, 0.1])
     assert found.ttft_s == pytest.approx((0.86, 0.03 + 1.36 - 0.1))
     assert found.tpot_s == pytest.approx((0.11, 0.11))
     assert found.duration_s == pytest.approx(0.03 + 1.58)
@@ -82,8 +82,8 @@ def test_requests_have_the_means_of_the_run(prompt: int, output: int) -> None:
     point = at_load(FAST, prompt, output, 0.4).point
     times = [0.9, 0.0, 0.3, 0.31, 0.32, 1.4]
     for requests, means in (
-        (replay.by_replicas, replay.replicated),
-        (replay.by_prefill_and_decode, replay.disaggregated),
+        (simulation.by_replicas, simulation.replicated),
+        (simulation.by_prefill_and_decode, simulation.disaggregated),
     ):
         each, mean = requests(FAST, point, times), means(FAST, point, times)
         assert statistics.fmean(each.ttft_s) == pytest.approx(mean.ttft_s)
@@ -98,9 +98,9 @@ def test_requests_have_the_means_of_the_run(prompt: int, output: int) -> None:
 def test_steps_taken_at_once_are_steps() -> None:
     """Many steps in one go are cut where a request comes: it is taken up at the end of the step under way."""
     point = Point(400, 8, 0.0)
-    alone = replay.by_replicas(CLUSTER, point, [0.0])
+    alone = simulation.by_replicas(CLUSTER, point, [0.0])
     assert alone.e2e_s == pytest.approx((0.03 + 0.5 + 7 * 0.11,))
-    cut = replay.by_replicas(
+    cut = simulation.by_replicas(
         CLUSTER, point, [0.0, 0.0, 0.75]
     )  # steps end at 0.61, 0.72, 0.83: taken up there
     assert cut.ttft_s[2] == pytest.approx(0.03 + 0.83 + 0.51 - 0.75)

@@ -9,9 +9,9 @@ import random
 import pytest
 
 from disagglab.errors import InvalidRun
-from disagglab.hitforecast import forecast, replay
 from disagglab.kv.prefixcache import Request
-from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Chooser
+from disagglab.predict.hitforecast import forecast, replay
+from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Chooser
 
 PAIR = [Request(0, 0, (1,) * 8, (1,) * 5), Request(0, 1, (1,) * 17, (1,))]  # the second finds 3 blocks of 4
 

@@ -18,8 +18,8 @@ from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection, Lab
 from disagglab.madehost import UNSHARE
+from disagglab.predict.strategies import STRATEGIES
 from disagglab.remote import bundle
-from disagglab.strategy import STRATEGIES
 from disagglab.topology import TOPOLOGIES
 
 LABS = sorted(file.stem for file in Path("labs").glob("*.toml"))

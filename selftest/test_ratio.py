@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from disagglab import breakeven, client, ledger, metrics, plan, replay, topology, transfer, wire
+from disagglab import client, ledger, metrics, plan, topology, transfer, wire
 from disagglab.agent.supervisor import Process
-from disagglab.breakeven import Cluster, Point, Prefill, Speeds, Step
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab, parse_lab
 from disagglab.config.schema import Lab, NodeSection
@@ -25,6 +24,8 @@ from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.paths import LABS
+from disagglab.predict import breakeven, simulation
+from disagglab.predict.breakeven import Cluster, Point, Prefill, Speeds, Step
 from disagglab.results.records import Ledger, Reading, Sent, Snapshot
 from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
 
@@ -341,6 +342,6 @@ def test_a_transfer_uses_a_link_at_both_ends(prefill: int, links: int) -> None:
 def test_two_pairs_serve_two_requests_as_if_each_were_alone() -> None:
     """Two requests at once on 2P2D meet nowhere: not on prefill, not on a link, not on decode."""
     point = Point(400, 10, 1.0)
-    alone = replay.disaggregated(of_four(2), point, [0.0])
-    both = replay.disaggregated(of_four(2), point, [0.0, 0.001])
+    alone = simulation.disaggregated(of_four(2), point, [0.0])
+    both = simulation.disaggregated(of_four(2), point, [0.0, 0.001])
     assert both.e2e_s == pytest.approx(alone.e2e_s)

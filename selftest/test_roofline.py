@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from disagglab import roofline
 from disagglab.__main__ import main
 from disagglab.config.schema import SpeedSection
 from disagglab.errors import ConfigError
 from disagglab.kv import attention, modelconfig
 from disagglab.paths import LABS
-from disagglab.roofline import Efficiency, Weights
+from disagglab.predict import roofline
+from disagglab.predict.roofline import Efficiency, Weights
 
 Capture = pytest.CaptureFixture[str]
 

@@ -18,11 +18,11 @@ from disagglab.agent.supervisor import Process
 from disagglab.config.labs import load_lab
 from disagglab.errors import InvalidRun, StartError
 from disagglab.kv.shape import KvShape, Layer
+from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.records import Reading, Sent, Snapshot
 from disagglab.router import Hearing, Router, router_argv
 from disagglab.routing import Arm
 from disagglab.server import EventSource, events_config
-from disagglab.strategy import STRATEGIES
 from disagglab.talk import Failure, Spoken, Talk
 from disagglab.topology import REPLICATED, ROUTED, Deployment, Topology
 

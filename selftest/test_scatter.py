@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from disagglab import nixlprobe, scatter, screen
+from disagglab import nixlprobe, screen
 from disagglab.__main__ import main
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import TransportSection
@@ -18,7 +18,8 @@ from disagglab.errors import ConfigError
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import layout
 from disagglab.nixlprobe import Read
-from disagglab.scatter import Point, ScatterFit, fit
+from disagglab.predict import scattered_reads
+from disagglab.predict.scattered_reads import Point, ScatterFit, fit
 from disagglab.screen import Screen
 
 MIB = 2**20
@@ -93,9 +94,9 @@ def test_too_few_shapes_are_refused(shapes: list[tuple[int, int]]) -> None:
 def test_points_are_medians_of_single_reads_after_the_first() -> None:
     """The first repeat connects; reads at once belong to another law."""
     rows = [row(Read(MIB), [9.0, 1.0, 2.0, 3.0]), row(Read(MIB, 1, 4), [9.0, 8.0])]
-    assert scatter.points(rows) == [Point(MIB, 1, 2.0)]
+    assert scattered_reads.points(rows) == [Point(MIB, 1, 2.0)]
     with pytest.raises(ValueError, match="first repeat"):
-        scatter.points([row(Read(MIB), [1.0])])
+        scattered_reads.points([row(Read(MIB), [1.0])])
 
 
 @pytest.mark.parametrize("read", [Read(MIB, 1), Read(MIB, 16), Read(MIB, 1024, 4), Read(16 * MIB, 4096)])
@@ -157,8 +158,8 @@ def test_descriptors_of_a_prompt() -> None:
     """2,048 tokens of Llama-3.1-8B are 128 blocks in 32 layers; with layers together 128 descriptors."""
     config = modelconfig.shipped_config("meta-llama/Llama-3.1-8B-Instruct")
     blocks = layout(attention.shape(config, "bfloat16", "llama"), 16)
-    assert scatter.descriptors(blocks, 2048, "0.26.0") == 4096
-    assert scatter.descriptors(blocks, 2048, "0.26.0", cross_layer=True) == 128
+    assert scattered_reads.descriptors(blocks, 2048, "0.26.0") == 4096
+    assert scattered_reads.descriptors(blocks, 2048, "0.26.0", cross_layer=True) == 128
     assert blocks.bytes_to_move(2048, "0.26.0") // 4096 == 65536
 
 
@@ -166,10 +167,10 @@ def test_descriptors_of_a_hybrid_prompt() -> None:
     """Groups are counted by the pages that move; layers of several groups do not lie together."""
     config = modelconfig.shipped_config("google/gemma-3-1b-it")
     blocks = layout(attention.shape(config, "bfloat16", "gemma"), 128)
-    found = scatter.descriptors(blocks, 2048, "0.31.0")
+    found = scattered_reads.descriptors(blocks, 2048, "0.31.0")
     assert found * blocks.groups[0].page_bytes[0] == blocks.bytes_to_move(2048, "0.31.0")
     with pytest.raises(ValueError, match="do not lie together"):
-        scatter.descriptors(blocks, 2048, "0.31.0", cross_layer=True)
+        scattered_reads.descriptors(blocks, 2048, "0.31.0", cross_layer=True)
 
 
 def test_settings_of_the_lab_reach_the_probe() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from disagglab.kv.prefixcache import PrefixCache, Request
-from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Chooser, OwnHistory
+from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Chooser, OwnHistory
 
 
 def request(conversation: int, *prompt: int) -> Request:

@@ -6,7 +6,7 @@ oracle is the load: open-loop runs of both topologies at points of the map, in t
 ledger, judged by the intervals of all other verdicts.
 
 A run of seconds never reaches the equilibrium that the map describes. So each point is also predicted step by
-step for the very arrivals of its runs (disagglab/replay.py). Where that agrees with what was measured and the
+step for the very arrivals of its runs (disagglab/predict/simulation.py). Where that agrees with what was measured and the
 map does not, the run was too short for the map; where neither does, a speed or the model is wrong.
 """
 
@@ -19,20 +19,21 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import breakeven, breakevencheck, breakevenmap, ledger, replay, speedfit
-from disagglab.breakeven import Cluster, Outcome
-from disagglab.breakevencheck import Agreement, Budget
+from disagglab import ledger
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
+from disagglab.predict import breakeven, breakeven_map, breakeven_points, simulation, speedfit
+from disagglab.predict.breakeven import Cluster, Outcome
+from disagglab.predict.breakeven_points import Agreement, Budget
+from disagglab.predict.roofline import Efficiency
 from disagglab.results import metrics
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
-from disagglab.roofline import Efficiency
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
 from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
@@ -68,7 +69,7 @@ class Checked:
 
     def name(self, point: Outcome) -> str:
         """The workload of a point."""
-        return breakevencheck.workload(point, 1.0).name
+        return breakeven_points.workload(point, 1.0).name
 
     def verdict(self, point: Outcome, figure: str) -> Verdict:
         """Disaggregated against replicated, over the rounds."""
@@ -84,8 +85,8 @@ class Checked:
         logs = []
         for run in self.comparison.valid(self.name(point), REPLICATED):
             times = [one.arrival_s for one in arrivals(run.workload, run.seed)]
-            ours = replay.disaggregated(self.cluster, point.point, times)
-            theirs = replay.replicated(self.cluster, point.point, times)
+            ours = simulation.disaggregated(self.cluster, point.point, times)
+            theirs = simulation.replicated(self.cluster, point.point, times)
             logs.append(math.log(getattr(ours, figure) / getattr(theirs, figure)))
         return math.exp(statistics.fmean(logs))
 
@@ -115,14 +116,14 @@ def checked(
     most_e2e = SHORT_MOST_E2E_S if live.short else MOST_E2E_S
     for stretch in STRETCHES:  # a machine that is slow today takes longer for the same points
         window, longest_e2e = first_window * stretch, most_e2e * stretch
-        found = breakevencheck.candidates(
+        found = breakeven_points.candidates(
             cluster,
             breakeven.lengths(LEAST_PROMPT, longest // 2),
             breakeven.lengths(LEAST_OUTPUT, MOST_OUTPUT),
             LOADS,
             Budget(window, longest_e2e, longest),
         )
-        points = breakevencheck.choose(found, count)
+        points = breakeven_points.choose(found, count)
         if len(points) == count:
             break
     assert len(points) == count, f"runs of {window:g} s can show {len(found)} points, {count} are wanted"
@@ -134,7 +135,7 @@ def checked(
             order = (replicated, disaggregated) if number % 2 == 0 else (disaggregated, replicated)
             for point in points:
                 seed += 1
-                asked = breakevencheck.workload(point, window)
+                asked = breakeven_points.workload(point, window)
                 for topology in order:
                     line.show(f"round {number + 1} of {live.rounds}, {said(asked.name)}, {topology.name}")
                     done = measure(engine, topology, asked, seed, number, shape)
@@ -242,7 +243,7 @@ def test_map_beside_what_was_measured(checked: Checked, live: Session, lab: Lab,
     measured = [1 + verdict.effect for verdict in verdicts["e2e_s"]]
     every = [point.ratio(figure) for figure in FIGURES for point in checked.points]
     seen = [1 + verdict.effect for figure in FIGURES for verdict in verdicts[figure]]
-    tau, tau_of_all = (breakevencheck.concordance(*pair) for pair in ((predicted, measured), (every, seen)))
+    tau, tau_of_all = (breakeven_points.concordance(*pair) for pair in ((predicted, measured), (every, seen)))
     record.numbers("map, mean E2E: order of points kept (Kendall's tau)", [tau], "-1 to 1", what="points")
     record.numbers("map, all ratios: order kept (Kendall's tau)", [tau_of_all], "-1 to 1", what="points")
     draw(record, checked, lab, verdicts["e2e_s"])
@@ -279,7 +280,7 @@ def record_point(
         record.numbers(
             f"{NAMES[figure]}, {name}", values[arm], "s", arm=arm, command=runs[0].command, note=note
         )
-    stance = breakevencheck.agreement(point.ratio(figure), verdict)
+    stance = breakeven_points.agreement(point.ratio(figure), verdict)
     decided = f", decided by {point.decided_by}" if figure == "e2e_s" else ""
     record.numbers(
         f"ratio of {NAMES[figure]}, {name}",
@@ -355,7 +356,7 @@ def test_predicted_map_of_the_lab_file(lab: Lab, record: Recorder) -> None:
         pytest.skip("NO-SPEED: the lab file has no [speed], so there is nothing to predict from")
     if lab.transport.link_gbit_s is None:
         pytest.skip("NO-LINK-RATE: the lab file gives no link_gbit_s, so the time of a transfer is not known")
-    found = breakevenmap.predict(lab, loads=HOSTLESS_LOADS, efficiency=Efficiency())
+    found = breakeven_map.predict(lab, loads=HOSTLESS_LOADS, efficiency=Efficiency())
     note = "; ".join(found.assumptions)
     for load, cells in found.outcomes.items():
         won = [one.ratio() for one in cells.values() if one.wins]

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import breakeven, breakevencheck, goodput, ledger
-from disagglab.breakevencheck import Agreement, Budget
+from disagglab import ledger
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
 from disagglab.config.schema import Lab, SloSection
-from disagglab.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
+from disagglab.predict import breakeven, breakeven_points, goodput
+from disagglab.predict.breakeven_points import Agreement, Budget
+from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
@@ -170,7 +171,7 @@ def test_predicted_win_and_loss_of_goodput_are_not_refuted(
     refuted = []
     for (kind, verdict), p_adjusted in zip(verdicts.items(), adjusted, strict=True):
         point = chosen.points[kind]
-        stance = breakevencheck.agreement(1 / point.ratio, verdict)  # there lower is better
+        stance = breakeven_points.agreement(1 / point.ratio, verdict)  # there lower is better
         store.add(verdict_row(chosen, kind, slo, verdict, stance, p_adjusted))
         record_point(record, chosen, kind, promise, verdict, stance)
         record_limits(record, chosen, kind, slo)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import blockpool, ledger, moved, scatter, transfertrace
+from disagglab import blockpool, ledger, moved, transfertrace
 from disagglab.blockpool import Ageing
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
@@ -29,6 +29,7 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.moved import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
+from disagglab.predict import scattered_reads
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run, VerdictRow
 from disagglab.results.run_folder import Store
@@ -86,7 +87,7 @@ def settings(
     found = Settings(
         arms,
         blockpool.workloads(lab, pool, live.short),
-        worst=lambda arm, tokens: scatter.descriptors(blocks[arm.name], tokens, arm.version),
+        worst=lambda arm, tokens: scattered_reads.descriptors(blocks[arm.name], tokens, arm.version),
         made={arm.name: [] for arm in arms},
     )
     earlier = {arm.name: logged_by(arm) for arm in arms}

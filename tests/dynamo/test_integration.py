@@ -22,15 +22,15 @@ from disagglab.dynamo import HIT_RATE, KV, ROUND_ROBIN, body
 from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.errors import InvalidRun
-from disagglab.hitforecast import Forecast, forecast
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
 from disagglab.model import Model
+from disagglab.predict.hitforecast import Forecast, forecast
+from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.session import Session
-from disagglab.strategy import STRATEGIES
 from disagglab.topology import Topology
 
 SEED = 11  # of the order of requests

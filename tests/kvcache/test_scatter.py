@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import nixlprobe, scatter
+from disagglab import nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.hosts import Hosts
 from disagglab.nixlprobe import Read
+from disagglab.predict import scattered_reads
 from disagglab.results.recorder import Recorder
 from disagglab.session import Session
 
@@ -126,7 +127,7 @@ def test_time_is_latency_plus_pieces_plus_bytes(
     being one as for its bytes; blocks below it are what makes transfers slow.
     """
     rows, command = scattered
-    found = scatter.fit(scatter.points(rows))
+    found = scattered_reads.fit(scattered_reads.points(rows))
     note = f"worst factor {found.worst_factor:.2f}, median {found.median_factor:.2f}, {found.points} points"
     constants = (("latency", found.latency_s * 1e3, "ms"), ("time per piece", found.per_piece_s * 1e6, "us"))
     for name, value, unit in constants:

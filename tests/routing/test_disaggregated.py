@@ -19,11 +19,11 @@ import pytest
 from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue
+from disagglab.predict.strategies import STRATEGIES, Strategy
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger
 from disagglab.routing import Finisher, require_no_failure
 from disagglab.session import Session
-from disagglab.strategy import STRATEGIES, Strategy
 from disagglab.talk import Talk, talk
 from disagglab.topology import Deployment, Topology
 

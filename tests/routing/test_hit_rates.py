@@ -21,14 +21,14 @@ import pytest
 from disagglab import client, ledger, routing
 from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
-from disagglab.hitforecast import Forecast, forecast, replay
+from disagglab.predict.hitforecast import Forecast, forecast, replay
+from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.routing import Arm, Size, run_arm
 from disagglab.session import Session
 from disagglab.stats.verdict import Direction, judge
-from disagglab.strategy import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.topology import Deployment
 
 SEED = 7  # of the order of requests in the first round; each round has its own

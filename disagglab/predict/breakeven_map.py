@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from disagglab import breakeven, roofline
-from disagglab.breakeven import Cluster, Outcome, Side, lengths
 from disagglab.config.schema import Lab, SpeedSection
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.roofline import Efficiency
+from disagglab.predict import breakeven, roofline
+from disagglab.predict.breakeven import Cluster, Outcome, Side, lengths
+from disagglab.predict.roofline import Efficiency
 
 BITS = 8
 LEAST_PROMPT, LEAST_OUTPUT, MOST_OUTPUT = 128, 16, 2048  # tokens; the corners of the map

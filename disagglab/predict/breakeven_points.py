@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from disagglab import breakeven
-from disagglab.breakeven import Cluster, Outcome, Point
 from disagglab.config.workload import Workload
+from disagglab.predict import breakeven
+from disagglab.predict.breakeven import Cluster, Outcome, Point
 from disagglab.stats.verdict import Verdict
 
 MOST_USE = 0.85  # of any station; nearer to 1 a short run is far from equilibrium

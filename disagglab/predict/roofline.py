@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagglab.breakeven import Prefill, Speeds, Step
 from disagglab.config.schema import SpeedSection
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv import attention
 from disagglab.kv.attention import HIDDEN, Config
 from disagglab.kv.shape import DTYPES, KvShape
+from disagglab.predict.breakeven import Prefill, Speeds, Step
 
 FLOP = 2  # a multiplication and an addition for each weight and token
 # Decoders whose feed-forward part is three matrices (gate, up, down), all used by every token.

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagglab.breakeven import Prefill, Speeds, Step
+from disagglab.predict.breakeven import Prefill, Speeds, Step
 from disagglab.results.records import Run
 from disagglab.stats.linefit import LineFit
 

@@ -2,7 +2,7 @@
 request, and at which points most clearly.
 
 A mean cannot tell it, because a limit divides requests, not means. So the break-even model is advanced step
-by step (disagglab/replay.py) through arrivals that are drawn as the load draws them, each request is held
+by step (disagglab/predict/simulation.py) through arrivals that are drawn as the load draws them, each request is held
 against the limits, and what the seeds say is judged like rounds that were measured. docs/break-even.md.
 """
 
@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from disagglab import breakeven, breakevencheck, replay
-from disagglab.breakeven import Cluster, Point
-from disagglab.breakevencheck import MOST_REQUESTS, MOST_USE, Budget
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Workload
-from disagglab.replay import Served
+from disagglab.predict import breakeven, breakeven_points, simulation
+from disagglab.predict.breakeven import Cluster, Point
+from disagglab.predict.breakeven_points import MOST_REQUESTS, MOST_USE, Budget
+from disagglab.predict.simulation import Served
 from disagglab.results import metrics
 from disagglab.results.records import Run
 from disagglab.stats.verdict import Verdict, judge
@@ -152,7 +152,7 @@ class Forecast:
     @property
     def workload(self) -> Workload:
         """The run that measures it."""
-        return breakevencheck.open_loop(self.name, self.point, self.window_s)
+        return breakeven_points.open_loop(self.name, self.point, self.window_s)
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -194,10 +194,10 @@ def forecast(
     cluster: Cluster, point: Point, load: float, slo: SloSection, window_s: float, seeds: Sequence[int]
 ) -> Forecast:
     """A point, predicted for the arrivals that the load would draw from these seeds."""
-    asked = breakevencheck.open_loop("forecast", point, window_s)
+    asked = breakeven_points.open_loop("forecast", point, window_s)
     times = [[one.arrival_s for one in arrivals(asked, seed)] for seed in seeds]
-    theirs = tuple(replay.by_replicas(cluster, point, one) for one in times)
-    ours = tuple(replay.by_prefill_and_decode(cluster, point, one) for one in times)
+    theirs = tuple(simulation.by_replicas(cluster, point, one) for one in times)
+    ours = tuple(simulation.by_prefill_and_decode(cluster, point, one) for one in times)
     sides = (breakeven.replicated(cluster, point), breakeven.disaggregated(cluster, point))
     replicas, apart = (max(side.use.values()) for side in sides)
     return Forecast(point, load, window_s, slo, Arms(theirs, ours), (replicas, apart))

@@ -1,7 +1,7 @@
 """Which share of the prompts' tokens servers find in their prefix caches, before anything has run.
 
 Requests are replayed one at a time on models of the servers' caches (:mod:`disagglab.kv.prefixcache`), placed as
-a strategy would place them (:mod:`disagglab.strategy`).
+a strategy would place them (:mod:`disagglab.predict.strategies`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.prefixcache import Request as Request
-from disagglab.strategy import Strategy
+from disagglab.predict.strategies import Strategy
 
 SEEDS = 1000
 TAIL = 0.005  # left out at each end: the central 99 %
@@ -68,7 +68,7 @@ def forecast(
     not turn into the tokens that were sampled, and one block or the other may be found less or more.
 
     Args:
-        strategy: one of :data:`disagglab.strategy.STRATEGIES`.
+        strategy: one of :data:`disagglab.predict.strategies.STRATEGIES`.
         requests: in the order in which they will be sent, one at a time.
         workers: number of equal servers.
         blocks: ``num_gpu_blocks`` of each.
