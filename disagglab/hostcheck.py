@@ -1,7 +1,7 @@
 """What a host of a lab should hold to take part, beside what it holds: machine, Python, files, environments.
 
 A host's own Python is asked, by one program that needs nothing there and changes nothing; all judgement is
-here, by the checks and the stamps of set-up (disagglab/machine.py, environment.py).
+here, by the checks and the stamps of set-up (disagglab/install/requirements.py, environment.py).
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagglab import environment, machine, release
+from disagglab import release
 from disagglab.config.schema import HostSection, Lab
-from disagglab.environment import Plan
 from disagglab.errors import StartError
 from disagglab.facts import VERSIONS_PROGRAM
-from disagglab.machine import GB, SetupError
+from disagglab.install import environments as install_environments
+from disagglab.install import requirements
+from disagglab.install.environments import Plan
+from disagglab.install.requirements import GB, SetupError
+from disagglab.install.setup import DISK_BYTES
 from disagglab.parcel import Comparison, Parcel
 from disagglab.paths import ROOT
-from disagglab.setup import DISK_BYTES
 
 READY = "ready"
 NOT_OURS = "a folder that set-up did not make"
@@ -70,7 +72,7 @@ print(json.dumps({{
     "glibc": [int(part) for part in version.split(".")[:2]] if name == "glibc" else None,
     "python": list(sys.version_info[:3]),
     "missing_modules": [m for m in ("venv", "ensurepip") if importlib.util.find_spec(m) is None],
-    "missing_libraries": [l for l in {tuple(machine.SYSTEM_LIBRARIES)!r} if not loads(l)],
+    "missing_libraries": [l for l in {tuple(requirements.SYSTEM_LIBRARIES)!r} if not loads(l)],
     "gpu": gpu(),
     "free_bytes": shutil.disk_usage(there).free,
     "environments": {{
@@ -182,12 +184,12 @@ class Wanted:
         """
         main = found.environments.get(".venv")
         recorded = (main.stamp or {}).get("platform", "") if main else ""
-        platform = machine.choose_platform(self.platform(host), recorded, lambda: found.gpu)
+        platform = requirements.choose_platform(self.platform(host), recorded, lambda: found.gpu)
         suite = Plan(ROOT, platform, f"{found.python[0]}.{found.python[1]}")
         if not self.makes_servers(host):
             return (suite,)
         try:
-            return environment.plans(suite, self.version, lambda _: None)
+            return install_environments.plans(suite, self.version, lambda _: None)
         except SetupError as error:
             raise StartError(f"{host.name}: {error}") from error
 
@@ -206,14 +208,14 @@ def judge(want: Wanted, host: HostSection, found: Found, files: Comparison) -> l
 
 def _machine(host: HostSection, found: Found, platform: str, unfinished: bool) -> Iterator[Row]:
     """Whether set-up can run there: the checks that it makes itself, before anything is copied."""
-    version, glibc = found.python[:2], machine.OLDEST_GLIBC
+    version, glibc = found.python[:2], requirements.OLDEST_GLIBC
     seen = f"{found.system} on {found.machine}" + (
         f", glibc {found.glibc[0]}.{found.glibc[1]}" if found.glibc else ""
     )
-    expected = f"linux on {' or '.join(machine.MACHINES)}, glibc {glibc[0]}.{glibc[1]} or newer"
-    check = _refusal(lambda: machine.check_machine(found.system, found.machine, found.glibc))
+    expected = f"linux on {' or '.join(requirements.MACHINES)}, glibc {glibc[0]}.{glibc[1]} or newer"
+    check = _refusal(lambda: requirements.check_machine(found.system, found.machine, found.glibc))
     yield Row(host.name, "machine", expected, seen, check, blocks=bool(check))
-    low, high = machine.OLDEST_PYTHON, machine.NEWEST_PYTHON
+    low, high = requirements.OLDEST_PYTHON, requirements.NEWEST_PYTHON
     expected = f"Python {low[0]}.{low[1]} to {high[0]}.{high[1]} with venv"
     seen = f"{host.python} is {'.'.join(map(str, found.python))}"
     mend = ""
@@ -224,10 +226,12 @@ def _machine(host: HostSection, found: Found, platform: str, unfinished: bool) -
         mend = f"apt-get install python{version[0]}.{version[1]}-venv there"
     yield Row(host.name, "Python", expected, seen, mend, blocks=bool(mend))
     if platform == "cpu":
-        packages = [machine.SYSTEM_LIBRARIES[library] for library in found.missing_libraries]
+        packages = [requirements.SYSTEM_LIBRARIES[library] for library in found.missing_libraries]
         mend = f"apt-get install {' '.join(packages)} there" if packages else ""
         seen = f"without {', '.join(found.missing_libraries)}" if packages else "there"
-        yield Row(host.name, "libraries", ", ".join(machine.SYSTEM_LIBRARIES), seen, mend, blocks=bool(mend))
+        yield Row(
+            host.name, "libraries", ", ".join(requirements.SYSTEM_LIBRARIES), seen, mend, blocks=bool(mend)
+        )
     if unfinished:
         need = DISK_BYTES[platform]
         short = found.free_bytes < need
@@ -268,7 +272,7 @@ def _files(want: Wanted, host: HostSection, found: Found, files: Comparison) -> 
 
 def environment_row(want: Wanted, host: HostSection, found: Found, plan: Plan) -> Row:
     """An environment that set-up makes."""
-    version = environment.locked_version(plan)
+    version = install_environments.locked_version(plan)
     expected = f"vLLM {version} for {plan.platform}, Python {plan.python}, set up from the locks here"
     there = found.environments.get(plan.name, Environment(False, None, {}))
     state = state_of(there, plan.keys(found.root), version)

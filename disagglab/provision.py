@@ -1,6 +1,6 @@
 """Environments on the hosts of a lab, made over SSH: ``python -m disagglab provision --lab LAB``.
 
-A host gets the suite's files, and its own Python runs set-up there (disagglab/setup.py), with the locks that
+A host gets the suite's files, and its own Python runs set-up there (disagglab/install/setup.py), with the locks that
 are used here. docs/provision.md says what that needs.
 """
 
@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from disagglab import machine, parcel, release, wheels
+from disagglab import parcel, release, wheels
 from disagglab.agent.deputy import logs_folder
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab
-from disagglab.environment import Plan
 from disagglab.errors import ConfigError, LabError, Problem, StartError
 from disagglab.hostcheck import PROBE, Found, Row, Wanted, environment_row, judge, table
+from disagglab.install import requirements
+from disagglab.install.environments import Plan
 from disagglab.model import cache_folder
 from disagglab.parcel import Comparison, Parcel
 from disagglab.paths import ROOT
@@ -30,7 +31,7 @@ from disagglab.ssh import Connection, target
 PROBE_LIMIT_S = 120.0  # three Pythons that list their packages, on a disk that was asleep
 SETUP_LIMIT_S = 7200.0  # several GB over a slow network, for two environments
 WHEELS = ".wheels"  # in the host's folder
-NO_REGISTRY = "package registry cannot be reached"  # in set-up's message (disagglab/setup.py)
+NO_REGISTRY = "package registry cannot be reached"  # in set-up's message (disagglab/install/setup.py)
 SETUP_PREFIX = re.compile(r"^set-up \[ *\d+ s\] *(… )?")
 
 
@@ -188,12 +189,12 @@ def _working(want: Wanted, host: HostSection, connection: Connection) -> Iterato
 
 def _platform(want: Wanted, host: HostSection) -> dict[str, str]:
     platform = want.platform(host)
-    return {machine.PLATFORM_VARIABLE: platform} if platform else {}
+    return {requirements.PLATFORM_VARIABLE: platform} if platform else {}
 
 
 def set_up_command(want: Wanted, host: HostSection, root: str) -> list[str]:
     """What makes the environments on a host, in the folder ``root`` there."""
-    program = [host.python, "-m", "disagglab.setup"]
+    program = [host.python, "-m", "disagglab.install.setup"]
     servers = ["--vllm", want.version] if want.makes_servers(host) else []
     return ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", root, *program, *servers]
 

@@ -11,8 +11,8 @@ import httpx
 
 from disagglab.config.checks import ports_needed
 from disagglab.config.schema import HostSection, Lab
-from disagglab.environment import environment_python
 from disagglab.errors import ConfigError, Problem, StartError
+from disagglab.install.environments import environment_python
 from disagglab.kv.layout import RULE_MEND, has_rule
 from disagglab.paths import ROOT
 

@@ -12,10 +12,10 @@ import pytest
 
 from disagglab import etcd, nats
 from disagglab.config.schema import Lab
-from disagglab.environment import dynamo_python
 from disagglab.errors import LabError
 from disagglab.etcd import EtcdServer
 from disagglab.hosts import Hosts
+from disagglab.install.environments import dynamo_python
 from disagglab.nats import NatsServer
 from disagglab.results.run_folder import Store
 

@@ -20,9 +20,9 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from disagglab.agent.process import OwnedProcess
-from disagglab.environment import Plan, Step
 from disagglab.errors import LabError
-from disagglab.setup import NOT_FOUND
+from disagglab.install.environments import Plan, Step
+from disagglab.install.setup import NOT_FOUND
 
 DOWNLOAD_LIMIT_S = 7200.0  # CUDA wheels are several GB
 STEP = 20  # wheels between two lines of progress
@@ -79,7 +79,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Pins:
-    """The pins of one step that a host needs. ``fallback_index``: see :class:`disagglab.environment.Step`."""
+    """The pins of one step that a host needs. ``fallback_index``: see :class:`disagglab.install.environments.Step`."""
 
     what: str
     requirements: tuple[Requirement, ...]

@@ -22,13 +22,13 @@ from packaging.requirements import Requirement
 from disagglab import hostcheck, parcel, provision, wheels
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection
-from disagglab.environment import Plan, Stamp
 from disagglab.errors import ConfigError, LabError, StartError
 from disagglab.hostcheck import READY, Environment, Found, Row, Wanted, judge, state_of, table
-from disagglab.machine import GB
+from disagglab.install.environments import Plan, Stamp
+from disagglab.install.requirements import GB
+from disagglab.install.setup import NOT_FOUND, Result, failure
 from disagglab.parcel import MANIFEST, Comparison, Parcel
 from disagglab.progress import ProgressLine
-from disagglab.setup import NOT_FOUND, Result, failure
 from disagglab.wheels import Target
 
 SPARK = Target("aarch64", (2, 39), (3, 12, 3))
@@ -483,7 +483,14 @@ def test_a_bare_host_is_provisioned_once_and_then_left_alone(
     rows = [row for row in provision.provision(want, silent) if row.host == "node"]
     assert missing(rows) == []
     ((argv, env),) = remote.started
-    assert argv[4:] == [str(home / "disagg-lab"), sys.executable, "-m", "disagglab.setup", "--vllm", "0.31.0"]
+    assert argv[4:] == [
+        str(home / "disagg-lab"),
+        sys.executable,
+        "-m",
+        "disagglab.install.setup",
+        "--vllm",
+        "0.31.0",
+    ]
     assert env == {"DISAGGLAB_PLATFORM": "cpu"}
     assert (home / "disagg-lab" / "disagglab" / "setup.py").read_text() == "print('set-up')\n"
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from disagglab.environment import TORCH_INDEX, Plan, Stamp
-from disagglab.machine import (
+from disagglab.install.environments import TORCH_INDEX, Plan, Stamp
+from disagglab.install.requirements import (
     GB,
     SetupError,
     check_disk,
@@ -28,8 +28,7 @@ from disagglab.machine import (
     check_python,
     choose_platform,
 )
-from disagglab.paths import ROOT
-from disagglab.setup import (
+from disagglab.install.setup import (
     NOT_FOUND,
     Result,
     command_environment,
@@ -40,6 +39,7 @@ from disagglab.setup import (
     runner,
     set_up,
 )
+from disagglab.paths import ROOT
 
 PIP_LACKS_TORCH = Result(1, f"ERROR: {NOT_FOUND} for torch==2.13.0+cpu")
 PIP_OFFLINE = Result(
@@ -81,7 +81,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
         (alias.parent / name).write_text("# head\npackage==1\n")
     for folder in (tmp_path, alias):
         (folder / "pyproject.toml").write_text("[project]\n")
-    monkeypatch.setattr("disagglab.setup.DISK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("disagglab.install.setup.DISK_BYTES", {"cpu": 0, "cuda": 0})
     return Plan(tmp_path, "cpu", "3.11")
 
 
@@ -262,7 +262,7 @@ def test_environment_of_somebody_else_is_left_alone(plan: Plan) -> None:
 
 def test_full_disk_is_found_before_anything_is_deleted(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     set_up(plan, Pip(), quiet)
-    monkeypatch.setattr("disagglab.setup.DISK_BYTES", {"cpu": 10**18})
+    monkeypatch.setattr("disagglab.install.setup.DISK_BYTES", {"cpu": 10**18})
     (plan.root / "requirements" / "cpu.txt").write_text("# changed\n")
     with pytest.raises(SetupError, match="GB are free"):
         set_up(plan, Pip(), quiet)
@@ -310,7 +310,7 @@ def test_pip_is_not_redirected_by_the_users_environment(tmp_path: Path) -> None:
 
 
 def test_runner_shows_life_and_keeps_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagglab.setup.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("disagglab.install.setup.HEARTBEAT_S", 0.05)
     told: list[str] = []
     program = "import time; print('Collecting vllm', flush=True); time.sleep(0.4); print('ended'); exit(3)"
     with only_one(tmp_path / "lock", quiet) as lock:
@@ -338,7 +338,7 @@ def test_second_set_up_waits_for_the_first(tmp_path: Path) -> None:
 
 def test_set_up_needs_the_standard_library_alone() -> None:
     """A bare Python runs it: no site-packages, so nothing that pip installs can be imported."""
-    program = "import sys, disagglab.setup; print(*{name.split('.')[0] for name in sys.modules})"
+    program = "import sys, disagglab.install.setup; print(*{name.split('.')[0] for name in sys.modules})"
     argv = [sys.executable, "-S", "-E", "-c", program]
     loaded = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     foreign = {name for name in loaded if name not in sys.stdlib_module_names} - {"__main__", "disagglab"}

@@ -17,10 +17,10 @@ import packaging
 import pytest
 from packaging.requirements import Requirement
 
-from disagglab.environment import DYNAMO, DYNAMO_PROOF, Overlay, Plan, Stamp, dynamo_python, plans
-from disagglab.machine import SetupError
+from disagglab.install.environments import DYNAMO, DYNAMO_PROOF, Overlay, Plan, Stamp, dynamo_python, plans
+from disagglab.install.requirements import SetupError
+from disagglab.install.setup import Result, is_complete, set_up
 from disagglab.paths import ROOT
-from disagglab.setup import Result, is_complete, set_up
 
 
 class Pip:
@@ -52,8 +52,8 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     for name in ("cpu.txt", "torch-cpu.txt", "model.txt", "dynamo.txt", "vllm-alias/pyproject.toml"):
         (folder / name).write_text("# head\npackage==1\n")
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    monkeypatch.setattr("disagglab.setup.DISK_BYTES", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr("disagglab.setup.OVERLAY_BYTES", 0)
+    monkeypatch.setattr("disagglab.install.setup.DISK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("disagglab.install.setup.OVERLAY_BYTES", 0)
     return Plan(tmp_path, "cpu", "3.11")
 
 
@@ -148,7 +148,7 @@ def test_interrupted_set_up_starts_over_and_says_how_to_repeat_it(overlay: Plan)
 
 
 def test_full_disk_is_said_for_what_dynamo_needs(overlay: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("disagglab.setup.OVERLAY_BYTES", 10**18)
+    monkeypatch.setattr("disagglab.install.setup.OVERLAY_BYTES", 10**18)
     with pytest.raises(SetupError, match="set-up needs 1000000000 GB"):
         set_up(overlay, Pip(), quiet)
     assert not overlay.venv.exists()
@@ -235,7 +235,7 @@ def test_makefile_asks_for_dynamo_where_it_is_needed_and_nowhere_else() -> None:
         argv = ["make", "--dry-run", "PYTHON=python3", *arguments]
         return subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout
 
-    asked = {goal: "disagglab.setup  --dynamo" in shown(*goal.split()) for goal in
+    asked = {goal: "disagglab.install.setup  --dynamo" in shown(*goal.split()) for goal in
              ("setup DYNAMO=1", "lab-dynamo", "test-dynamo", "setup", "lab", "test")}  # fmt: skip
     assert asked == {
         "setup DYNAMO=1": True,

@@ -20,7 +20,7 @@ import packaging
 import pytest
 from packaging.requirements import Requirement
 
-from disagglab.environment import (
+from disagglab.install.environments import (
     DISTRIBUTION,
     SERVERS_PROOF,
     Plan,
@@ -29,9 +29,9 @@ from disagglab.environment import (
     locked_version,
     plans,
 )
-from disagglab.machine import SetupError
+from disagglab.install.requirements import SetupError
+from disagglab.install.setup import Result, failure, is_complete, set_up
 from disagglab.paths import ROOT
-from disagglab.setup import Result, failure, is_complete, set_up
 
 LOCKS = sorted((ROOT / "requirements").glob("vllm-*-*.txt"))
 ALIAS = (ROOT / "requirements" / "vllm-alias" / "pyproject.toml").read_text()
@@ -82,7 +82,7 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     }.items():
         (folder / name).write_text(pins)
     (tmp_path / "pyproject.toml").write_text("[project]\n")
-    monkeypatch.setattr("disagglab.setup.DISK_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr("disagglab.install.setup.DISK_BYTES", {"cpu": 0, "cuda": 0})
     return Plan(tmp_path, "cpu", "3.11")
 
 
@@ -278,8 +278,8 @@ def test_makefile_passes_the_version_on(tmp_path: Path) -> None:
         argv = ["make", "--dry-run", "PYTHON=python3", *arguments]
         return subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout
 
-    assert '-m disagglab.setup --vllm "0.30.0" ||' in shown("setup", "VLLM=0.30.0")
-    assert '-m disagglab.setup --vllm "0.30.0" ||' in shown("selftest", "VLLM=0.30.0")
+    assert '-m disagglab.install.setup --vllm "0.30.0" ||' in shown("setup", "VLLM=0.30.0")
+    assert '-m disagglab.install.setup --vllm "0.30.0" ||' in shown("selftest", "VLLM=0.30.0")
     assert 'lock.py "uv" --vllm "0.30.0"' in shown("lock", "VLLM=0.30.0")
     assert "--vllm" not in shown("setup") + shown("lock")
 

@@ -1,6 +1,6 @@
 """The machine as set-up finds it: what cannot work is refused before anything is made, with its mend.
 
-Standard library alone, like disagglab/setup.py.
+Standard library alone, like disagglab/install/setup.py.
 """
 
 from __future__ import annotations

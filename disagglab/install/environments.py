@@ -1,6 +1,6 @@
 """The environments as they should be: ``.venv``, one for the servers of each other vLLM version, Dynamo's.
 
-Standard library alone, like disagglab/setup.py, which makes them.
+Standard library alone, like disagglab/install/setup.py, which makes them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, Mapping, Sequence  # noqa: UP035 - set-up may be started by an older Python
 
-from disagglab.machine import SetupError
+from disagglab.install.requirements import SetupError
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 PROOF = "import torch, vllm, nixl_cu13._api; from importlib.metadata import version; version('vllm')"

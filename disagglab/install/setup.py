@@ -1,10 +1,10 @@
 """Makes ``.venv``: chooses the platform, installs the pinned packages, proves that they import.
 
-    python3 -m disagglab.setup [--vllm X.Y.Z] [--dynamo]
+    python3 -m disagglab.install.setup [--vllm X.Y.Z] [--dynamo]
 
 With ``--vllm`` also ``.venvs/vllm-X.Y.Z``, which holds what servers of another vLLM version need, and of the
 suite only ``disagglab`` itself. With ``--dynamo`` also an environment for Dynamo on top of ``.venv``. What an
-environment should be is in disagglab/environment.py.
+environment should be is in disagglab/install/environments.py.
 
 Standard library alone, also in what it imports, because it runs before anything is installed, possibly on a
 Python that is too old for the rest. The Makefile calls it before every target; when nothing has changed it
@@ -28,9 +28,9 @@ import time
 from pathlib import Path
 from typing import Callable, Iterator, Mapping, NamedTuple, Sequence  # noqa: UP035
 
-from disagglab.environment import DYNAMO, Overlay, Plan, Stamp, Step, plans
-from disagglab.environment import environment_python as environment_python
-from disagglab.machine import (
+from disagglab.install.environments import DYNAMO, Overlay, Plan, Stamp, Step, plans
+from disagglab.install.environments import environment_python as environment_python
+from disagglab.install.requirements import (
     GB,
     PLATFORM_VARIABLE,
     SetupError,
@@ -289,7 +289,7 @@ def bring_up(plan: Plan, tell: Callable[[str], None]) -> None:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Set up; 0 when all is complete, 2 with one message when it cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m disagglab.setup", description="Makes .venv.")
+    parser = argparse.ArgumentParser(prog="python -m disagglab.install.setup", description="Makes .venv.")
     parser.add_argument(
         "--vllm", default="", metavar="X.Y.Z", help="also .venvs/vllm-X.Y.Z, for servers of that version"
     )
