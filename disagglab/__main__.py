@@ -254,8 +254,8 @@ def _predict(arguments: argparse.Namespace) -> str:
 
 
 def _provision(arguments: argparse.Namespace) -> int:
-    from disagglab import hostcheck, provision
     from disagglab.config import labs
+    from disagglab.hosts.provision import audit, provision
 
     want = provision.wanted(
         labs.load_lab(arguments.lab), arguments.vllm, arguments.host, arguments.offline, arguments.wheels
@@ -270,7 +270,7 @@ def _provision(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was started on the host has ended", file=sys.stderr)
         return INTERRUPTED
-    print("\n".join(hostcheck.table(rows)))
+    print("\n".join(audit.table(rows)))
     return MISSING if any(row.missing for row in rows) else 0
 
 

@@ -24,9 +24,9 @@ import httpx
 from disagglab import client
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
-from disagglab.host import Host
+from disagglab.hosts.host import Host
+from disagglab.hosts.weights import Model
 from disagglab.metrics import PROCESS_START, scrape
-from disagglab.model import Model
 from disagglab.results.records import Snapshot
 from disagglab.router import Router
 from disagglab.server import GIB, HTTP_TIMEOUT_S, ServerPlan, VllmServer, events_config, plan_engine

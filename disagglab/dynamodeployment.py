@@ -34,8 +34,8 @@ from disagglab.dynamo import (
 )
 from disagglab.errors import InvalidRun, StartError
 from disagglab.etcd import EtcdClient, Listing
-from disagglab.hosts import Hosts
-from disagglab.model import Model
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.progress import ProgressLine
 from disagglab.server import POLL_S, await_process, require_memory
 from disagglab.topology import DISAGGREGATED, ROUTED, Topology

@@ -14,9 +14,9 @@ from disagglab.config.schema import Lab, NodeSection
 from disagglab.dynamo import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
 from disagglab.dynamodeployment import DynamoDeployment
 from disagglab.etcd import EtcdServer
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.install.environments import dynamo_python
-from disagglab.model import Model
 from disagglab.session import Session
 from disagglab.topology import DISAGGREGATED, Topology
 

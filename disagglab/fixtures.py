@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from disagglab import facts, model
 from disagglab.calibration import Calibration, calibrate
 from disagglab.comparison import (
     Comparison,
@@ -23,11 +22,12 @@ from disagglab.config import variant
 from disagglab.config.labs import check_against_model
 from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
-from disagglab.hosts import Hosts
+from disagglab.hosts import facts
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model, find
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.model import Model
 from disagglab.plugin import SESSION, module_of
 from disagglab.results import resume
 from disagglab.results.recorder import Recorder, timing_into
@@ -74,7 +74,7 @@ def shape(lab: Lab) -> KvShape:
     if lab.model.id in modelconfig.shipped():
         config = modelconfig.shipped_config(lab.model.id)
     else:
-        config = model.find(lab).config
+        config = find(lab).config
     return attention.shape(config, lab.kv_dtype, lab.model.id)
 
 
@@ -103,7 +103,7 @@ def hosts(live: Session) -> Iterator[Hosts]:
 def weights(live: Session) -> Model:
     """The model on disk; converted first if a package ships it in another format."""
     with live.uncaptured():
-        found = model.find(live.lab, live.progress("model"))
+        found = find(live.lab, live.progress("model"))
     check_against_model(live.lab, found.max_positions)
     live.store.write_meta(model=found.name)
     return found

@@ -13,7 +13,7 @@ from typing import Any
 from disagglab.config.arrivals import MAIN, STEADY, arrivals, write
 from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
-from disagglab.host import Host, HostProcess
+from disagglab.hosts.host import Host, HostProcess
 from disagglab.results.records import ClientLoad, Run
 from disagglab.server import read_tail
 from disagglab.topology import Topology

@@ -17,7 +17,7 @@ import httpx
 
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
-from disagglab.host import Host, HostProcess
+from disagglab.hosts.host import Host, HostProcess
 from disagglab.server import HTTP_TIMEOUT_S, await_process
 
 MEND = "make setup DYNAMO=1"

@@ -28,8 +28,8 @@ from disagglab.variables import TRACE_VARIABLE
 
 if TYPE_CHECKING:
     from disagglab.config.schema import Lab, NodeSection
-    from disagglab.host import HostProcess
-    from disagglab.hosts import Hosts
+    from disagglab.hosts.host import HostProcess
+    from disagglab.hosts.hosts import Hosts
 
 DEADLINE_S = 60.0
 POLL_S = 0.1

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from disagglab import facts, madehost, release, remote, routing, shaping
+from disagglab import routing
 from disagglab.config import variant
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab, NodeSection, VariantSection
-from disagglab.host import HostProcess
+from disagglab.hosts import facts, namespaces, release, remote, shaping
+from disagglab.hosts.host import HostProcess
+from disagglab.hosts.ssh import Target, target
+from disagglab.hosts.weights import PACKAGE_PREFIX, Model
 from disagglab.load import HASH_SEED, bench_options
-from disagglab.model import PACKAGE_PREFIX, Model
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.router import Hearing, Router, router_argv
 from disagglab.server import ServerPlan, VllmServer, plan_server
-from disagglab.ssh import Target, target
 from disagglab.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, TOPOLOGIES, Topology
 
 LOCAL = "local"
@@ -263,12 +264,14 @@ def _made(lab: Lab) -> Iterator[str]:
     nodes = [lab.nodes_on(host.name)[0] for host in made]
     for host in made:
         yield f"# made host {host.name}: namespaces and an SSH server{_bound(host.cpus)}"
-        yield shlex.join([*madehost.UNSHARE, "sh", "-c", madehost.BOOT, "sh", host.name, "/usr/sbin/sshd"])
+        yield shlex.join(
+            [*namespaces.UNSHARE, "sh", "-c", namespaces.BOOT, "sh", host.name, "/usr/sbin/sshd"]
+        )
     yield "# their links"
-    for line in madehost.outer_script(nodes, cast(Sequence[int], [f"PID-{host.name}" for host in made])):
+    for line in namespaces.outer_script(nodes, cast(Sequence[int], [f"PID-{host.name}" for host in made])):
         yield f"ip {line}"
     for host, node in zip(made, nodes, strict=True):
-        for line in madehost.inner_script(node):
+        for line in namespaces.inner_script(node):
             yield f"nsenter --net=/proc/PID-{host.name}/ns/net -- ip {line}"
 
 
@@ -276,7 +279,7 @@ def _connection(lab: Lab, section: HostSection, nodes: Sequence[NodeSection]) ->
     if section.namespace:
         update = {
             "address": nodes[0].address,
-            "port": madehost.SSH_PORT,
+            "port": namespaces.SSH_PORT,
             "user": "root",
             "key_file": "SCRATCH/client_key",
             "known_hosts": "SCRATCH/known_hosts",
@@ -375,7 +378,7 @@ def _lookups(lab: Lab, section: HostSection | None, nodes: Sequence[NodeSection]
     python = (
         server_python(lab, nodes[0]) if nodes and section.environments else suite_python(lab, section.name)
     )
-    argv = [python, "-m", "disagglab.model", lab.model.model_dump_json(), lab.file]
+    argv = [python, "-m", "disagglab.hosts.weights", lab.model.model_dump_json(), lab.file]
     yield "# where the model lies there"
     yield f"HF_HUB_OFFLINE=1 {shlex.join(argv)}"
 

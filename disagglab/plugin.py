@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import release
 from disagglab.config import variant
 from disagglab.config.labs import load_lab, on_workloads, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.hosts import release
 from disagglab.paths import REPORTS
 from disagglab.results import fingerprint, report, resume
 from disagglab.results.recorder import VIRTUAL_CLOCK

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 from disagglab.config.schema import Lab
-from disagglab.host import Host, HostProcess
+from disagglab.hosts.host import Host, HostProcess
 from disagglab.metrics import scrape
 from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Snapshot

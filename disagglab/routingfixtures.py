@@ -8,10 +8,10 @@ import pytest
 
 from disagglab import routing
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.model import Model
 from disagglab.session import Session
 from disagglab.topology import Deployment
 

@@ -15,7 +15,7 @@ from typing import Any
 from disagglab import nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.nixlprobe import Read
 from disagglab.predict import scattered_reads
 from disagglab.predict.scattered_reads import ScatterFit

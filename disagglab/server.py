@@ -16,9 +16,9 @@ import httpx
 
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
-from disagglab.host import Host, HostProcess
+from disagglab.hosts.host import Host, HostProcess
+from disagglab.hosts.weights import Model
 from disagglab.metrics import scrape
-from disagglab.model import Model
 from disagglab.results.records import Snapshot
 from disagglab.variables import CPUS_VARIABLE
 

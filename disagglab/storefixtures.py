@@ -14,7 +14,7 @@ from disagglab import etcd, nats
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.etcd import EtcdServer
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.install.environments import dynamo_python
 from disagglab.nats import NatsServer
 from disagglab.results.run_folder import Store

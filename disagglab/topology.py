@@ -12,10 +12,11 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from disagglab import boot, release
+from disagglab import boot
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.hosts import Hosts
-from disagglab.model import Model
+from disagglab.hosts import release
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.predict.strategies import Strategy
 from disagglab.progress import ProgressLine
 from disagglab.router import Hearing, Router, start_router

@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 import pytest
 
-from disagglab import madehost
 from disagglab.config.schema import HostSection
 from disagglab.errors import StartError
-from disagglab.remote import RemoteHost
-from disagglab.ssh import Connection, target
+from disagglab.hosts import namespaces
+from disagglab.hosts.remote import RemoteHost
+from disagglab.hosts.ssh import Connection, target
 
 DEADLINE_S = 20.0  # for conditions that hold within a second; only a failing test waits this long
 POLL_S = 0.02
@@ -340,9 +340,9 @@ def remote_host(sshd: SshServer, tmp_path: Path, standins: Standins) -> Iterator
 def may_make_hosts() -> None:
     """Skips where this user may not make hosts."""
     try:
-        madehost.require_programs()
+        namespaces.require_programs()
     except StartError as error:
         pytest.skip(f"NO-MADE-HOSTS: {error}")
-    argv = [*madehost.UNSHARE, "true"]
+    argv = [*namespaces.UNSHARE, "true"]
     if (tried := subprocess.run(argv, capture_output=True, text=True)).returncode != 0:
         pytest.skip(f"NO-MADE-HOSTS: {tried.stderr.strip()}")

@@ -23,7 +23,7 @@ from disagglab.agent import leftovers
 from disagglab.agent.deputy import Deputy, answer_to
 from disagglab.agent.supervisor import MEMORY_LOOK_S
 from disagglab.errors import InvalidRun, LabError, StartError, TransferError
-from disagglab.host import cores
+from disagglab.hosts.host import cores
 
 if TYPE_CHECKING:
     from conftest import Standins

@@ -23,7 +23,7 @@ import pytest
 
 from disagglab.agent import leftovers
 from disagglab.agent.deputy import LOGS_KEPT
-from disagglab.remote import bundle
+from disagglab.hosts.remote import bundle
 
 if TYPE_CHECKING:
     from conftest import Standins

@@ -33,9 +33,9 @@ from disagglab.dynamo import (
 )
 from disagglab.dynamodeployment import require_events
 from disagglab.errors import InvalidRun
-from disagglab.host import HostProcess
+from disagglab.hosts.host import HostProcess
+from disagglab.hosts.weights import Model
 from disagglab.metrics import PROCESS_START, parse
-from disagglab.model import Model
 from disagglab.topology import DISAGGREGATED, ROUTED, Topology
 
 PYTHON = "/opt/dynamo/bin/python"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import testinfra
 
-from disagglab import gpu
+from disagglab.hosts import gpu
 
 
 @pytest.mark.parametrize(

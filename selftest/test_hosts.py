@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from disagglab import hosts, release
 from disagglab.agent import leftovers
 from disagglab.agent.supervisor import Process, identify
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection, Lab
 from disagglab.errors import StartError
-from disagglab.hosts import Hosts
-from disagglab.model import Model
-from disagglab.remote import RemoteHost
+from disagglab.hosts import hosts, release
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.remote import RemoteHost
+from disagglab.hosts.weights import Model
 
 if TYPE_CHECKING:
     from conftest import SshServer, Standins
@@ -279,7 +279,7 @@ def test_a_model_is_looked_for_where_it_is_served(named: dict[str, str], python:
     assert found.model_on(lab.nodes[1], MODEL, "/opt/vllm/bin/python") == model
     assert found.model_on(lab.nodes[0], MODEL, "/opt/vllm/bin/python") == MODEL
     assert found.on_controller(MODEL) == MODEL
-    assert asked == [[python, "-m", "disagglab.model", lab.model.model_dump_json(), lab.file]]
+    assert asked == [[python, "-m", "disagglab.hosts.weights", lab.model.model_dump_json(), lab.file]]
 
 
 @pytest.mark.parametrize(

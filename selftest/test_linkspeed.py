@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import linkspeed
 from disagglab.errors import InvalidRun, StartError
-from disagglab.host import Host, local_host
-from disagglab.linkspeed import LinkBudget, LinkSpeed, Rail
-from disagglab.rdma import Device, Gid, PcieLink
+from disagglab.hosts import linkspeed
+from disagglab.hosts.host import Host, local_host
+from disagglab.hosts.linkspeed import LinkBudget, LinkSpeed, Rail
+from disagglab.hosts.rdma import Device, Gid, PcieLink
 
 ADDRESS = "127.0.0.1"
 PORTS = (23600, 23699)  # not those of a lab, which may be running

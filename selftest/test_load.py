@@ -15,7 +15,7 @@ import pytest
 from disagglab import load, loadworker
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.host import Host, local_host
+from disagglab.hosts.host import Host, local_host
 from disagglab.loadworker import keep_token_ids
 from disagglab.results import metrics
 from disagglab.results.records import Run

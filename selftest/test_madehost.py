@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from disagglab import madehost
 from disagglab.agent import leftovers
 from disagglab.config.schema import HostSection, NodeSection, control_peer
 from disagglab.errors import StartError
-from disagglab.host import Host, HostProcess, local_host
-from disagglab.remote import RemoteHost
-from disagglab.ssh import Connection, target
+from disagglab.hosts import namespaces
+from disagglab.hosts.host import Host, HostProcess, local_host
+from disagglab.hosts.remote import RemoteHost
+from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
     from conftest import Standins
@@ -89,7 +89,7 @@ class Pair:
     def make(self) -> Pair:
         """Make them, and connect."""
         sections = [HostSection(name=node.host, namespace=True, cpus=[CORE]) for node in NODES]
-        found, self.names = madehost.make(self.local, sections, {node.host: node for node in NODES})
+        found, self.names = namespaces.make(self.local, sections, {node.host: node for node in NODES})
         self.sections = list(found.values())
         for section in self.sections:
             self.remote.append(
@@ -265,14 +265,14 @@ def test_only_the_hosts_own_key_is_let_in(pair: Pair, tmp_path: Path) -> None:
 
 def no_root(patch: pytest.MonkeyPatch) -> None:
     """As any user."""
-    patch.setattr(madehost.os, "geteuid", lambda: 1000)
+    patch.setattr(namespaces.os, "geteuid", lambda: 1000)
 
 
 def no_sshd(patch: pytest.MonkeyPatch) -> None:
     """As on a machine without OpenSSH's server."""
-    stock = madehost.shutil.which
+    stock = namespaces.shutil.which
     patch.setattr(
-        madehost.shutil, "which", lambda name, path=None: None if name == "sshd" else stock(name, path=path)
+        namespaces.shutil, "which", lambda name, path=None: None if name == "sshd" else stock(name, path=path)
     )
 
 
@@ -287,7 +287,7 @@ def test_what_is_lacking_is_said_before_anything_starts(
     state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: Callable[..., None], message: str
 ) -> None:
     """Root, or a program: the message has the mend, and there is no process."""
-    monkeypatch.setattr(madehost.shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
+    monkeypatch.setattr(namespaces.shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
     lacking(monkeypatch)
     with pytest.raises(StartError, match=message):
         Pair(tmp_path).make()
@@ -299,8 +299,8 @@ def test_a_holder_that_cannot_be_shows_its_last_words(
     state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a container without the right, say: what unshare said, and where the log is."""
-    monkeypatch.setattr(madehost, "require_programs", lambda: None)
-    monkeypatch.setattr(madehost, "UNSHARE", ("sh", "-c", "echo unshare: Operation not permitted; exit 1"))
+    monkeypatch.setattr(namespaces, "require_programs", lambda: None)
+    monkeypatch.setattr(namespaces, "UNSHARE", ("sh", "-c", "echo unshare: Operation not permitted; exit 1"))
     made = Pair(tmp_path)
     with pytest.raises(StartError, match=r"network namespace.*Operation not permitted.*log: ") as caught:
         made.make()

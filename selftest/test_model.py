@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from disagglab import model
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError
+from disagglab.hosts import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 60
@@ -46,20 +46,20 @@ def packaged(state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> La
     gguf = tmp_path / "Tiny-1B.Q4_1.gguf"
     gguf.write_text("gguf")
     monkeypatch.setenv("DISAGGLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(model, "_gguf_of", lambda package, lab: gguf)
-    monkeypatch.setattr(model.importlib.metadata, "version", lambda name: "1.0")
-    real = model.OwnedProcess
+    monkeypatch.setattr(weights, "_gguf_of", lambda package, lab: gguf)
+    monkeypatch.setattr(weights.importlib.metadata, "version", lambda name: "1.0")
+    real = weights.OwnedProcess
 
     def owned(name: str, argv: list[str], *rest: Any, **options: Any) -> Any:
         return real(name, [sys.executable, "-c", CONVERTER, argv[4], str(tmp_path)], *rest, **options)
 
-    monkeypatch.setattr(model, "OwnedProcess", owned)
+    monkeypatch.setattr(weights, "OwnedProcess", owned)
     return lab_with("package:tiny")
 
 
 def test_a_packaged_model_is_converted_once(packaged: Lab, tmp_path: Path) -> None:
     """The second call finds the folder; nothing is left beside it."""
-    first, second = model.find(packaged), model.find(packaged)
+    first, second = weights.find(packaged), weights.find(packaged)
     assert first == second
     assert first.name == "Tiny-1B"
     assert (tmp_path / "conversions").read_text() == "x"
@@ -71,8 +71,8 @@ def test_a_packaged_model_is_converted_once(packaged: Lab, tmp_path: Path) -> No
 
 def test_two_runs_at_once_convert_once(packaged: Lab, tmp_path: Path) -> None:
     """A second run waits for the first and uses its folder."""
-    found: list[model.Model] = []
-    threads = [threading.Thread(target=lambda: found.append(model.find(packaged))) for _ in range(2)]
+    found: list[weights.Model] = []
+    threads = [threading.Thread(target=lambda: found.append(weights.find(packaged))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -83,19 +83,19 @@ def test_two_runs_at_once_convert_once(packaged: Lab, tmp_path: Path) -> None:
 
 def test_a_damaged_folder_is_made_again(packaged: Lab, tmp_path: Path) -> None:
     """A file of another size than recorded, as a full disk leaves it, means a new conversion."""
-    folder = model.find(packaged).folder
+    folder = weights.find(packaged).folder
     (folder / "config.json").write_text("{}")
-    assert model.find(packaged).config == CONFIG
+    assert weights.find(packaged).config == CONFIG
     assert (tmp_path / "conversions").read_text() == "xx"
 
 
 def test_leftovers_of_a_killed_run_are_removed(packaged: Lab) -> None:
     """A half-written folder of a run that was killed is cleared away by the next conversion."""
-    folder = model.find(packaged).folder
+    folder = weights.find(packaged).folder
     leftover = folder.with_name(f"{folder.name}.part-999")
     leftover.mkdir()
-    (folder / model.MANIFEST).unlink()
-    model.find(packaged)
+    (folder / weights.MANIFEST).unlink()
+    weights.find(packaged)
     assert not leftover.exists()
 
 
@@ -103,13 +103,13 @@ def test_a_failed_conversion_shows_its_last_words(packaged: Lab, monkeypatch: py
     """The error holds what the program said; no folder appears."""
     monkeypatch.setattr(sys.modules[__name__], "CONVERTER", "import sys; sys.exit('no tensors')")
     with pytest.raises(LabError, match="no tensors"):
-        model.find(packaged)
+        weights.find(packaged)
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path) -> None:
     """A folder with a config.json is a model."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    found = model.find(lab_with(str(tmp_path)))
+    found = weights.find(lab_with(str(tmp_path)))
     assert (found.folder, found.max_positions) == (tmp_path, 8192)
 
 
@@ -119,13 +119,13 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))
     lab = lab_with(str(tmp_path / "weights"))
-    assert model.find(lab).tokenizer == tmp_path / "weights"
+    assert weights.find(lab).tokenizer == tmp_path / "weights"
     section = lab.model.model_copy(update={"tokenizer": str(tmp_path / "words")})
-    found = model.find(lab.model_copy(update={"model": section}))
+    found = weights.find(lab.model_copy(update={"model": section}))
     assert (found.folder, found.tokenizer) == (tmp_path / "weights", tmp_path / "words")
     section = lab.model.model_copy(update={"tokenizer": "./not/there"})
     with pytest.raises(ConfigError, match=r"model\.tokenizer: \./not/there not found"):
-        model.find(lab.model_copy(update={"model": section}))
+        weights.find(lab.model_copy(update={"model": section}))
 
 
 def test_a_path_may_start_at_the_lab_file(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_path_may_start_at_the_lab_file(tmp_path: Path) -> None:
     (tmp_path / "models" / "m").mkdir(parents=True)
     (tmp_path / "models" / "m" / "config.json").write_text(json.dumps(CONFIG))
     lab = lab_with("./models/m").model_copy(update={"file": str(tmp_path / "my.toml")})
-    assert model.find(lab).folder == tmp_path / "models" / "m"
+    assert weights.find(lab).folder == tmp_path / "models" / "m"
 
 
 def test_a_hub_model_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_hub_model_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.M
     (base / "refs" / "main").write_text("abc")
     (base / "snapshots" / "abc").mkdir(parents=True)
     (base / "snapshots" / "abc" / "config.json").write_text(json.dumps(CONFIG))
-    assert model.find(lab_with("org/name")).folder == base / "snapshots" / "abc"
+    assert weights.find(lab_with("org/name")).folder == base / "snapshots" / "abc"
 
 
 @pytest.mark.parametrize(
@@ -166,13 +166,13 @@ def test_a_missing_model_names_where_and_how(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("DISAGGLAB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ConfigError) as caught:
-        model.find(lab_with(model_id))
+        weights.find(lab_with(model_id))
     assert looked_in in str(caught.value)
     assert mend in str(caught.value)
 
 
 def test_a_remote_host_is_asked_by_program(tmp_path: Path) -> None:
-    """``python -m disagglab.model``: the folders as JSON, or an error with its mend on standard error."""
+    """``python -m disagglab.hosts.weights``: the folders as JSON, or an error with its mend on standard error."""
     for name in ("weights", "words"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))
@@ -182,7 +182,7 @@ def test_a_remote_host_is_asked_by_program(tmp_path: Path) -> None:
         argv = [
             sys.executable,
             "-m",
-            "disagglab.model",
+            "disagglab.hosts.weights",
             section.model_copy(update=changes).model_dump_json(),
             "my.toml",
         ]

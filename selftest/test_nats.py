@@ -13,7 +13,7 @@ import pytest
 from disagglab import nats
 from disagglab.config.labs import load_lab
 from disagglab.errors import LabError, StartError
-from disagglab.host import local_host
+from disagglab.hosts.host import local_host
 from disagglab.nats import Connection, JetStream, Stream, Subscription
 
 PORTS = (23700, 23709)  # none is taken

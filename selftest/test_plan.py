@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from disagglab import plan, routing, shaping, ssh
+from disagglab import plan, routing
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection, Lab
-from disagglab.madehost import UNSHARE
+from disagglab.hosts import shaping, ssh
+from disagglab.hosts.namespaces import UNSHARE
+from disagglab.hosts.remote import bundle
 from disagglab.predict.strategies import STRATEGIES
-from disagglab.remote import bundle
 from disagglab.topology import TOPOLOGIES
 
 LABS = sorted(file.stem for file in Path("labs").glob("*.toml"))

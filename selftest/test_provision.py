@@ -19,17 +19,17 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from disagglab import hostcheck, parcel, provision, wheels
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection
 from disagglab.errors import ConfigError, LabError, StartError
-from disagglab.hostcheck import READY, Environment, Found, Row, Wanted, judge, state_of, table
+from disagglab.hosts.provision import audit, provision, sync, wheels
+from disagglab.hosts.provision.audit import READY, Environment, Found, Row, Wanted, judge, state_of, table
+from disagglab.hosts.provision.sync import MANIFEST, Comparison, Parcel
+from disagglab.hosts.provision.wheels import Target
 from disagglab.install.environments import Plan, Stamp
 from disagglab.install.requirements import GB
 from disagglab.install.setup import NOT_FOUND, Result, failure
-from disagglab.parcel import MANIFEST, Comparison, Parcel
 from disagglab.progress import ProgressLine
-from disagglab.wheels import Target
 
 SPARK = Target("aarch64", (2, 39), (3, 12, 3))
 OLD = Target("x86_64", (2, 31), (3, 11, 2))
@@ -144,7 +144,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "disagglab" / "setup.py").write_text("print('set-up')\n")
     for place in (folder, alias):
         (place / "pyproject.toml").write_text("[project]\n")
-    monkeypatch.setattr(hostcheck, "ROOT", folder)
+    monkeypatch.setattr(audit, "ROOT", folder)
     monkeypatch.setattr(provision, "ROOT", folder)
     return folder
 
@@ -181,7 +181,7 @@ def want(root: Path, host: HostSection) -> Wanted:
     lab = load_lab("two-hosts")
     nodes = (lab.nodes[0].model_copy(update={"host": "node"}), lab.nodes[1])
     lab = lab.model_copy(update={"hosts": (host,), "nodes": nodes})
-    return Wanted(lab, "0.31.0", (host,), Parcel.of(parcel.suite_files(root)))
+    return Wanted(lab, "0.31.0", (host,), Parcel.of(sync.suite_files(root)))
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def remote(home: Path, want: Wanted, connection: Connection, monkeypatch: pytest
     """The host's deputy; its set-up succeeds."""
     folder = home / "disagg-lab"
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    found = Remote(folder, Plan(hostcheck.ROOT, "cpu", version).keys(str(folder)))
+    found = Remote(folder, Plan(audit.ROOT, "cpu", version).keys(str(folder)))
 
     @contextlib.contextmanager
     def working(*_: Any) -> Iterator[Remote]:
@@ -289,7 +289,7 @@ def test_an_environment_of_ones_own_is_asked_and_never_made(want: Wanted) -> Non
     ("there", "state"),
     [
         (Environment(False, None, {}), "none"),
-        (Environment(True, None, {}), hostcheck.NOT_OURS),
+        (Environment(True, None, {}), audit.NOT_OURS),
         (Environment(True, {"platform": "cpu"}, {}), "unfinished"),
         (Environment(True, {"pinned": "x", "own": "b"}, VERSIONS), "made for other pins"),
         (Environment(True, {"pinned": "a"}, VERSIONS), "this package is not installed"),
@@ -331,17 +331,17 @@ def test_a_parcel_arrives_whole_and_takes_back_what_it_no_longer_has(tmp_path: P
     box = Parcel.of({"bin/run.sh": source / "run.sh", "old": source / "old"})
     connection: Any = Connection(home)
     folder = str(home / "a folder")
-    assert parcel.compare(connection, sys.executable, folder, box) == Comparison(
+    assert sync.compare(connection, sys.executable, folder, box) == Comparison(
         False, False, (), ("bin/run.sh", "old"), ()
     )
-    parcel.put(connection, sys.executable, folder, box, ["bin/run.sh", "old"], quiet)
-    assert parcel.compare(connection, sys.executable, folder, box).equal
+    sync.put(connection, sys.executable, folder, box, ["bin/run.sh", "old"], quiet)
+    assert sync.compare(connection, sys.executable, folder, box).equal
     assert (Path(folder) / "bin" / "run.sh").stat().st_mode & 0o777 == 0o755
     (Path(folder) / "theirs").write_text("not ours")
 
     less = Parcel.of({"bin/run.sh": source / "run.sh"})
-    assert parcel.compare(connection, sys.executable, folder, less).stale == ("old",)
-    parcel.put(connection, sys.executable, folder, less, [], quiet)
+    assert sync.compare(connection, sys.executable, folder, less).stale == ("old",)
+    sync.put(connection, sys.executable, folder, less, [], quiet)
     assert sorted(path.name for path in Path(folder).iterdir()) == [MANIFEST, "bin", "theirs"]
 
 
@@ -354,7 +354,7 @@ def test_a_file_that_was_edited_on_the_way_is_refused_and_nothing_replaced(
     path.write_text("as it was sent")
     connection: Any = Connection(home)
     with pytest.raises(StartError, match="edited while it was sent: file"):
-        parcel.put(connection, sys.executable, str(home / "f"), box, ["file"], quiet)
+        sync.put(connection, sys.executable, str(home / "f"), box, ["file"], quiet)
     assert list((home / "f").iterdir()) == []
 
 
@@ -379,7 +379,7 @@ def test_tracked_files_are_sent_and_ignored_ones_are_not(tmp_path: Path) -> None
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "add", ".gitignore", "disagglab/a.py", "gone.py"], check=True)
     (tmp_path / "gone.py").unlink()
-    assert list(parcel.suite_files(tmp_path)) == [".gitignore", "disagglab/a.py", "disagglab/new.py"]
+    assert list(sync.suite_files(tmp_path)) == [".gitignore", "disagglab/a.py", "disagglab/new.py"]
 
 
 # wheels
@@ -503,7 +503,7 @@ def test_only_what_differs_is_brought_up_to_date(
 ) -> None:
     provision.provision(want, silent)
     (root / "disagglab" / "setup.py").write_text("print('edited')\n")
-    edited = replace(want, parcel=Parcel.of(parcel.suite_files(root)))
+    edited = replace(want, parcel=Parcel.of(sync.suite_files(root)))
     assert missing(provision.check(edited)) == ["suite's files"]
     provision.provision(edited, silent)
     assert len(remote.started) == 1
@@ -535,7 +535,7 @@ def test_an_offline_host_gets_the_wheels_and_pip_is_given_nothing_else(
 def test_a_host_that_cannot_take_part_is_refused_before_anything_is_copied(
     want: Wanted, home: Path, connection: Connection, remote: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hostcheck, "DISK_BYTES", {"cpu": 10**18, "cuda": 0})
+    monkeypatch.setattr(audit, "DISK_BYTES", {"cpu": 10**18, "cuda": 0})
     with pytest.raises(StartError, match=r"(?s)node: cannot be provisioned.*free disk.*mend"):
         provision.provision(want, silent)
     assert remote.started == []

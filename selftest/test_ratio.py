@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from disagglab import client, ledger, metrics, plan, topology, transfer, wire
+from disagglab import client, ledger, metrics, plan, topology, transfer
 from disagglab.agent.supervisor import Process
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab, parse_lab
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import ConfigError, InvalidRun, TransferError
+from disagglab.hosts import link_counters
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.paths import LABS
@@ -300,17 +301,17 @@ def place(name: str, host: str, interface: str | None) -> tuple[Any, NodeSection
 
 def test_the_wire_of_several_nodes_is_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each link once, whoever shares it; a node without one leaves the sum unknown."""
-    monkeypatch.setattr(wire.facts, "network", lambda *_: {"MTU": "1500"})
-    two_hosts = wire.read_all([place("a", "h", "data0"), place("b", "i", "data0")])
+    monkeypatch.setattr(link_counters.facts, "network", lambda *_: {"MTU": "1500"})
+    two_hosts = link_counters.read_all([place("a", "h", "data0"), place("b", "i", "data0")])
     assert two_hosts is not None
     assert (two_hosts.node, two_hosts.received, two_hosts.sent) == ("a + b", 2000, 100)
-    two_links = wire.read_all([place("a", "h", "data0"), place("b", "h", "data1")])
+    two_links = link_counters.read_all([place("a", "h", "data0"), place("b", "h", "data1")])
     assert two_links is not None
     assert two_links.received == 8000
-    one_link = wire.read_all([place("a", "h", "data0"), place("b", "h", "data0")])
+    one_link = link_counters.read_all([place("a", "h", "data0"), place("b", "h", "data0")])
     assert one_link is not None
     assert one_link.received == 1000
-    assert wire.read_all([place("a", "h", "data0"), place("b", "i", None)]) is None
+    assert link_counters.read_all([place("a", "h", "data0"), place("b", "i", None)]) is None
 
 
 LAYOUT = layout(KvShape((Layer(kv_heads=1, key_dim=500, value_dim=0),), "float16"), 16)  # 1,000 B a token

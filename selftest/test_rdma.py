@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import testinfra
 
-from disagglab import rdma
-from disagglab.rdma import Device, Gid, Netdev, PcieLink, Port
+from disagglab.hosts import rdma
+from disagglab.hosts.rdma import Device, Gid, Netdev, PcieLink, Port
 
 LINK_LOCAL = "fe80:0000:0000:0000:0211:22ff:fe33:4455"
 MAPPED = "0000:0000:0000:0000:0000:ffff:c0a8:640a"  # 192.168.100.10

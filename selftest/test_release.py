@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab import release
 from disagglab.config.labs import load_lab, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, StartError
+from disagglab.hosts import release
 from disagglab.paths import ROOT
 
 LAB = load_lab("embedded")

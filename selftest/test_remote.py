@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from disagglab import remote
 from disagglab.errors import InvalidRun, LabError, StartError, TransferError
-from disagglab.remote import RemoteHost
-from disagglab.ssh import Connection, target
+from disagglab.hosts import remote
+from disagglab.hosts.remote import RemoteHost
+from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
     from conftest import SshServer, Standins

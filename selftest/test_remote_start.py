@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from disagglab import remote
 from disagglab.errors import StartError
-from disagglab.ssh import Connection, target
+from disagglab.hosts import remote
+from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
     from conftest import Remote, SshServer, Standins

@@ -17,7 +17,7 @@ from disagglab.boot import wait_ready
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
-from disagglab.model import Model
+from disagglab.hosts.weights import Model
 from disagglab.progress import ProgressLine
 from disagglab.server import (
     ServerPlan,

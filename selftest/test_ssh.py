@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from disagglab import ssh
 from disagglab.config.schema import HostSection
 from disagglab.errors import StartError
-from disagglab.ssh import Connection, target
+from disagglab.hosts import ssh
+from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
     from conftest import SshServer, Standins

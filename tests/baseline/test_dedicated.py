@@ -14,9 +14,9 @@ import pytest
 
 from disagglab.comparison import run_rounds
 from disagglab.config.schema import Lab
+from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.model import Model
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store

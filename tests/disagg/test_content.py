@@ -19,9 +19,9 @@ from disagglab import client, ledger
 from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agree
 from disagglab.client import Completion
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
-from disagglab.model import Model
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.topology import Topology

@@ -14,7 +14,7 @@ import pytest
 from disagglab.agent.port import accepts
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
 from disagglab.results.metrics import METRICS

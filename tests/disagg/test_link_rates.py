@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import client, ledger, shaping, wire
+from disagglab import client, ledger
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts import link_counters, shaping
+from disagglab.hosts.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, transfer_time_s
 from disagglab.results.metrics import percentile
@@ -91,7 +92,7 @@ def at_rate(
 ) -> None:  # fmt: skip
     """One turn of a rate: a transfer of each size, and one cold request; the wire read around them."""
     node = lab.decode[0]
-    first = wire.read(hosts.of(node), node)
+    first = link_counters.read(hosts.of(node), node)
     total = 0
     for count in counts:
         book = transfer(disaggregated, count * block, number, lab, shape, block, "-rates")
@@ -105,11 +106,11 @@ def at_rate(
     book = ledger.prove(disaggregated, before, after, [Sent(length, OUTPUT_TOKENS)], shape, lab.vllm.version)
     found.ttft_s.append(answer.ttft_s)
     found.share.append(book.transfer_s / answer.ttft_s)
-    last = wire.read(hosts.of(node), node)
+    last = link_counters.read(hosts.of(node), node)
     assert first is not None
     assert last is not None
     total += book.kv_bytes
-    found.wire_ratio.append(wire.prove(first, last, total, len(counts) + 1) / total)
+    found.wire_ratio.append(link_counters.prove(first, last, total, len(counts) + 1) / total)
 
 
 def test_the_wire_carries_the_computed_bytes_at_every_rate(measured: ByRate, record: Recorder) -> None:

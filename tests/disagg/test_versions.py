@@ -13,16 +13,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from disagglab import behaviour, client, ledger, release
+from disagglab import behaviour, client, ledger
 from disagglab.behaviour import Behaviour
 from disagglab.comparison import Comparison, figure_rows, run_rounds, version_rows
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts import release
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.model import Model
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store

@@ -40,10 +40,10 @@ from disagglab.dynamocomparison import (
 from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.errors import InvalidRun
 from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.model import Model
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.routing import Arm, Size

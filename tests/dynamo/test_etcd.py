@@ -20,7 +20,7 @@ from disagglab import etcd
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.etcd import EXPIRY_CHECK_S, EtcdClient, EtcdServer
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 

@@ -22,9 +22,9 @@ from disagglab.dynamo import HIT_RATE, KV, ROUND_ROBIN, body
 from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.errors import InvalidRun
+from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
-from disagglab.model import Model
 from disagglab.predict.hitforecast import Forecast, forecast
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.recorder import Recorder

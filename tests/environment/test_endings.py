@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from disagglab import madehost
 from disagglab.config.schema import HostSection, Lab
-from disagglab.host import Host, local_host
+from disagglab.hosts import namespaces
+from disagglab.hosts.host import Host, local_host
 from disagglab.paths import ROOT
 from disagglab.results.recorder import Recorder
 from disagglab.session import Session
@@ -94,7 +94,9 @@ def stage(lab: Lab, live: Session, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("endings")
     local = local_host(f"{live.run_id}-endings", (lab.ports.first, lab.ports.last), folder, sys.executable)
     try:
-        found, holders = madehost.make(local, made, {host.name: lab.nodes_on(host.name)[0] for host in made})
+        found, holders = namespaces.make(
+            local, made, {host.name: lab.nodes_on(host.name)[0] for host in made}
+        )
         path = folder / "lab.toml"
         path.write_text(remote_lab(Path(lab.file).read_text(), found))
         yield Stage(local, holders, found, path, folder)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from disagglab import facts, linkspeed, rdma
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.hosts import Hosts
+from disagglab.hosts import facts, linkspeed, rdma
+from disagglab.hosts.hosts import Hosts
 from disagglab.results.recorder import Recorder
 
 DURATION_S = 5  # of one measurement

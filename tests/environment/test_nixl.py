@@ -12,7 +12,7 @@ import pytest
 
 from disagglab import nixlprobe
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.results.recorder import Recorder
 
 SIZES = (2**20, 2**24, 2**26)  # bytes: from below one KV block of the embedded lab to twenty-three

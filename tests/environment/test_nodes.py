@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from disagglab import facts, gpu
 from disagglab.config.checks import ports_needed
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
-from disagglab.model import cache_folder
+from disagglab.hosts import facts, gpu
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import cache_folder
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 

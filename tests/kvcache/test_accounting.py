@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import KvLayout, layout
 from disagglab.results.recorder import Recorder

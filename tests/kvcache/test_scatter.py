@@ -16,7 +16,7 @@ import pytest
 
 from disagglab import nixlprobe
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.nixlprobe import Read
 from disagglab.predict import scattered_reads
 from disagglab.results.recorder import Recorder

@@ -14,7 +14,7 @@ import pytest
 
 from disagglab import ledger, nixlprobe
 from disagglab.config.schema import Lab
-from disagglab.hosts import Hosts
+from disagglab.hosts.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.results.metrics import percentile

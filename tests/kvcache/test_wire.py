@@ -14,16 +14,17 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import client, ledger, wire
+from disagglab import client, ledger
 from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
-from disagglab.hosts import Hosts
+from disagglab.hosts import link_counters
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.link_counters import Wire
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.topology import Topology
-from disagglab.wire import Wire
 
 BLOCKS = (1, 5, 16)
 OUTPUT_TOKENS = 4
@@ -38,7 +39,7 @@ def counters(hosts: Hosts, disaggregated: Topology, lab: Lab) -> Reader:
     """Reads the data links of the decode nodes."""
 
     def read() -> Wire:
-        found = wire.read_all([(hosts.of(node), node) for node in lab.decode])
+        found = link_counters.read_all([(hosts.of(node), node) for node in lab.decode])
         if found is None:
             pytest.skip(
                 "NO-WIRE: the lab file names no interface and no rdma device; KV stays in this machine"
@@ -72,7 +73,7 @@ def test_three_ledgers_agree(
     assert book.kv_bytes == layout(shape, block).bytes_to_move(length, lab.vllm.version)
     assert book.external_tokens == tokens_from_prefill(length)
     last = settled(counters, first, book.kv_bytes)
-    carried = wire.prove(first, last, book.kv_bytes, 1)
+    carried = link_counters.prove(first, last, book.kv_bytes, 1)
     record.numbers(
         f"wire, {length} tokens", [carried], "B", arm="disaggregated", what="requests", note=last.source
     )
@@ -83,7 +84,7 @@ def test_three_ledgers_agree(
         "ratio",
         arm="disaggregated",
         what="requests",
-        note=f"at most {wire.most(book.kv_bytes, 1, last.mtu) / book.kv_bytes:.3f} at an MTU of {last.mtu} B",
+        note=f"at most {link_counters.most(book.kv_bytes, 1, last.mtu) / book.kv_bytes:.3f} at an MTU of {last.mtu} B",
     )
 
 
@@ -99,5 +100,5 @@ def test_the_wire_tells_a_transfer_that_was_not(
     after = counters()
     claimed = layout(shape, block).bytes_to_move(length, lab.vllm.version)
     with pytest.raises(TransferError, match="the wire carried"):
-        wire.prove(before, after, claimed, 1)
-    assert wire.received(before, after) < wire.REQUEST_BYTES
+        link_counters.prove(before, after, claimed, 1)
+    assert link_counters.received(before, after) < link_counters.REQUEST_BYTES

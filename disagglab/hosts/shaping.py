@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun
-from disagglab.host import Host
-from disagglab.hosts import Hosts
+from disagglab.hosts.host import Host
+from disagglab.hosts.hosts import Hosts
 
 BITS = 8
 LIMIT_S = 30.0

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from disagglab import gpu, rdma
 from disagglab.config.schema import NodeSection
+from disagglab.hosts import gpu, rdma
 
 GIB = 2**30
 ISA_OF_INTEREST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")

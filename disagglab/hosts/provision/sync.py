@@ -21,7 +21,7 @@ from typing import Any
 import paramiko
 
 from disagglab.errors import StartError
-from disagglab.ssh import LOST, Connection
+from disagglab.hosts.ssh import LOST, Connection
 
 MANIFEST = ".disagglab-files.json"
 COMPARE_LIMIT_S = 600.0  # some GB of wheels are read

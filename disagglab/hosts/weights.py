@@ -1,6 +1,6 @@
 """Finds the folder a model is loaded from; makes it when a package ships the model in another format.
 
-Run as a program on a remote host: ``python -m disagglab.model MODEL LAB``, with the [model] section as JSON
+Run as a program on a remote host: ``python -m disagglab.hosts.weights MODEL LAB``, with the [model] section as JSON
 and the name of the lab file for messages; prints one JSON object, ``folder`` and ``other_tokenizer``.
 """
 
@@ -187,7 +187,7 @@ def _convert(gguf: Path, folder: Path, dtype: str, line: ProgressLine) -> None:
             leftover.unlink()
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     line.show("converting to safetensors, once")
-    argv = [sys.executable, "-m", "disagglab.gguf", str(gguf), str(part), dtype]
+    argv = [sys.executable, "-m", "disagglab.hosts.gguf", str(gguf), str(part), dtype]
     scratch = Path(tempfile.mkdtemp(prefix="dl-"))
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)}
     log = part.with_name(f"{part.name}.log")

@@ -23,7 +23,7 @@ from disagglab.config.schema import HostSection, NodeSection, control_peer
 from disagglab.errors import StartError
 
 if TYPE_CHECKING:
-    from disagglab.host import Host, HostProcess
+    from disagglab.hosts.host import Host, HostProcess
 
 CONTROL_INTERFACE = "control0"
 SSH_PORT = 22  # of a network namespace of its own, where nobody else listens

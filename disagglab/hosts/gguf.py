@@ -1,6 +1,6 @@
 """Writes the model of a GGUF file as a safetensors folder. Run as a program, because it imports torch:
 
-python -m disagglab.gguf FILE.gguf FOLDER DTYPE
+python -m disagglab.hosts.gguf FILE.gguf FOLDER DTYPE
 """
 
 from __future__ import annotations

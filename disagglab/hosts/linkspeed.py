@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from disagglab.errors import InvalidRun, StartError
-from disagglab.rdma import Device, roce_v2_addresses
+from disagglab.hosts.rdma import Device, roce_v2_addresses
 
 if TYPE_CHECKING:
-    from disagglab.host import Host, HostProcess
+    from disagglab.hosts.host import Host, HostProcess
 
 STREAMS = 8  # one TCP stream is bound by one core on either side, far below 100 Gbit/s
 QUEUE_PAIRS = 4  # one message at a time would measure latency

@@ -10,16 +10,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from disagglab import madehost, release
 from disagglab.agent import leftovers
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab, NodeSection
 from disagglab.errors import StartError
-from disagglab.host import Host, local_host
-from disagglab.model import Model
+from disagglab.hosts import namespaces, release
+from disagglab.hosts.host import Host, local_host
+from disagglab.hosts.remote import RemoteHost
+from disagglab.hosts.ssh import Connection, target
+from disagglab.hosts.weights import Model
 from disagglab.paths import ROOT
-from disagglab.remote import RemoteHost
-from disagglab.ssh import Connection, target
 
 MODEL_LIMIT_S = 900.0  # a packaged model is converted once
 MEMORY_DEADLINE_S = 30.0  # for the kernel to take back what killed servers held
@@ -63,7 +63,7 @@ class Hosts:
         made = [host for host in self.lab.hosts if host.namespace]
         if made:
             nodes = {host.name: self.lab.nodes_on(host.name)[0] for host in made}
-            found, self._holders = madehost.make(self.local, made, nodes)
+            found, self._holders = namespaces.make(self.local, made, nodes)
             self.sections.update(found)
         for name in self.lab.host_names:
             if name != "local":
@@ -146,7 +146,7 @@ class Hosts:
         if not isinstance(host, RemoteHost) or host.section.namespace:
             return model
         if host.name not in self._models:
-            argv = [python, "-m", "disagglab.model", self.lab.model.model_dump_json(), self.lab.file]
+            argv = [python, "-m", "disagglab.hosts.weights", self.lab.model.model_dump_json(), self.lab.file]
             lines = host.run(f"model-{host.name}", argv, {"HF_HUB_OFFLINE": "1"}, MODEL_LIMIT_S)
             found = json.loads(next(line for line in lines if line.startswith("{")))
             tokenizer = found["other_tokenizer"]

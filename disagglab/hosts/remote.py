@@ -1,7 +1,7 @@
 """A remote host: its deputy runs at the far end of an SSH channel and ends everything when the channel does.
 
 The deputy's few source files travel with the call, so a host needs nothing but Python; the environment that
-serves is another matter (disagglab/provision.py).
+serves is another matter (disagglab/hosts/provision/provision.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import paramiko
 from disagglab import errors
 from disagglab.config.schema import HostSection
 from disagglab.errors import LabError, StartError
-from disagglab.host import Host
-from disagglab.ssh import LOST, Connection
+from disagglab.hosts.host import Host
+from disagglab.hosts.ssh import LOST, Connection
 
 MODULES = ("__init__", "deputy", "errors", "lease", "port", "process", "supervisor")
 MAIN = "import sys\nfrom disagglab.agent.deputy import main\nsys.exit(main())\n"

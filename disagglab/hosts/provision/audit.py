@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagglab import release
 from disagglab.config.schema import HostSection, Lab
 from disagglab.errors import StartError
-from disagglab.facts import VERSIONS_PROGRAM
+from disagglab.hosts import release
+from disagglab.hosts.facts import VERSIONS_PROGRAM
+from disagglab.hosts.provision.sync import Comparison, Parcel
 from disagglab.install import environments as install_environments
 from disagglab.install import requirements
 from disagglab.install.environments import Plan
 from disagglab.install.requirements import GB, SetupError
 from disagglab.install.setup import DISK_BYTES
-from disagglab.parcel import Comparison, Parcel
 from disagglab.paths import ROOT
 
 READY = "ready"

@@ -12,21 +12,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from disagglab import parcel, release, wheels
 from disagglab.agent.deputy import logs_folder
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab
 from disagglab.errors import ConfigError, LabError, Problem, StartError
-from disagglab.hostcheck import PROBE, Found, Row, Wanted, environment_row, judge, table
+from disagglab.hosts import release
+from disagglab.hosts.provision import sync, wheels
+from disagglab.hosts.provision.audit import PROBE, Found, Row, Wanted, environment_row, judge, table
+from disagglab.hosts.provision.sync import Comparison, Parcel
+from disagglab.hosts.remote import RemoteHost
+from disagglab.hosts.ssh import Connection, target
+from disagglab.hosts.weights import cache_folder
 from disagglab.install import requirements
 from disagglab.install.environments import Plan
-from disagglab.model import cache_folder
-from disagglab.parcel import Comparison, Parcel
 from disagglab.paths import ROOT
 from disagglab.progress import ProgressLine
-from disagglab.remote import RemoteHost
 from disagglab.results.run_folder import new_run_id
-from disagglab.ssh import Connection, target
 
 PROBE_LIMIT_S = 120.0  # three Pythons that list their packages, on a disk that was asleep
 SETUP_LIMIT_S = 7200.0  # several GB over a slow network, for two environments
@@ -55,7 +56,7 @@ def wanted(
             raise ConfigError([Problem(lab.file, "--host", wrong, f"name one of: {known}")])
     hosts = tuple(host for host in remote if host.name in names) if names else remote
     folder = wheels_folder or (cache_folder() / "wheels" if offline else None)
-    files = Parcel.of(parcel.suite_files(ROOT)) if hosts else Parcel({}, {})
+    files = Parcel.of(sync.suite_files(ROOT)) if hosts else Parcel({}, {})
     return Wanted(lab, version or lab.vllm.version, hosts, files, folder)
 
 
@@ -117,9 +118,9 @@ def look(want: Wanted, host: HostSection, connection: Connection) -> tuple[Found
             asked[named] = f"~/{asked[named]}"
     words = [f"{name}={path}" for name, path in asked.items()]
     found = Found.parse(
-        parcel.ask(connection, [host.python, "-c", PROBE, host.folder, *words], b"", PROBE_LIMIT_S)
+        sync.ask(connection, [host.python, "-c", PROBE, host.folder, *words], b"", PROBE_LIMIT_S)
     )
-    return found, parcel.compare(connection, host.python, found.root, want.parcel)
+    return found, sync.compare(connection, host.python, found.root, want.parcel)
 
 
 def check(want: Wanted) -> list[Row]:
@@ -161,7 +162,7 @@ def _provision(want: Wanted, host: HostSection, line: ProgressLine) -> list[Row]
         with _working(want, host, connection) as remote:
             if not files.equal:
                 line.show(f"copying {len(files.differ)} files")
-                parcel.put(connection, host.python, found.root, want.parcel, files.differ, line.show)
+                sync.put(connection, host.python, found.root, want.parcel, files.differ, line.show)
             plans = want.plans(host, found)
             if any(environment_row(want, host, found, plan).missing for plan in plans):
                 variables = _platform(want, host)
@@ -236,7 +237,7 @@ def _send_wheels(
     line.show(f"comparing {len(files)} wheels")
     box = Parcel.of(files)
     folder = f"{found.root}/{WHEELS}"
-    there = parcel.compare(connection, host.python, folder, box)
+    there = sync.compare(connection, host.python, folder, box)
     if not there.equal:
-        parcel.put(connection, host.python, folder, box, there.differ, line.show)
+        sync.put(connection, host.python, folder, box, there.differ, line.show)
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": PurePosixPath(folder).as_uri()}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagglab import facts
 from disagglab.config.schema import NodeSection
 from disagglab.errors import InvalidRun, StartError, TransferError
-from disagglab.host import Host
+from disagglab.hosts import facts
+from disagglab.hosts.host import Host
 
 RDMA_UNIT = 4  # bytes: port_*_data count 32-bit words (InfiniBand specification, PortCounters)
 RDMA_MTU = 1024  # bytes, the smallest that RoCE links use; smaller frames, more headers

@@ -1,0 +1,1 @@
+"""Machines, reached and known: here and over SSH, made hosts, links, devices, weights."""
