@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagglab.client import Completion
+from disagglab.serving.openai import Completion
 
 GAP_NATS = 0.2  # bf16 keeps 8 bits: logits near 16 are rounded to 1/16, and two roundings meet in a gap
 EQUAL, TIE, DIFFERENT = "equal", "tie", "different"

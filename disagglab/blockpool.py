@@ -19,7 +19,7 @@ from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.kv.shape import blocks
-from disagglab.topology import Topology
+from disagglab.serving.topology import Topology
 
 PASSES = 2.0  # times that traffic goes through a pool before anything counts
 MOST_AGEING_RUNS, SHORT_AGEING_RUNS = 12, 2

@@ -17,15 +17,15 @@ from disagglab.errors import InvalidRun
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.metrics import delta
 from disagglab.predict import breakeven_map, speedfit
 from disagglab.predict.breakeven import Cluster, Speeds
 from disagglab.predict.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
+from disagglab.serving.prometheus import delta
+from disagglab.serving.topology import Topology
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
-from disagglab.topology import Topology
 
 SEED = 67_000
 PROMPT_SHARES, SHORT_PROMPT_SHARES = (1 / 32, 1 / 8, 1 / 4, 1 / 2), (1 / 32, 1 / 8, 1 / 4)  # of max_model_len

@@ -17,8 +17,8 @@ from disagglab.load import LoadEngine, require_meaning
 from disagglab.results.metrics import METRICS, comparable, figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
+from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
-from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
 
 WARM_UP_ROUND = -1
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file

@@ -5,7 +5,7 @@ holds the real answers. A conversation of text goes through the model's chat tem
 (``/v1/chat/completions``); one of token ids is appended id by id (``/v1/completions``), so that its prompts
 are known exactly. One turn each makes a closed loop of independent requests.
 
-Times are those of docs/metrics.md, taken by the parser of disagglab/client.py. They are as good as the event
+Times are those of docs/metrics.md, taken by the parser of disagglab/serving/openai.py. They are as good as the event
 loop is punctual, so its lag and the CPU share of the process are watched meanwhile (disagglab/looplag.py).
 """
 
@@ -19,11 +19,11 @@ from typing import Any
 
 import httpx
 
-from disagglab.client import CHAT, COMPLETIONS, TIMEOUT, Completion, complete_beside_others
 from disagglab.errors import InvalidRun
 from disagglab.kv.shape import common_prefix, reusable_tokens
 from disagglab.looplag import LoopLag
 from disagglab.results.records import ClientLoad
+from disagglab.serving.openai import CHAT, COMPLETIONS, TIMEOUT, Completion, complete_beside_others
 
 Message = str | tuple[int, ...]
 

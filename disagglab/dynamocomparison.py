@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagglab import dynamo
 from disagglab.comparison import Comparison, pair_rows, verdict_rows
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.results.records import VerdictRow
-from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
+from disagglab.serving.dynamo import parts
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 
 TAG = "@beside-dynamo"  # of the lab's own topologies here: their engines have other options than elsewhere
 
-DYNAMO_KV = f"dynamo-{dynamo.KV}"
-DYNAMO_ROUND_ROBIN = f"dynamo-{dynamo.ROUND_ROBIN}"
+DYNAMO_KV = f"dynamo-{parts.KV}"
+DYNAMO_ROUND_ROBIN = f"dynamo-{parts.ROUND_ROBIN}"
 # (baseline, candidate) beside what the lab's gates ask for
 PAIRS = (
     (REPLICATED, DYNAMO_ROUND_ROBIN),

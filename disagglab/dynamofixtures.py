@@ -11,14 +11,14 @@ import pytest
 
 from disagglab import routing
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.dynamo import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
-from disagglab.dynamodeployment import DynamoDeployment
-from disagglab.etcd import EtcdServer
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.install.environments import dynamo_python
+from disagglab.serving.dynamo.deployment import DynamoDeployment
+from disagglab.serving.dynamo.etcd import EtcdServer
+from disagglab.serving.dynamo.parts import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
+from disagglab.serving.topology import DISAGGREGATED, Topology
 from disagglab.session import Session
-from disagglab.topology import DISAGGREGATED, Topology
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"
@@ -43,7 +43,7 @@ def start_dynamo(
     live: Session, hosts: Hosts, weights: Model, dynamo: str, etcd_server: EtcdServer
 ) -> Callable[..., Any]:
     """Starts a deployment and waits for it: a lab, a tag, then arguments of
-    :class:`~disagglab.dynamodeployment.DynamoDeployment`. Who asks for it ends it.
+    :class:`~disagglab.serving.dynamo.deployment.DynamoDeployment`. Who asks for it ends it.
     """
 
     def start(

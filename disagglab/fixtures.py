@@ -32,8 +32,7 @@ from disagglab.plugin import SESSION, module_of
 from disagglab.results import resume
 from disagglab.results.recorder import Recorder, timing_into
 from disagglab.results.run_folder import Store
-from disagglab.session import Session
-from disagglab.topology import (
+from disagglab.serving.topology import (
     DISAGGREGATED,
     REPLICATED,
     SINGLE,
@@ -43,6 +42,7 @@ from disagglab.topology import (
     Topology,
     require_memory_for,
 )
+from disagglab.session import Session
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
-from disagglab.metrics import delta
 from disagglab.results.records import Ledger, Reading, Sent, Snapshot
-from disagglab.server import VllmServer
-from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
+from disagglab.serving.prometheus import delta
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, Topology
+from disagglab.serving.vllm import VllmServer
 
 SETTLE_DEADLINE_S = 30.0  # counters follow a finished request by an engine step, leases by a notification
 POLL_S = 0.2

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from disagglab.errors import InvalidRun
-from disagglab.metrics import delta
 from disagglab.results.metrics import figures
 from disagglab.results.records import Reading, Run
+from disagglab.serving.prometheus import delta
 
 POST_TIME = "vllm:nixl_post_time_seconds_sum"
 DESCRIPTORS = "vllm:nixl_num_descriptors_sum"

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from disagglab import vllm_plugin
 from disagglab.errors import StartError
+from disagglab.serving import vllm_plugin
 from disagglab.variables import TRACE_VARIABLE
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.errors import InvalidRun
 from disagglab.results.records import Snapshot
-from disagglab.server import VllmServer
+from disagglab.serving import openai
+from disagglab.serving.vllm import VllmServer
 
 USAGE = "vllm:kv_cache_usage_perc"  # a share, 0 to 1, of all blocks but the one that vLLM keeps back
 
@@ -22,8 +23,8 @@ def peak_blocks(server: VllmServer, url: str, request: Mapping[str, Any]) -> int
     """
     total = int(ledger.cache_config(server.metrics())["num_gpu_blocks"])
     seen: list[Snapshot] = []
-    answer: list[client.Completion] = []
-    sender = threading.Thread(target=lambda: answer.append(client.complete(url, request)))
+    answer: list[openai.Completion] = []
+    sender = threading.Thread(target=lambda: answer.append(openai.complete(url, request)))
     sender.start()
     while sender.is_alive():
         seen.append(server.metrics())

@@ -24,9 +24,9 @@ from disagglab.hosts.ssh import Target, target
 from disagglab.hosts.weights import PACKAGE_PREFIX, Model
 from disagglab.load import HASH_SEED, bench_options
 from disagglab.predict.strategies import STRATEGIES
-from disagglab.router import Hearing, Router, router_argv
-from disagglab.server import ServerPlan, VllmServer, plan_server
-from disagglab.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, TOPOLOGIES, Topology
+from disagglab.serving.router import Hearing, Router, router_argv
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, TOPOLOGIES, Topology
+from disagglab.serving.vllm import ServerPlan, VllmServer, plan_server
 
 LOCAL = "local"
 WORDS = {

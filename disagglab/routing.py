@@ -21,14 +21,14 @@ from disagglab.config.variant import GPU_SHARE
 from disagglab.errors import InvalidRun
 from disagglab.kv.prefixcache import Request
 from disagglab.ledger import FINISHED, FOUND, QUERIED
-from disagglab.metrics import delta
 from disagglab.predict.hitforecast import replay
 from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Reading, Snapshot
-from disagglab.router import Router
-from disagglab.server import VllmServer
+from disagglab.serving.prometheus import delta
+from disagglab.serving.router import Router
+from disagglab.serving.topology import Topology
+from disagglab.serving.vllm import VllmServer
 from disagglab.talk import Spoken, Talk, talk
-from disagglab.topology import Topology
 
 TAG = "@routing"
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM takes on CPUs, so a history of some hundred tokens is many

@@ -18,13 +18,13 @@ from typing import Any
 
 import httpx
 
-from disagglab.client import COMPLETIONS, Completion, Stream, prompt_of
-from disagglab.dynamo import Worker, body
-from disagglab.dynamodeployment import DynamoDeployment
 from disagglab.errors import InvalidRun, LabError
-from disagglab.etcd import Change, EtcdClient
 from disagglab.ledger import FINISHED
-from disagglab.server import POLL_S
+from disagglab.serving.dynamo.deployment import DynamoDeployment
+from disagglab.serving.dynamo.etcd import Change, EtcdClient
+from disagglab.serving.dynamo.parts import Worker, body
+from disagglab.serving.openai import COMPLETIONS, Completion, Stream, prompt_of
+from disagglab.serving.vllm import POLL_S
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # longer than any answer here; only a failing test waits so long
 KEPT_BYTES = 4096  # of the end of an answer: an error of Dynamo's frontend has 100 bytes
@@ -57,7 +57,7 @@ class Asked:
     Args:
         sender: may be shared.
         url: of a frontend.
-        request: what :func:`disagglab.dynamo.body` made.
+        request: what :func:`disagglab.serving.dynamo.parts.body` made.
     """
 
     def __init__(self, sender: httpx.Client, url: str, request: Mapping[str, Any]) -> None:

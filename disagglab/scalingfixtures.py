@@ -18,14 +18,14 @@ import httpx
 import pytest
 
 from disagglab import ledger
-from disagglab.client import Completion, prompt_of
-from disagglab.dynamo import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker
-from disagglab.dynamodeployment import DynamoDeployment
 from disagglab.errors import InvalidRun
-from disagglab.etcd import EXPIRY_CHECK_S, EtcdClient
 from disagglab.results.run_folder import Store
 from disagglab.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
-from disagglab.server import POLL_S, require_memory
+from disagglab.serving.dynamo.deployment import DynamoDeployment
+from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient
+from disagglab.serving.dynamo.parts import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker
+from disagglab.serving.openai import Completion, prompt_of
+from disagglab.serving.vllm import POLL_S, require_memory
 from disagglab.session import Session
 
 MIGRATIONS = 3  # --migration-limit of the second frontend

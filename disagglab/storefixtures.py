@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from disagglab import etcd, nats
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
-from disagglab.etcd import EtcdServer
 from disagglab.hosts.hosts import Hosts
 from disagglab.install.environments import dynamo_python
-from disagglab.nats import NatsServer
 from disagglab.results.run_folder import Store
+from disagglab.serving.dynamo import etcd, nats
+from disagglab.serving.dynamo.etcd import EtcdServer
+from disagglab.serving.dynamo.nats import NatsServer
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,13 @@ from typing import Any
 
 import httpx
 
-from disagglab.client import CHAT, TIMEOUT
 from disagglab.config.traffic import Dialogue, chat
 from disagglab.conversation import Turn, exact_answer, exact_request
 from disagglab.errors import InvalidRun
 from disagglab.looplag import LoopLag
 from disagglab.predict.strategies import SESSION_HEADER
 from disagglab.results.records import ClientLoad
+from disagglab.serving.openai import CHAT, TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,13 @@ from disagglab.errors import InvalidRun
 from disagglab.kv.shape import KvShape
 from disagglab.ledger import FOUND, QUERIED
 from disagglab.load import CLIENT_BOUND
-from disagglab.metrics import delta
 from disagglab.results.metrics import percentile
 from disagglab.results.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.routing import Arm, Size
+from disagglab.serving.prometheus import delta
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
 from disagglab.talk import Spoken, talk
-from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 
 CONVERSATIONS = "conversations"  # in the place of a workload's name
 MARGIN = 0.05

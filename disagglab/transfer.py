@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape, reusable_tokens
 from disagglab.results.records import Ledger, Sent
-from disagglab.server import VllmServer
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.topology import Topology
+from disagglab.serving.vllm import VllmServer
 
 
 def transfer(
@@ -35,14 +36,14 @@ def transfer(
         TransferError: if the transfer failed or moved something else than computed.
         InvalidRun: if the counters do not settle.
     """
-    request = client.body(topology.served_name, client.prompt_of(length, length), 1)
+    request = openai.body(topology.served_name, openai.prompt_of(length, length), 1)
     held = reusable_tokens(length, block) if number else 0
     before = ledger.read(topology)
     salt = f"transfer{tag}"
     source, target = prefill or topology.prefill[0], decode or topology.decode[0]
     topology = replace(topology, name=f"{topology.name}, {source.name} to {target.name}")
-    handshake = client.prefill(source.url, request | {"cache_salt": salt})
-    client.decode(target.url, request | {"cache_salt": f"{salt}-{length}-{number}"}, handshake)
+    handshake = openai.prefill(source.url, request | {"cache_salt": salt})
+    openai.decode(target.url, request | {"cache_salt": f"{salt}-{length}-{number}"}, handshake)
     after = ledger.settle(topology, before, 1)
     sent = [Sent(length, 1, held_by_prefill=held)]
     return ledger.prove(topology, before, after, sent, shape, lab.vllm.version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, agree
-from disagglab.client import Completion
+from disagglab.serving.openai import Completion
 
 WIDE, NEAR = GAP_NATS, GAP_NATS - 0.01
 

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from disagglab import ledger
-from disagglab.behaviour import Behaviour, compare, family_of, options_of, require_metrics
 from disagglab.errors import InvalidRun
+from disagglab.serving.release_diff import Behaviour, compare, family_of, options_of, require_metrics
 
 FAMILIES = {family_of(name): "counter" for name in ledger.METRICS}
 OLD = Behaviour("0.30.0", FAMILIES, frozenset({"--host", "--gone"}), {"remote_host": "str", "tp_size": "int"})

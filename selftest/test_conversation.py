@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab import client
 from disagglab.conversation import Conversation, Turn, converse, held_tokens, request_of
 from disagglab.errors import InvalidRun
+from disagglab.serving import openai
 
 PATIENCE_S = 20.0  # for what happens at once; only a failing test waits this long
 BLOCKED_S = 0.3
@@ -159,7 +159,7 @@ def test_history_holds_the_real_answers(serve: Callable[[Script], Server]) -> No
     found = converse(
         server.url, "m", [Conversation(("one", "two", "three"), 2, {"cache_salt": "s", "temperature": 1})]
     )
-    assert [path for path, _ in server.asked] == [client.CHAT] * 3
+    assert [path for path, _ in server.asked] == [openai.CHAT] * 3
     assert server.bodies()[2]["messages"] == [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "You said one"},
@@ -178,7 +178,7 @@ def test_token_ids_are_appended_as_they_are(serve: Callable[[Script], Server]) -
     """A conversation in token ids needs no template: its prompt is prompt, answer ids, next ids."""
     server = serve(lambda body: completion(len(body["prompt"]), 9))
     converse(server.url, "m", [Conversation(((1, 2), (3,), (4, 5, 6)), 2)])
-    assert [path for path, _ in server.asked] == [client.COMPLETIONS] * 3
+    assert [path for path, _ in server.asked] == [openai.COMPLETIONS] * 3
     assert [body["prompt"] for body in server.bodies()] == [
         [1, 2],
         [1, 2, 2, 9, 3],
@@ -212,7 +212,7 @@ def test_both_clients_read_one_stream_alike(serve: Callable[[Script], Server]) -
     data = b": ping\n\n" + text + whole.replace(b'"completion_tokens": 2', b'"completion_tokens": 3')
     server = serve(lambda _: [data[at : at + 7] for at in range(0, len(data), 7)])
     turn = converse(server.url, "m", [Conversation(((1,),), 3)]).turns[0]
-    answer = client.complete(server.url, client.body("m", [1], 3))
+    answer = openai.complete(server.url, openai.body("m", [1], 3))
     assert answer.text == turn.text == "a\u2028b\x85c<1><2>"
     assert answer.token_ids == turn.token_ids == (3, 1, 2)
     assert len(answer.gaps_s) == len(turn.gaps_s) == 2
@@ -265,7 +265,7 @@ def test_a_refusal_is_shown(serve: Callable[[Script], Server]) -> None:
     with pytest.raises(InvalidRun, match=r"conversation 0, turn 0: .*answered 400: .*prompt too long"):
         converse(server.url, "m", one)
     with pytest.raises(InvalidRun, match=r"answered 400: .*prompt too long"):
-        client.complete(server.url, client.body("m", [1], 1))
+        openai.complete(server.url, openai.body("m", [1], 1))
     server.close()
     with pytest.raises(InvalidRun, match=r"conversation 0, turn 0: .*broke off"):
         converse(server.url, "m", one)
@@ -296,14 +296,14 @@ def test_a_blocked_client_is_noticed(
     serve: Callable[[Script], Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Code that keeps the event loop from running makes every time late; the lag says by how much."""
-    feed = client.Stream.feed
+    feed = openai.Stream.feed
 
-    def slow(self: client.Stream, data: bytes, now_s: float) -> None:
+    def slow(self: openai.Stream, data: bytes, now_s: float) -> None:
         if b"block here" in data:
             time.sleep(BLOCKED_S)
         feed(self, data, now_s)
 
-    monkeypatch.setattr(client.Stream, "feed", slow)
+    monkeypatch.setattr(openai.Stream, "feed", slow)
     server = serve(lambda _: chat("a", "block here", "b", gap_s=GAP_S))
     found = converse(server.url, "m", [Conversation(("hi",), 3)])
     assert found.client is not None
@@ -378,9 +378,9 @@ def test_headers_go_with_one_request(serve: Callable[[Script], Server]) -> None:
 
     async def two() -> None:
         async with httpx.AsyncClient() as sender:
-            request = client.body("m", [1], 1)
+            request = openai.body("m", [1], 1)
             for headers in ({"X-Session-ID": "one"}, None):
-                await client.complete_beside_others(sender, server.url, client.COMPLETIONS, request, headers)
+                await openai.complete_beside_others(sender, server.url, openai.COMPLETIONS, request, headers)
 
     asyncio.run(two())
     assert [headers.get("x-session-id") for headers in server.headers] == ["one", None]
@@ -390,10 +390,10 @@ def test_a_chat_is_tokenized_with_the_prompt_for_an_answer(serve: Callable[[Scri
     """/tokenize is given the messages and asked for the generation prompt; a refusal is shown."""
     server = serve(lambda _: [json.dumps({"tokens": [4, 5], "count": 2}).encode()])
     messages = [{"role": "user", "content": "hi"}]
-    assert client.tokenize_chat(server.url, "m", messages) == [4, 5]
+    assert openai.tokenize_chat(server.url, "m", messages) == [4, 5]
     assert server.asked == [
         ("/tokenize", {"model": "m", "messages": messages, "add_generation_prompt": True})
     ]
     server.status = 404
     with pytest.raises(InvalidRun, match="/tokenize answered 404"):
-        client.tokenize_chat(server.url, "m", messages)
+        openai.tokenize_chat(server.url, "m", messages)

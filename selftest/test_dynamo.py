@@ -12,10 +12,14 @@ from typing import Any, cast
 
 import pytest
 
-from disagglab import dynamo, dynamodeployment, dynamoworker
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
-from disagglab.dynamo import (
+from disagglab.errors import InvalidRun
+from disagglab.hosts.host import HostProcess
+from disagglab.hosts.weights import Model
+from disagglab.serving.dynamo import deployment, parts
+from disagglab.serving.dynamo.deployment import require_events
+from disagglab.serving.dynamo.parts import (
     AGGREGATED,
     BACKEND,
     PREFILL,
@@ -31,12 +35,9 @@ from disagglab.dynamo import (
     plan_worker,
     settings,
 )
-from disagglab.dynamodeployment import require_events
-from disagglab.errors import InvalidRun
-from disagglab.hosts.host import HostProcess
-from disagglab.hosts.weights import Model
-from disagglab.metrics import PROCESS_START, parse
-from disagglab.topology import DISAGGREGATED, ROUTED, Topology
+from disagglab.serving.dynamo.worker import STOOD_IN
+from disagglab.serving.prometheus import PROCESS_START, parse
+from disagglab.serving.topology import DISAGGREGATED, ROUTED, Topology
 
 PYTHON = "/opt/dynamo/bin/python"
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
@@ -68,7 +69,7 @@ def after(argv: tuple[str, ...], option: str) -> str:
 def test_a_worker_runs_the_labs_engine(lab: Lab) -> None:
     """Options and environment of the engine are a server's, without what only its API takes."""
     made = plan(lab)
-    assert made.argv[:5] == (PYTHON, "-m", "disagglab.dynamoworker", "--model", "/models/m")
+    assert made.argv[:5] == (PYTHON, "-m", "disagglab.serving.dynamo.worker", "--model", "/models/m")
     assert after(made.argv, "--block-size") == "32"
     assert "--enforce-eager" in made.argv
     assert not {"--enable-prompt-tokens-details", "--enable-scale-out", "--host", "--port"} & set(made.argv)
@@ -150,7 +151,7 @@ def test_a_worker_without_a_start_time_is_told_by_its_counters(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When its counters were made stands for its start; its number is a label of its metrics."""
-    monkeypatch.setattr(dynamo, "scrape", lambda name, url: parse(name, url, METRICS))
+    monkeypatch.setattr(parts, "scrape", lambda name, url: parse(name, url, METRICS))
     worker = Worker(plan(lab), cast(HostProcess, None))
     assert worker.metrics().value(PROCESS_START) == 1.5e9
     assert worker.metrics().value("vllm:prompt_tokens_total") == 5
@@ -170,7 +171,7 @@ class Listener:
         stored = f'{counter}{{event_type="stored",status="ok"}} {self.asked * self.hears}\n'
         failed = f'{counter}{{event_type="stored",status="invalid_block"}} {self.asked}\n'
         events = f"# TYPE {counter} counter\n{stored}{failed}" if self.asked else ""
-        return parse(name, url, f"{dynamo.BLOCK_SIZE} 32\n{events}")
+        return parse(name, url, f"{parts.BLOCK_SIZE} 32\n{events}")
 
     def complete(self, url: str, request: dict[str, Any]) -> None:
         """A request that a worker answers."""
@@ -184,9 +185,9 @@ def behind(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], tuple[
 
     def made(hears: bool) -> tuple[Topology, Listener]:
         listener = Listener(hears)
-        monkeypatch.setattr("disagglab.router.scrape", listener.scrape)
-        monkeypatch.setattr("disagglab.client.complete", listener.complete)
-        monkeypatch.setattr(dynamodeployment, "EVENT_WAIT_S", 0.1)
+        monkeypatch.setattr("disagglab.serving.router.scrape", listener.scrape)
+        monkeypatch.setattr("disagglab.serving.openai.complete", listener.complete)
+        monkeypatch.setattr(deployment, "EVENT_WAIT_S", 0.1)
         process = cast(HostProcess, SimpleNamespace())
         workers = tuple(Worker(plan(lab, node), process) for node in (0, 1))
         for number, worker in enumerate(workers):
@@ -230,7 +231,7 @@ def test_torchvision_is_stood_in_for_where_there_is_none(tmp_path: Path) -> None
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(WORKER)
     answer = subprocess.run(
-        [sys.executable, "-m", "disagglab.dynamoworker", "--model", "M"],
+        [sys.executable, "-m", "disagglab.serving.dynamo.worker", "--model", "M"],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -238,4 +239,4 @@ def test_torchvision_is_stood_in_for_where_there_is_none(tmp_path: Path) -> None
         check=False,
     )
     assert answer.stdout.strip() == "['--model', 'M'] False Stands in for a package that is not installed."
-    assert dynamoworker.STOOD_IN[-1] == "torchvision.transforms.v2.functional"
+    assert STOOD_IN[-1] == "torchvision.transforms.v2.functional"

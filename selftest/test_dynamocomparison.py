@@ -39,6 +39,15 @@ from disagglab.expectation import (
 )
 from disagglab.results.records import ClientLoad, Ledger, Run
 from disagglab.routing import Arm, Size
+from disagglab.serving.topology import (
+    DISAGGREGATED,
+    REPLICATED,
+    ROUTED,
+    SINGLE,
+    SINGLE_AGAIN,
+    TOPOLOGIES,
+    Topology,
+)
 from disagglab.stats.verdict import judge
 from disagglab.talk import Spoken, Talk
 from disagglab.talkcomparison import (
@@ -56,7 +65,6 @@ from disagglab.talkcomparison import (
     talk_rows,
     value,
 )
-from disagglab.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, SINGLE_AGAIN, TOPOLOGIES, Topology
 
 LAB = load_lab("embedded")
 SIZE = Size(conversations=3, turns=2, output_tokens=4, blocks=65)

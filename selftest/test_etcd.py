@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab import etcd
 from disagglab.errors import LabError
-from disagglab.etcd import Entry, EtcdClient, Lease
+from disagglab.serving.dynamo import etcd
+from disagglab.serving.dynamo.etcd import Entry, EtcdClient, Lease
 
 URL = "http://127.0.0.1:2379"
 CREATED = '{"result":{"header":{"revision":"1","raft_term":"2"},"created":true}}\n'

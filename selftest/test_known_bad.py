@@ -14,17 +14,18 @@ from typing import Any
 
 import pytest
 
-from disagglab import ledger, load, metrics
+from disagglab import ledger, load
 from disagglab.agent.supervisor import Process
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, LabError
 from disagglab.kv import attention, modelconfig
-from disagglab.metrics import parse
 from disagglab.results import metrics as results_metrics
 from disagglab.results.records import Reading, Run, Sent
 from disagglab.results.run_folder import Store
+from disagglab.serving import prometheus
+from disagglab.serving.prometheus import parse
+from disagglab.serving.topology import SINGLE, Topology
 from disagglab.stats.verdict import judge
-from disagglab.topology import SINGLE, Topology
 
 KNOWN_BAD: dict[str, Any] = json.loads((Path(__file__).parent / "known_bad.json").read_text())
 LLAMA = attention.shape(modelconfig.shipped_config("meta-llama/Llama-3.1-8B-Instruct"))
@@ -113,7 +114,7 @@ def test_8_success_inferred_from_parameters() -> None:
     text = 'process_start_time_seconds 1.0\nvllm:request_success_total{finished_reason="length"} 8.0\n'
     snapshot = parse("decode", "http://decode/metrics", text)
     with pytest.raises(InvalidRun, match=ledger.BYTES):
-        metrics.delta(snapshot, snapshot, ledger.BYTES)
+        prometheus.delta(snapshot, snapshot, ledger.BYTES)
 
 
 def test_9_a_missing_value_stored_as_zero() -> None:

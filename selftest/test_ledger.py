@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from disagglab import ledger, metrics
+from disagglab import ledger
 from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.results.records import Ledger, Reading, Sent, Snapshot
-from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
+from disagglab.serving import prometheus
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
 
 SHAPE = KvShape((Layer(3, 64, 64),) * 30, "bfloat16")
 BLOCK_BYTES = 128 * 23_040
@@ -47,7 +48,7 @@ SOURCES = ("external_kv_transfer", "local_compute", "local_cache_hit")
 def snapshot(server: str, counters: Mapping[str, float], start: float = 1.0) -> Snapshot:
     """A scrape with these counters."""
     rows: list[tuple[str, frozenset[tuple[str, str]], float]] = [
-        (metrics.PROCESS_START, frozenset(), start),
+        (prometheus.PROCESS_START, frozenset(), start),
         (ledger.CACHE_CONFIG, frozenset({("block_size", "128")}), 1.0),
     ]
     for name, value in counters.items():
@@ -234,7 +235,7 @@ def test_a_counter_that_fell_is_invalid() -> None:
 def test_the_prometheus_text_format_is_read() -> None:
     """Labels select, and samples that match are summed."""
     text = 'a_total{engine="0",source="x"} 2.0\na_total{engine="1",source="x"} 3.0\na_total{source="y"} 7.0\n'
-    parsed = metrics.parse("s", "http://s/metrics", text)
+    parsed = prometheus.parse("s", "http://s/metrics", text)
     assert parsed.value("a_total", source="x") == 5.0
     assert parsed.value("a_total") == 12.0
     with pytest.raises(InvalidRun, match="curl -s http://s/metrics"):

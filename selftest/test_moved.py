@@ -9,8 +9,8 @@ import pytest
 from disagglab import moved
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.metrics import PROCESS_START
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
+from disagglab.serving.prometheus import PROCESS_START
 
 WORKLOAD = Workload(name="w", prompt_tokens=8, output_tokens=2, requests=2, concurrency=1)
 BOOK = Ledger({}, {}, {}, 4 * 2**20, 2, 0.004, 0, 0, 0, 0, 0, 0)

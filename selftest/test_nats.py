@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import nats
 from disagglab.config.labs import load_lab
 from disagglab.errors import LabError, StartError
 from disagglab.hosts.host import local_host
-from disagglab.nats import Connection, JetStream, Stream, Subscription
+from disagglab.serving.dynamo import nats
+from disagglab.serving.dynamo.nats import Connection, JetStream, Stream, Subscription
 
 PORTS = (23700, 23709)  # none is taken
 CONNZ: dict[str, Any] = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from disagglab import vllm_plugin
 from disagglab.config.labs import load_lab
+from disagglab.serving import vllm_plugin
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "offline"

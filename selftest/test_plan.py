@@ -21,7 +21,7 @@ from disagglab.hosts import shaping, ssh
 from disagglab.hosts.namespaces import UNSHARE
 from disagglab.hosts.remote import bundle
 from disagglab.predict.strategies import STRATEGIES
-from disagglab.topology import TOPOLOGIES
+from disagglab.serving.topology import TOPOLOGIES
 
 LABS = sorted(file.stem for file in Path("labs").glob("*.toml"))
 

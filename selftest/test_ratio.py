@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import client, ledger, metrics, plan, topology, transfer
+from disagglab import ledger, plan, transfer
 from disagglab.agent.supervisor import Process
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab, parse_lab
@@ -28,7 +28,8 @@ from disagglab.paths import LABS
 from disagglab.predict import breakeven, simulation
 from disagglab.predict.breakeven import Cluster, Point, Prefill, Speeds, Step
 from disagglab.results.records import Ledger, Reading, Sent, Snapshot
-from disagglab.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
+from disagglab.serving import openai, prometheus, topology
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
 
 SHARED = tomllib.loads((LABS / "one-to-two.toml").read_text())
 GATED = tomllib.loads((LABS / "embedded.toml").read_text())
@@ -204,7 +205,7 @@ def counted(role: str, requests: int, moves: bool) -> dict[str, float]:
 def snapshot(name: str, counters: Mapping[str, float]) -> Snapshot:
     """A scrape with these counters."""
     rows: list[tuple[str, frozenset[tuple[str, str]], float]] = [
-        (metrics.PROCESS_START, frozenset(), 1.0),
+        (prometheus.PROCESS_START, frozenset(), 1.0),
         (ledger.CACHE_CONFIG, frozenset({("block_size", "128")}), 1.0),
     ]
     for key, value in counters.items():
@@ -275,8 +276,8 @@ def test_a_transfer_asks_the_pair_it_is_given(monkeypatch: pytest.MonkeyPatch) -
     def prove(split: Topology, *_: Any) -> str:
         return split.name
 
-    monkeypatch.setattr(client, "prefill", prefill)
-    monkeypatch.setattr(client, "decode", decode)
+    monkeypatch.setattr(openai, "prefill", prefill)
+    monkeypatch.setattr(openai, "decode", decode)
     monkeypatch.setattr(ledger, "read", lambda _: None)
     monkeypatch.setattr(ledger, "settle", lambda *_: None)
     monkeypatch.setattr(ledger, "prove", prove)

@@ -25,7 +25,7 @@ from disagglab.errors import ConfigError
 from disagglab.results import resume
 from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
-from disagglab.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
+from disagglab.serving.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 LAB = load_lab("embedded")

@@ -13,18 +13,19 @@ from typing import Any
 
 import pytest
 
-from disagglab import ledger, metrics, router, routing, topology
+from disagglab import ledger, routing
 from disagglab.agent.supervisor import Process
 from disagglab.config.labs import load_lab
 from disagglab.errors import InvalidRun, StartError
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.records import Reading, Sent, Snapshot
-from disagglab.router import Hearing, Router, router_argv
 from disagglab.routing import Arm
-from disagglab.server import EventSource, events_config
+from disagglab.serving import prometheus, router, topology
+from disagglab.serving.router import Hearing, Router, router_argv
+from disagglab.serving.topology import REPLICATED, ROUTED, Deployment, Topology
+from disagglab.serving.vllm import EventSource, events_config
 from disagglab.talk import Failure, Spoken, Talk
-from disagglab.topology import REPLICATED, ROUTED, Deployment, Topology
 
 NO_ROUTER: Any = None
 COUNTERS = (
@@ -61,7 +62,7 @@ def snapshot(name: str, counters: Mapping[str, float]) -> Snapshot:
     """A scrape of a worker with eight blocks of four tokens, one of them set aside."""
     config = frozenset({("block_size", "4"), ("num_gpu_blocks", "9")})
     rows: list[tuple[str, frozenset[tuple[str, str]], float]] = [
-        (metrics.PROCESS_START, frozenset(), 1.0),
+        (prometheus.PROCESS_START, frozenset(), 1.0),
         (ledger.CACHE_CONFIG, config, 1.0),
     ]
     rows += [(key, frozenset(), counters.get(key, 0.0)) for key in COUNTERS]
@@ -181,7 +182,7 @@ def test_lookups_are_read_by_result() -> None:
     text = f'{routing.LOOKUPS}{{result="hit"}} 3\n{routing.LOOKUPS}{{result="miss"}} 1\nother_total 9\n'
 
     def router(text: str, url: str = "http://r") -> Any:
-        return SimpleNamespace(metrics_url=url, metrics=lambda: metrics.parse("router", url, text))
+        return SimpleNamespace(metrics_url=url, metrics=lambda: prometheus.parse("router", url, text))
 
     assert routing.lookups(router(text)) == {"hit": 3, "miss": 1}
     assert routing.lookups(router("other_total 9\n")) == {}

@@ -14,11 +14,11 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from disagglab.dynamo import Planes, body
-from disagglab.dynamodeployment import DynamoDeployment
 from disagglab.errors import InvalidRun, LabError
-from disagglab.etcd import EtcdClient
 from disagglab.scaling import Asked, Attempt, Steady, Watching, joining, last_event
+from disagglab.serving.dynamo.deployment import DynamoDeployment
+from disagglab.serving.dynamo.etcd import EtcdClient
+from disagglab.serving.dynamo.parts import Planes, body
 
 URL = "http://127.0.0.1:1"
 PATIENCE_S = 20.0  # for what happens at once; only a failing test waits this long

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from disagglab import router
-from disagglab.boot import wait_ready
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
 from disagglab.hosts.weights import Model
 from disagglab.progress import ProgressLine
-from disagglab.server import (
+from disagglab.serving import router
+from disagglab.serving.boot import wait_ready
+from disagglab.serving.vllm import (
     ServerPlan,
     VllmServer,
     await_process,

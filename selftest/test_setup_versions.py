@@ -259,7 +259,7 @@ def test_proof_finds_what_the_lock_cannot_know(tmp_path: Path, alter: dict[str, 
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{more}")
     (info / "entry_points.txt").write_text(
-        f"[{facts['group']}]\ndisagglab = disagglab.vllm_plugin:register\n"
+        f"[{facts['group']}]\ndisagglab = disagglab.serving.vllm_plugin:register\n"
     )
     for package in (ROOT / "disagglab", Path(packaging.__file__).parent):
         (tmp_path / package.name).symlink_to(package)

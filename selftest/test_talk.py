@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from disagglab import client
 from disagglab.config.traffic import Dialogue
 from disagglab.errors import LabError
+from disagglab.serving import openai
 from disagglab.talk import Spoken, Talk, talk
 
 ORDER = ((0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 2))
@@ -141,7 +141,7 @@ def test_requests_go_out_in_order_with_the_real_answers(serve: Callable[[Script]
     server = serve(echo)
     found = talk(server.url, "m", TWO, extra={"seed": 3})
     assert [last(body) for body in server.bodies()] == SAID
-    assert {path for path, _, _ in server.asked} == {client.CHAT}
+    assert {path for path, _, _ in server.asked} == {openai.CHAT}
     assert server.bodies()[-1]["messages"] == [
         {"role": "system", "content": "sys b"},
         {"role": "user", "content": "b0"},

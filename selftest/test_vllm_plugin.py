@@ -12,9 +12,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from disagglab import vllm_plugin
+from disagglab.serving import vllm_plugin
+from disagglab.serving.vllm_plugin import cores_of_node, register
 from disagglab.variables import CPUS_VARIABLE, DELAY_VARIABLE
-from disagglab.vllm_plugin import cores_of_node, register
 
 NIXL = "nixl_cu13._api"
 OTHER_NIXL = "nixl_cu12._api"

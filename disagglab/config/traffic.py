@@ -130,7 +130,7 @@ def sketch(dialogue: Dialogue, tokenize: Callable[[Messages], Sequence[int]]) ->
 
     Args:
         tokenize: messages to the ids of the prompt that asks for an answer to them, such as
-            :func:`disagglab.client.tokenize_chat` of a server.
+            :func:`disagglab.serving.openai.tokenize_chat` of a server.
 
     Raises:
         InvalidRun: see :func:`stand_in`.

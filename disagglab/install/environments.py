@@ -34,7 +34,7 @@ for asked in map(Requirement, requires(name)):
         sys.exit(f"vLLM {{wanted}} asks for {{asked}}, and torch {{version('torch')}} is installed")
 for plugin in entry_points(group="vllm.general_plugins"):
     plugin.load()
-if "disagglab.vllm_plugin" not in sys.modules:
+if "disagglab.serving.vllm_plugin" not in sys.modules:
     sys.exit("the plugin of disagglab is not among the entry points of vllm.general_plugins")
 """
 
@@ -46,7 +46,7 @@ DYNAMO_PROOF = f"""\
 import subprocess, sys
 from importlib.metadata import requires
 from packaging.requirements import Requirement
-import dynamo.frontend.main, dynamo.llm, dynamo.runtime, disagglab.vllm_plugin
+import dynamo.frontend.main, dynamo.llm, dynamo.runtime, disagglab.serving.vllm_plugin
 wanted, nats_server = sys.argv[1:]
 for name in "ai-dynamo", "ai-dynamo-runtime":
     if version(name) != wanted:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
@@ -23,8 +23,9 @@ from disagglab.results.metrics import figures, percentile, tpot_s
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
+from disagglab.serving import openai
+from disagglab.serving.topology import Topology
 from disagglab.session import Session
-from disagglab.topology import Topology
 
 SEED = 20_001
 ROUNDING_S = 0.005  # the load engine takes first-token and last-token times by separate clock reads
@@ -166,8 +167,8 @@ def test_kv_memory_in_use_is_the_arithmetic(
     config = ledger.cache_config(server.metrics())
     total, block = int(config["num_gpu_blocks"]), int(config["block_size"])
     prompt_tokens, output_tokens = 4 * block + 1, 24
-    prompt = client.prompt_of(prompt_tokens, prompt_tokens)
-    request = client.body(single.served_name, prompt, output_tokens) | {"cache_salt": "kv-memory"}
+    prompt = openai.prompt_of(prompt_tokens, prompt_tokens)
+    request = openai.body(single.served_name, prompt, output_tokens) | {"cache_salt": "kv-memory"}
     used = peak_blocks(server, single.router.url, request)
     expected = blocks(prompt_tokens + output_tokens, block)
     record.numbers(

@@ -1,6 +1,6 @@
 """Two clients, one server: what the load engine and our own client say about the same work.
 
-``vllm bench serve`` sends the load of every comparison, disagglab/client.py all that it cannot send
+``vllm bench serve`` sends the load of every comparison, disagglab/serving/openai.py all that it cannot send
 (conversations, single requests). If they did not measure alike, their figures could not stand side by side.
 
 The oracle is the server's own clock: it keeps sums of TTFT and end-to-end time over the same requests. A
@@ -21,20 +21,21 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.comparison import measure
 from disagglab.config.workload import Workload, load_workload
 from disagglab.conversation import Conversation, Transcript, converse
 from disagglab.kv.shape import KvShape
 from disagglab.load import LoadEngine
-from disagglab.metrics import delta
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent, Snapshot
 from disagglab.results.run_folder import Store
+from disagglab.serving import openai
+from disagglab.serving.prometheus import delta
+from disagglab.serving.topology import Topology
 from disagglab.session import Session
 from disagglab.stats.verdict import judge
-from disagglab.topology import Topology
 
 SEED = 26_001
 MARGIN = 0.10
@@ -124,7 +125,7 @@ def by_own_client(
 ) -> tuple[Round, Ledger, Transcript]:
     """The same work through our client, proved by the same rules."""
     extra = {"cache_salt": secrets.token_hex(4), "return_token_ids": False}  # as the load engine asks
-    prompts = [client.prompt_of(workload.prompt_tokens, seed + number) for number in range(workload.requests)]
+    prompts = [openai.prompt_of(workload.prompt_tokens, seed + number) for number in range(workload.requests)]
     requests = [Conversation((tuple(prompt),), workload.output_tokens, extra) for prompt in prompts]
     before = ledger.read(single)
     found = converse(single.router.url, single.served_name, requests, workload.concurrency)

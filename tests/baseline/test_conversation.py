@@ -20,7 +20,7 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, reusable_tokens
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Reading, Sent
-from disagglab.topology import Topology
+from disagglab.serving.topology import Topology
 
 OUTPUT_TOKENS = 16
 SITES = ("Aarhus", "Bergen", "Cork")

@@ -20,8 +20,8 @@ from disagglab.load import LoadEngine
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
+from disagglab.serving.topology import REPLICATED, SINGLE, Deployment
 from disagglab.session import Session
-from disagglab.topology import REPLICATED, SINGLE, Deployment
 
 
 @pytest.mark.dedicated

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
-from disagglab.metrics import delta
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.prometheus import delta
+from disagglab.serving.topology import Topology
 
 REPEATS = 5
 PROMPT_TOKENS = 700
@@ -29,9 +30,9 @@ PARTS = ("prefill", "wait for KV", "decode", "router and HTTP")
 
 def anatomy(topology: Topology, number: int, lab: Lab, shape: KvShape) -> tuple[dict[str, float], float]:
     """One request's parts in seconds, and the time of its KV transfer alone."""
-    prompt = client.prompt_of(PROMPT_TOKENS, ANATOMY_SALT + number)
+    prompt = openai.prompt_of(PROMPT_TOKENS, ANATOMY_SALT + number)
     before = ledger.read(topology)
-    answer = client.complete(topology.router.url, client.body(topology.served_name, prompt, OUTPUT_TOKENS))
+    answer = openai.complete(topology.router.url, openai.body(topology.served_name, prompt, OUTPUT_TOKENS))
     after = ledger.settle(topology, before, 1)
     book = ledger.prove(
         topology, before, after, [Sent(PROMPT_TOKENS, OUTPUT_TOKENS)], shape, lab.vllm.version

@@ -34,9 +34,9 @@ from disagglab.results import metrics
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, Topology
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
-from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 
 SEED = 68_000
 POINTS, SHORT_POINTS = 6, 3

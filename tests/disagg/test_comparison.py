@@ -15,7 +15,7 @@ from disagglab.config.schema import GateSection, Lab
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
-from disagglab.topology import DISAGGREGATED, TOPOLOGIES
+from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
 
 ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 

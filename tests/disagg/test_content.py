@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agree
-from disagglab.client import Completion
 from disagglab.config.schema import Lab
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.openai import Completion
+from disagglab.serving.topology import Topology
 
 OUTPUT_TOKENS = 8
 COMPARED_SHARE = 0.6  # of the tokens of a probe set; below it the set proves too little
@@ -59,23 +60,23 @@ Tokenize = Callable[[str], list[int]]
 @pytest.fixture
 def tokenize(single: Topology) -> Tokenize:
     """Token ids of a text, as the servers see them."""
-    return lambda text: client.tokenize(single.servers[0].url, single.served_name, text)
+    return lambda text: openai.tokenize(single.servers[0].url, single.served_name, text)
 
 
 def request_of(topology: Topology, prompt: Sequence[int], salt: str) -> dict[str, object]:
     """A greedy request whose prompt no earlier one has left in a prefix cache."""
-    return client.body(topology.served_name, list(prompt), OUTPUT_TOKENS) | {"cache_salt": salt}
+    return openai.body(topology.served_name, list(prompt), OUTPUT_TOKENS) | {"cache_salt": salt}
 
 
 def alone(single: Topology, prompt: Sequence[int], salt: str) -> Completion:
     """What the single server says."""
-    return client.complete(single.router.url, request_of(single, prompt, f"alone-{salt}"))
+    return openai.complete(single.router.url, request_of(single, prompt, f"alone-{salt}"))
 
 
 def apart(topology: Topology, prompt: Sequence[int], salt: str, lab: Lab, shape: KvShape) -> Completion:
     """What prefill and decode say together, with the path proved."""
     before = ledger.read(topology)
-    answer = client.complete(topology.router.url, request_of(topology, prompt, f"apart-{salt}"))
+    answer = openai.complete(topology.router.url, request_of(topology, prompt, f"apart-{salt}"))
     after = ledger.settle(topology, before, 1)
     sent = [Sent(answer.prompt_tokens, answer.output_tokens)]
     ledger.prove(topology, before, after, sent, shape, lab.vllm.version)
@@ -145,7 +146,7 @@ def test_concurrent_prompts_do_not_mix(
     before = ledger.read(disaggregated)
     with ThreadPoolExecutor(len(prompts)) as pool:
         requests = [request_of(disaggregated, prompt, f"mixed-{n}") for n, prompt in enumerate(prompts)]
-        answers = list(pool.map(lambda one: client.complete(disaggregated.router.url, one), requests))
+        answers = list(pool.map(lambda one: openai.complete(disaggregated.router.url, one), requests))
     after = ledger.settle(disaggregated, before, len(answers))
     sent = [Sent(answer.prompt_tokens, answer.output_tokens) for answer in answers]
     ledger.prove(disaggregated, before, after, sent, shape, lab.vllm.version)
@@ -171,15 +172,15 @@ def test_another_prompts_kv_is_caught(
     prefill, decode = disaggregated.prefill[0].url, disaggregated.decode[0].url
     request, foreign = (request_of(disaggregated, ids, f"caught-{how}") for ids in (prompt, other))
     before = ledger.read(disaggregated)
-    mine, theirs = client.prefill(prefill, request), client.prefill(prefill, foreign)
+    mine, theirs = openai.prefill(prefill, request), openai.prefill(prefill, foreign)
     wrong = dict(theirs.kv_transfer_params)
     if how == "a corrupted block id":
         wrong = {**mine.kv_transfer_params, "remote_block_ids": theirs.kv_transfer_params["remote_block_ids"]}
     fresh = {"cache_salt": f"decode-{how}"}  # decode holds nothing of either
-    answer = client.decode(decode, request | fresh, client.Handshake(wrong, 0.0))
+    answer = openai.decode(decode, request | fresh, openai.Handshake(wrong, 0.0))
     # the reference that is left goes to the other prompt, so that prefill's lease on its blocks ends
     left = mine if wrong["remote_request_id"] == theirs.kv_transfer_params["remote_request_id"] else theirs
-    client.decode(decode, foreign | fresh, left)
+    openai.decode(decode, foreign | fresh, left)
     after = ledger.settle(disaggregated, before, 2)
     book = ledger.compare(disaggregated, before, after)
     sent = [Sent(len(ids), OUTPUT_TOKENS) for ids in (prompt, other)]
@@ -199,8 +200,8 @@ def test_output_agrees_with_transformers(
     them.
     """
     prompt = tokenize(PROBES[COUNT])
-    answer = client.complete(
-        disaggregated.router.url, client.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
+    answer = openai.complete(
+        disaggregated.router.url, openai.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
     )
     argv = [sys.executable, "-m", "disagglab.reference", str(weights.folder), lab.model.dtype]
     argv += [str(OUTPUT_TOKENS), json.dumps(prompt)]

@@ -20,9 +20,9 @@ from disagglab.load import LoadEngine
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
+from disagglab.serving.topology import SINGLE, Topology
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
-from disagglab.topology import SINGLE, Topology
 
 FACTOR = 1.2
 ROUNDS = 6  # planned; a verdict that is still open then goes on to --max-rounds

@@ -26,9 +26,9 @@ from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Nam
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, Topology
 from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, holm
-from disagglab.topology import DISAGGREGATED, REPLICATED, Topology
 
 SEED = 69_000  # of the rounds
 SEARCH_SEEDS = range(70_000, 70_005)  # others, so that the points do not fit the arrivals of the rounds

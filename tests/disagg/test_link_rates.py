@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.hosts import link_counters, shaping
 from disagglab.hosts.hosts import Hosts
@@ -20,9 +20,10 @@ from disagglab.kv.shape import KvShape, transfer_time_s
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
+from disagglab.serving import openai
+from disagglab.serving.topology import Topology
 from disagglab.session import Session
 from disagglab.stats import linefit
-from disagglab.topology import Topology
 from disagglab.transfer import transfer
 
 GBIT_S, SHORT_GBIT_S = (0.6, 1.0, 2.0, 10.0, None), (0.6, 2.0, None)  # None: as fast as the machine can
@@ -100,8 +101,8 @@ def at_rate(
         total += book.kv_bytes
     length = PROMPT_BLOCKS * block
     before = ledger.read(disaggregated)
-    request = client.body(disaggregated.served_name, client.prompt_of(length, 7000 + number), OUTPUT_TOKENS)
-    answer = client.complete(disaggregated.router.url, request | {"cache_salt": f"rates-{number}"})
+    request = openai.body(disaggregated.served_name, openai.prompt_of(length, 7000 + number), OUTPUT_TOKENS)
+    answer = openai.complete(disaggregated.router.url, request | {"cache_salt": f"rates-{number}"})
     after = ledger.settle(disaggregated, before, 1)
     book = ledger.prove(disaggregated, before, after, [Sent(length, OUTPUT_TOKENS)], shape, lab.vllm.version)
     found.ttft_s.append(answer.ttft_s)

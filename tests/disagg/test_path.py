@@ -10,13 +10,14 @@ import dataclasses
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.kv.shape import KvShape, blocks, reusable_tokens
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.topology import Topology
 
 OUTPUT_TOKENS = 4
 
@@ -37,9 +38,9 @@ def test_transferred_bytes_equal_whole_blocks(
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = blocks_and_more[0] * block + blocks_and_more[1]
     before = ledger.read(disaggregated)
-    answer = client.complete(
+    answer = openai.complete(
         disaggregated.router.url,
-        client.body(disaggregated.served_name, client.prompt_of(length, length), OUTPUT_TOKENS),
+        openai.body(disaggregated.served_name, openai.prompt_of(length, length), OUTPUT_TOKENS),
     )
     after = ledger.settle(disaggregated, before, 1)
     book = ledger.prove(disaggregated, before, after, [Sent(length, OUTPUT_TOKENS)], shape, lab.vllm.version)
@@ -79,11 +80,11 @@ def test_only_missing_blocks_move(
     block = ledger.block_size(disaggregated.decode[0].metrics())
     earlier, length = (blocks * block + more for blocks, more in (first, second))
     salt = {"cache_salt": f"missing-{first}-{second}"}
-    whole = client.prompt_of(max(earlier, length), 500)
-    request = client.body(disaggregated.served_name, whole[:earlier], OUTPUT_TOKENS) | salt
+    whole = openai.prompt_of(max(earlier, length), 500)
+    request = openai.body(disaggregated.served_name, whole[:earlier], OUTPUT_TOKENS) | salt
     before = ledger.read(disaggregated)
     for _ in range(disaggregated.cycle):
-        client.complete(disaggregated.router.url, request)
+        openai.complete(disaggregated.router.url, request)
     middle = ledger.settle(disaggregated, before, disaggregated.cycle)
     seen = reusable_tokens(earlier, block)  # by a node that has had the prompt before
     first_ones = [
@@ -96,7 +97,7 @@ def test_only_missing_blocks_move(
         for number in range(disaggregated.cycle)
     ]
     ledger.prove(disaggregated, before, middle, first_ones, shape, lab.vllm.version)
-    client.complete(disaggregated.router.url, request | {"prompt": whole[:length]})
+    openai.complete(disaggregated.router.url, request | {"prompt": whole[:length]})
     after = ledger.settle(disaggregated, middle, 1)
     held = min(earlier // block * block, reusable_tokens(length, block))
     sent = [Sent(length, OUTPUT_TOKENS, held_by_decode=held, held_by_prefill=held)]
@@ -117,12 +118,12 @@ def test_what_only_prefill_holds_moves_in_full(disaggregated: Topology, lab: Lab
     """A prefix-cache hit on the prefill server saves its computing, and nothing on the wire."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = 3 * block + 1
-    request = client.body(disaggregated.served_name, client.prompt_of(length, 501), OUTPUT_TOKENS)
+    request = openai.body(disaggregated.served_name, openai.prompt_of(length, 501), OUTPUT_TOKENS)
     request |= {"cache_salt": "prefill-holds"}
     for server in disaggregated.prefill:
-        client.complete(server.url, request)
+        openai.complete(server.url, request)
     before = ledger.read(disaggregated)
-    client.complete(disaggregated.router.url, request)
+    openai.complete(disaggregated.router.url, request)
     after = ledger.settle(disaggregated, before, 1)
     sent = [Sent(length, OUTPUT_TOKENS, held_by_prefill=reusable_tokens(length, block))]
     book = ledger.prove(disaggregated, before, after, sent, shape, lab.vllm.version)
@@ -137,10 +138,10 @@ def test_a_decode_that_prefills_itself_is_caught(disaggregated: Topology, lab: L
     A proxy that forgets the transfer parameters answers 200 with correct text; only the counters know.
     """
     before = ledger.read(disaggregated)
-    prompt = client.prompt_of(300, 77)
-    client.complete(disaggregated.prefill[0].url, client.body(disaggregated.served_name, prompt, 1))
-    client.complete(
-        disaggregated.decode[0].url, client.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
+    prompt = openai.prompt_of(300, 77)
+    openai.complete(disaggregated.prefill[0].url, openai.body(disaggregated.served_name, prompt, 1))
+    openai.complete(
+        disaggregated.decode[0].url, openai.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
     )
     after = ledger.read(disaggregated)
     with pytest.raises(TransferError, match="transfers: expected 1, got 0"):
@@ -151,8 +152,8 @@ def test_a_wrong_byte_count_is_caught(disaggregated: Topology, lab: Lab, shape: 
     """A true transfer, checked against the arithmetic of one KV head more, is refused."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     before = ledger.read(disaggregated)
-    request = client.body(disaggregated.served_name, client.prompt_of(block, 78), OUTPUT_TOKENS)
-    client.complete(disaggregated.router.url, request)
+    request = openai.body(disaggregated.served_name, openai.prompt_of(block, 78), OUTPUT_TOKENS)
+    openai.complete(disaggregated.router.url, request)
     after = ledger.settle(disaggregated, before, 1)
     wider = tuple(dataclasses.replace(layer, kv_heads=layer.kv_heads + 1) for layer in shape.layers)
     with pytest.raises(TransferError, match=r"bytes moved by the connector: expected [\d,]+, got [\d,]+"):

@@ -22,8 +22,8 @@ from disagglab.results.metrics import figures, kept_rate, saturated
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
+from disagglab.serving.topology import REPLICATED, SINGLE, Topology
 from disagglab.session import Session
-from disagglab.topology import REPLICATED, SINGLE, Topology
 
 SEED = 61_000
 ATTAINMENT = 0.9  # of the requests sent have to be good for a rate to count as kept

@@ -13,17 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.agreement import DIFFERENT, GAP_NATS, agree
 from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
-from disagglab.metrics import delta
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent
-from disagglab.server import VllmServer
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.prometheus import delta
+from disagglab.serving.topology import Topology
+from disagglab.serving.vllm import VllmServer
 from disagglab.transfer import transfer
 
 TURNS = 3  # of the round robin
@@ -63,12 +64,12 @@ def test_every_node_takes_its_share(
     length = MORE_THAN_BLOCKS[0] * block + MORE_THAN_BLOCKS[1]
     count = TURNS * disaggregated.cycle
     requests = [
-        client.body(disaggregated.served_name, client.prompt_of(length, SALT + number), OUTPUT_TOKENS)
+        openai.body(disaggregated.served_name, openai.prompt_of(length, SALT + number), OUTPUT_TOKENS)
         for number in range(count)
     ]
     before = ledger.read(disaggregated)
     with ThreadPoolExecutor(disaggregated.cycle) as pool:
-        answers = list(pool.map(lambda one: client.complete(disaggregated.router.url, one), requests))
+        answers = list(pool.map(lambda one: openai.complete(disaggregated.router.url, one), requests))
     after = ledger.settle(disaggregated, before, count)
     sent = [Sent(answer.prompt_tokens, answer.output_tokens) for answer in answers]
     book = ledger.prove(disaggregated, before, after, sent, shape, lab.vllm.version)
@@ -163,19 +164,19 @@ def test_every_pair_says_the_same(
     if lab.model.load_format == "dummy":
         pytest.skip("RANDOM-WEIGHTS: every position is a near tie, so no answer could be told from another")
     url, model = single.servers[0].url, single.served_name
-    prompts = [client.tokenize(url, model, text) for text in PROBES]
+    prompts = [openai.tokenize(url, model, text) for text in PROBES]
     right = [
-        client.complete(url, client.body(model, ids, ANSWER_TOKENS) | {"cache_salt": "ratio-alone"})
+        openai.complete(url, openai.body(model, ids, ANSWER_TOKENS) | {"cache_salt": "ratio-alone"})
         for ids in prompts
     ]
     compared = 0
     for prefill, decode in pairs(disaggregated):
         name = named(prefill, decode)
         for ids, reference in zip(prompts, right, strict=True):
-            request = client.body(disaggregated.served_name, ids, ANSWER_TOKENS)
+            request = openai.body(disaggregated.served_name, ids, ANSWER_TOKENS)
             request |= {"cache_salt": f"ratio-{name}"}
             before = ledger.read(disaggregated)
-            answer = client.decode(decode.url, request, client.prefill(prefill.url, request))
+            answer = openai.decode(decode.url, request, openai.prefill(prefill.url, request))
             after = ledger.settle(disaggregated, before, 1)
             assert ledger.compare(disaggregated, before, after).transfers == 1, f"{name}: no KV moved"
             found = agree(reference, answer)

@@ -15,7 +15,7 @@ from disagglab.load import LoadEngine
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
-from disagglab.topology import Topology
+from disagglab.serving.topology import Topology
 
 SEED = 62_000
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import blockpool, ledger, moved, transfertrace
+from disagglab import blockpool, ledger, moved
 from disagglab.blockpool import Ageing
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
@@ -33,10 +33,11 @@ from disagglab.predict import scattered_reads
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run, VerdictRow
 from disagglab.results.run_folder import Store
+from disagglab.serving import transfer_log
+from disagglab.serving.topology import Topology
+from disagglab.serving.transfer_log import Traced
 from disagglab.session import Session
 from disagglab.stats.verdict import Direction, holm, judge
-from disagglab.topology import Topology
-from disagglab.transfertrace import Traced
 
 SEED = 83_000
 MARGIN = 0.05
@@ -65,7 +66,7 @@ class Settings:
 
 def logged_by(arm: Topology) -> dict[str, list[Traced]]:
     """The transfers that each server of an arm has logged up to now."""
-    return {server.name: transfertrace.read(server.process.lines_so_far()) for server in arm.servers}
+    return {server.name: transfer_log.read(server.process.lines_so_far()) for server in arm.servers}
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +264,7 @@ def test_every_transfer_is_logged(settings: Settings, lab: Lab, record: Recorder
         assert sum(one.transfers for one in counted) == len(lines), arm.name
         assert sum(one.bytes for one in counted) == sum(one.bytes for one in lines), arm.name
         assert sum(one.descriptors for one in counted) == sum(one.descriptors for one in lines), arm.name
-        by_run = transfertrace.by_run(
+        by_run = transfer_log.by_run(
             settings.logged[arm.name], [run.ledger.transfers_by for run in runs if run.ledger is not None]
         )
         for run, told, one in zip(runs, by_run, counted, strict=True):

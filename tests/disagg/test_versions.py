@@ -13,8 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from disagglab import behaviour, client, ledger
-from disagglab.behaviour import Behaviour
+from disagglab import ledger
 from disagglab.comparison import Comparison, figure_rows, run_rounds, version_rows
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab
@@ -27,8 +26,10 @@ from disagglab.load import LoadEngine
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store
+from disagglab.serving import openai, release_diff
+from disagglab.serving.release_diff import Behaviour
+from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Deployment, Topology
 from disagglab.session import Session
-from disagglab.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Deployment, Topology
 
 OUTPUT_TOKENS = 4
 PROBE_SALT = 31_000
@@ -68,17 +69,17 @@ def behaviours(pair: Pair, hosts: Hosts, lab: Lab) -> tuple[Behaviour, Behaviour
     found = []
     for topologies in (pair.lab, pair.other):
         topology = topologies[DISAGGREGATED]
-        fields = behaviour.handshake(topology, client.prompt_of(2 * lab.block_size + 1, PROBE_SALT))
+        fields = release_diff.handshake(topology, openai.prompt_of(2 * lab.block_size + 1, PROBE_SALT))
         python = topology.servers[0].plan.argv[0]
         argv = [python, "-m", "vllm.entrypoints.cli.main", "serve", "--help=all"]
         lines = hosts.of(topology.servers[0].plan.node).run(
-            f"help-{topology.version}", argv, {"COLUMNS": "200"}, behaviour.HELP_LIMIT_S
+            f"help-{topology.version}", argv, {"COLUMNS": "200"}, release_diff.HELP_LIMIT_S
         )
         found.append(
             Behaviour(
                 topology.version,
-                behaviour.metric_families(topology.servers),
-                behaviour.options_of("\n".join(lines)),
+                release_diff.metric_families(topology.servers),
+                release_diff.options_of("\n".join(lines)),
                 fields,
             )
         )
@@ -104,14 +105,14 @@ def test_differences_of_behaviour(behaviours: tuple[Behaviour, Behaviour], recor
     older, newer = behaviours
     for one in behaviours:
         assert one.options, f"vllm serve --help=all of {one.version} names no option"
-        behaviour.require_metrics(one, ledger.METRICS)
-    for change in behaviour.compare(older, newer):
+        release_diff.require_metrics(one, ledger.METRICS)
+    for change in release_diff.compare(older, newer):
         for how, names in (
             ("appeared", change.appeared),
             ("vanished", change.vanished),
             ("changed type", change.altered),
         ):
-            if change.what == behaviour.OPTIONS and how == "changed type":
+            if change.what == release_diff.OPTIONS and how == "changed type":
                 continue  # a help text tells no types
             record.numbers(
                 f"{change.what} that {how} from {older.version} to {newer.version}",
@@ -131,11 +132,11 @@ def test_block_rule_of_both_releases(
     moved = {}
     for topologies in (pair.lab, pair.other):
         topology = topologies[DISAGGREGATED]
-        request = client.body(
-            topology.served_name, client.prompt_of(length, PROBE_SALT + 10 + tokens_over), OUTPUT_TOKENS
+        request = openai.body(
+            topology.served_name, openai.prompt_of(length, PROBE_SALT + 10 + tokens_over), OUTPUT_TOKENS
         )
         before = ledger.read(topology)
-        client.complete(topology.router.url, request | {"cache_salt": f"rule-{tokens_over}"})
+        openai.complete(topology.router.url, request | {"cache_salt": f"rule-{tokens_over}"})
         after = ledger.settle(topology, before, 1)
         sent = [Sent(length, OUTPUT_TOKENS)]
         book = ledger.prove(topology, before, after, sent, shape, topology.version)

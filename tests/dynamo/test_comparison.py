@@ -25,7 +25,6 @@ import pytest
 from disagglab import ledger, routing
 from disagglab.comparison import LIMIT, Comparison, figure_rows, run_rounds
 from disagglab.config.schema import Lab
-from disagglab.dynamo import engine_lab
 from disagglab.dynamocomparison import (
     DYNAMO_KV,
     DYNAMO_ROUND_ROBIN,
@@ -37,7 +36,6 @@ from disagglab.dynamocomparison import (
     rows_of,
     tagged,
 )
-from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.errors import InvalidRun
 from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 from disagglab.hosts.hosts import Hosts
@@ -47,6 +45,17 @@ from disagglab.load import LoadEngine
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.routing import Arm, Size
+from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
+from disagglab.serving.dynamo.parts import engine_lab
+from disagglab.serving.topology import (
+    DISAGGREGATED,
+    REPLICATED,
+    SINGLE,
+    SINGLE_AGAIN,
+    TOPOLOGIES,
+    Deployment,
+    Topology,
+)
 from disagglab.session import Session
 from disagglab.talkcomparison import (
     CONVERSATIONS,
@@ -59,15 +68,6 @@ from disagglab.talkcomparison import (
     talk_rounds,
     talk_rows,
     value,
-)
-from disagglab.topology import (
-    DISAGGREGATED,
-    REPLICATED,
-    SINGLE,
-    SINGLE_AGAIN,
-    TOPOLOGIES,
-    Deployment,
-    Topology,
 )
 
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)

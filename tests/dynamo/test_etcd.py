@@ -16,13 +16,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from disagglab import etcd
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
-from disagglab.etcd import EXPIRY_CHECK_S, EtcdClient, EtcdServer
 from disagglab.hosts.hosts import Hosts
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
+from disagglab.serving.dynamo import etcd
+from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient, EtcdServer
 
 ASKED_TTL_S = 3  # Dynamo asks for 30 (ETCD_LEASE_TTL); the smaller, the shorter the test
 HEARTBEATS = 5  # at half of the TTL each, as Dynamo does: together 2.5 TTL

@@ -14,15 +14,16 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab import client, ledger
-from disagglab.client import CHAT, COMPLETIONS
+from disagglab import ledger
 from disagglab.config.schema import Lab
-from disagglab.dynamo import Frontend, body
 from disagglab.kv.shape import KvShape
 from disagglab.ledger import FINISHED, PROMPT_TOKENS
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Reading, Sent
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.dynamo.parts import Frontend, body
+from disagglab.serving.openai import CHAT, COMPLETIONS
+from disagglab.serving.topology import Topology
 
 REQUESTS = 6
 OUTPUT_TOKENS = 8
@@ -90,7 +91,7 @@ def test_a_stream_is_the_answer_in_pieces(round_robin: Topology) -> None:
     for several where their reader is slow. The two requests go to two workers, which hold the same weights.
     """
     whole = ask(round_robin, salted(round_robin, PROMPT))
-    stream = client.complete(round_robin.router.url, salted(round_robin, PROMPT))
+    stream = openai.complete(round_robin.router.url, salted(round_robin, PROMPT))
     assert len(stream.token_ids) == OUTPUT_TOKENS == whole["usage"]["completion_tokens"]
     assert stream.token_ids == tuple(whole["nvext"]["completion_token_ids"])
     assert stream.text == whole["choices"][0]["text"]
@@ -122,8 +123,8 @@ def test_no_token_is_lost(round_robin: Topology, lab: Lab, shape: KvShape, recor
     before = ledger.read(round_robin)
     sent, received = [], 0
     for number in range(REQUESTS):
-        prompt = client.prompt_of(50 + number, secrets.randbelow(40_000))
-        answer = client.complete(round_robin.router.url, salted(round_robin, prompt))
+        prompt = openai.prompt_of(50 + number, secrets.randbelow(40_000))
+        answer = openai.complete(round_robin.router.url, salted(round_robin, prompt))
         received += len(answer.token_ids)
         sent.append(Sent(answer.prompt_tokens, answer.output_tokens))
     after = ledger.settle(round_robin, before, REQUESTS)

@@ -15,11 +15,9 @@ from collections.abc import Mapping
 import pytest
 from transformers import AutoTokenizer
 
-from disagglab import client, ledger, routing
+from disagglab import ledger, routing
 from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue, sketch
-from disagglab.dynamo import HIT_RATE, KV, ROUND_ROBIN, body
-from disagglab.dynamodeployment import DynamoDeployment, require_events
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.errors import InvalidRun
 from disagglab.hosts.weights import Model
@@ -30,8 +28,11 @@ from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.routing import Arm, Size, run_arm
+from disagglab.serving import openai
+from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
+from disagglab.serving.dynamo.parts import HIT_RATE, KV, ROUND_ROBIN, body
+from disagglab.serving.topology import Topology
 from disagglab.session import Session
-from disagglab.topology import Topology
 
 SEED = 11  # of the order of requests
 MODES = {ROUND_ROBIN: "round_robin", KV: "kv_aware", "random": "random"}  # and whose rule a forecast takes
@@ -209,9 +210,9 @@ def test_bytes_move_exactly(
         before = ledger.read(topology)
         sent = []
         for number in range(REQUESTS):
-            prompt = client.prompt_of(PROMPT_TOKENS + number, secrets.randbelow(40_000))
+            prompt = openai.prompt_of(PROMPT_TOKENS + number, secrets.randbelow(40_000))
             request = body(topology.served_name, prompt, OUTPUT_TOKENS) | {"cache_salt": secrets.token_hex(4)}
-            answer = client.complete(topology.router.url, request)
+            answer = openai.complete(topology.router.url, request)
             assert len(answer.token_ids) == OUTPUT_TOKENS
             sent.append(Sent(answer.prompt_tokens, answer.output_tokens))
         after = ledger.settle(topology, before, REQUESTS)

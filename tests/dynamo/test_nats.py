@@ -22,8 +22,8 @@ import nats
 import pytest
 from nats.errors import NoRespondersError
 
-from disagglab.nats import NatsServer
 from disagglab.results.recorder import Recorder
+from disagglab.serving.dynamo.nats import NatsServer
 
 MESSAGES = 300
 WORKERS = 3  # that one of them gets none of 300 messages by chance: 3 * (2/3)**300, 1e-52

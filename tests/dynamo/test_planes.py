@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from disagglab import client, routing
+from disagglab import routing
 from disagglab.config.schema import Lab
-from disagglab.dynamo import ROUND_ROBIN, Planes, body
 from disagglab.dynamofixtures import StartDynamo
-from disagglab.etcd import EtcdServer
-from disagglab.nats import NatsServer
 from disagglab.results.recorder import Recorder
+from disagglab.serving import openai
+from disagglab.serving.dynamo.etcd import EtcdServer
+from disagglab.serving.dynamo.nats import NatsServer
+from disagglab.serving.dynamo.parts import ROUND_ROBIN, Planes, body
 from disagglab.session import Session
 
 REQUESTS, OUTPUT_TOKENS = 3, 6
@@ -83,10 +84,10 @@ def test_other_planes_carry_what_they_are_given(
     try:
         (worker,) = deployed.workers
         with deployed.routed(ROUND_ROBIN) as topology:
-            prompt = client.prompt_of(40, secrets.randbelow(40_000))
+            prompt = openai.prompt_of(40, secrets.randbelow(40_000))
             before = plane.seen()
             request = body(topology.served_name, prompt, OUTPUT_TOKENS)
-            answers = [client.complete(topology.router.url, request) for _ in range(REQUESTS)]
+            answers = [openai.complete(topology.router.url, request) for _ in range(REQUESTS)]
             after = plane.seen()
         instance = worker.instance
     finally:

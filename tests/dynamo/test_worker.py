@@ -14,14 +14,15 @@ import time
 
 import pytest
 
-from disagglab import client, ledger, routing
-from disagglab.dynamo import LEASE_S, Worker, body, on_worker
-from disagglab.dynamodeployment import DynamoDeployment
-from disagglab.etcd import EtcdServer
+from disagglab import ledger, routing
 from disagglab.ledger import FINISHED, METRICS, PROMPT_TOKENS
-from disagglab.metrics import PROCESS_START
 from disagglab.results.recorder import Recorder
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.dynamo.deployment import DynamoDeployment
+from disagglab.serving.dynamo.etcd import EtcdServer
+from disagglab.serving.dynamo.parts import LEASE_S, Worker, body, on_worker
+from disagglab.serving.prometheus import PROCESS_START
+from disagglab.serving.topology import Topology
 
 WORKERS = (0, 1)
 OUTPUT_TOKENS = 4
@@ -135,9 +136,9 @@ def test_a_request_moves_one_workers_counters(
     for.
     """
     worker: Worker = dynamo_workers.workers[number]
-    prompt = client.prompt_of(40, secrets.randbelow(40_000))
+    prompt = openai.prompt_of(40, secrets.randbelow(40_000))
     before = ledger.read(kv_routed)
-    answer = client.complete(
+    answer = openai.complete(
         kv_routed.router.url, on_worker(body(kv_routed.served_name, prompt, OUTPUT_TOKENS), worker)
     )
     after = ledger.settle(kv_routed, before, 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from disagglab.results.recorder import Recorder
-from disagglab.topology import Deployment
+from disagglab.serving.topology import Deployment
 
 WINDOW_S = 5.0  # long against the servers' own timers (1 s of spinning after the last message)
 SAMPLES = 3

@@ -13,7 +13,7 @@ from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.results.recorder import Recorder
-from disagglab.topology import Topology
+from disagglab.serving.topology import Topology
 
 GIB = 2**30
 KNOWN_BYTES_PER_TOKEN = {

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, blocks, reusable_tokens
 from disagglab.ledger import BY_SOURCE
-from disagglab.metrics import delta
 from disagglab.occupancy import peak_blocks
 from disagglab.results.recorder import Recorder
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.prometheus import delta
+from disagglab.serving.topology import Topology
 
 GROWTH = (1, 2, 5, 9, 17)  # blocks of the prompt, less one token
 OUTPUT_TOKENS = 16  # enough for the poll to see the request at its largest
@@ -36,7 +37,7 @@ def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: 
     lengths = [count * block - 1 for count in GROWTH]
     used = []
     for length in lengths:
-        request = client.body(single.served_name, client.prompt_of(length, length), OUTPUT_TOKENS)
+        request = openai.body(single.served_name, openai.prompt_of(length, length), OUTPUT_TOKENS)
         used.append(peak_blocks(server, single.router.url, request | {"cache_salt": f"growth-{length}"}))
     expected = [blocks(length + OUTPUT_TOKENS, block) for length in lengths]
     per_block = shape.bytes_per_block(block)
@@ -87,11 +88,11 @@ def test_a_repeated_prompt_reuses_whole_blocks(single: Topology, record: Recorde
     lengths = [count * block + remainder for count in REPEATED]
     cold, warm = [], []
     for length in lengths:
-        request = client.body(single.served_name, client.prompt_of(length, 400 + length), 1)
+        request = openai.body(single.served_name, openai.prompt_of(length, 400 + length), 1)
         request |= {"cache_salt": f"reuse-{length}"}
-        cold.append(client.complete(single.router.url, request).ttft_s)
+        cold.append(openai.complete(single.router.url, request).ttft_s)
         before = server.metrics()
-        warm.append(client.complete(single.router.url, request).ttft_s)
+        warm.append(openai.complete(single.router.url, request).ttft_s)
         after = server.metrics()
         hits = round(delta(before, after, BY_SOURCE, source="local_cache_hit"))
         computed = round(delta(before, after, BY_SOURCE, source="local_compute"))

@@ -19,10 +19,10 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
+from disagglab.serving.topology import Topology
 from disagglab.session import Session
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
-from disagglab.topology import Topology
 from disagglab.transfer import transfer
 
 BLOCKS = (1, 4, 8, 16, 24)

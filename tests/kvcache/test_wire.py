@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.hosts import link_counters
@@ -24,7 +24,8 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.topology import Topology
 
 BLOCKS = (1, 5, 16)
 OUTPUT_TOKENS = 4
@@ -65,9 +66,9 @@ def test_three_ledgers_agree(
     """Connector bytes = blocks x bytes, scheduler tokens = prompt, wire = both within protocol overhead."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = count * block
-    request = client.body(disaggregated.served_name, client.prompt_of(length, count), OUTPUT_TOKENS)
+    request = openai.body(disaggregated.served_name, openai.prompt_of(length, count), OUTPUT_TOKENS)
     first, before = counters(), ledger.read(disaggregated)
-    client.complete(disaggregated.router.url, request | {"cache_salt": f"wire-{count}"})
+    openai.complete(disaggregated.router.url, request | {"cache_salt": f"wire-{count}"})
     after = ledger.settle(disaggregated, before, 1)
     book = ledger.prove(disaggregated, before, after, [Sent(length, OUTPUT_TOKENS)], shape, lab.vllm.version)
     assert book.kv_bytes == layout(shape, block).bytes_to_move(length, lab.vllm.version)
@@ -94,9 +95,9 @@ def test_the_wire_tells_a_transfer_that_was_not(
     """A request that decode computes itself leaves the wire idle, and the wire's proof refuses it."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     length = 4 * block
-    request = client.body(disaggregated.served_name, client.prompt_of(length, 99), OUTPUT_TOKENS)
+    request = openai.body(disaggregated.served_name, openai.prompt_of(length, 99), OUTPUT_TOKENS)
     before = counters()
-    client.complete(disaggregated.decode[0].url, request | {"cache_salt": "wire-idle"})
+    openai.complete(disaggregated.decode[0].url, request | {"cache_salt": "wire-idle"})
     after = counters()
     claimed = layout(shape, block).bytes_to_move(length, lab.vllm.version)
     with pytest.raises(TransferError, match="the wire carried"):

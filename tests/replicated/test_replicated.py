@@ -6,7 +6,7 @@ move.
 
 from __future__ import annotations
 
-from disagglab import client, ledger
+from disagglab import ledger
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
@@ -15,9 +15,10 @@ from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store
+from disagglab.serving import openai
+from disagglab.serving.topology import REPLICATED, SINGLE, Topology
 from disagglab.session import Session
 from disagglab.stats.verdict import judge
-from disagglab.topology import REPLICATED, SINGLE, Topology
 
 REQUESTS = 10
 OUTPUT_TOKENS = 4
@@ -30,9 +31,9 @@ def test_round_robin_alternates(replicated: Topology, lab: Lab, shape: KvShape, 
     sent = []
     for number in range(REQUESTS):
         prompt = [200 + number, *range(300, 340)]
-        answer = client.complete(
+        answer = openai.complete(
             replicated.router.url,
-            client.body(replicated.served_name, prompt, OUTPUT_TOKENS)
+            openai.body(replicated.served_name, prompt, OUTPUT_TOKENS)
             | {"cache_salt": f"alternate-{number}"},
         )
         sent.append(Sent(answer.prompt_tokens, answer.output_tokens))

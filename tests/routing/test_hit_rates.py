@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from disagglab import client, ledger, routing
+from disagglab import ledger, routing
 from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.predict.hitforecast import Forecast, forecast, replay
@@ -27,9 +27,10 @@ from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.routing import Arm, Size, run_arm
+from disagglab.serving import openai
+from disagglab.serving.topology import Deployment
 from disagglab.session import Session
 from disagglab.stats.verdict import Direction, judge
-from disagglab.topology import Deployment
 
 SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"
@@ -69,7 +70,7 @@ def said(size: Size, shared: bool, seed: int = SEED) -> Dialogue:
 def predict(workers: Deployment, one: Dialogue, strategy: Strategy) -> Forecast:
     """The hit rate of a dialogue that nobody has held yet."""
     server = workers.servers[0]
-    requests = sketch(one, lambda messages: client.tokenize_chat(server.url, workers.served_name, messages))
+    requests = sketch(one, lambda messages: openai.tokenize_chat(server.url, workers.served_name, messages))
     return forecast(strategy, requests, len(workers.servers), *routing.cache_size(server.metrics()))
 
 

@@ -12,15 +12,15 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from disagglab import boot
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.hosts import release
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.predict.strategies import Strategy
 from disagglab.progress import ProgressLine
-from disagglab.router import Hearing, Router, start_router
-from disagglab.server import EventSource, VllmServer, plan_server, require_memory
+from disagglab.serving import boot
+from disagglab.serving.router import Hearing, Router, start_router
+from disagglab.serving.vllm import EventSource, VllmServer, plan_server, require_memory
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
@@ -131,7 +131,7 @@ class Deployment:
         """Return when every server is ready and proved to be ours.
 
         Raises:
-            StartError: see :func:`disagglab.boot.wait_ready`.
+            StartError: see :func:`disagglab.serving.boot.wait_ready`.
         """
         boot.wait_ready(self.servers, self.lab, line)
         for server in self.servers:
@@ -228,7 +228,7 @@ def require_memory_for(deployments: Sequence[Deployment]) -> None:
     servers that have just been launched hold little yet.
 
     Raises:
-        StartError: see :func:`disagglab.server.require_memory`.
+        StartError: see :func:`disagglab.serving.vllm.require_memory`.
     """
     places = [(one.hosts.of(node), one.lab) for one in deployments for node in one.nodes]
     for host, lab in {id(host): (host, lab) for host, lab in places}.values():

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from disagglab import client
 from disagglab.errors import InvalidRun
-from disagglab.server import VllmServer
-from disagglab.topology import Topology
+from disagglab.serving import openai
+from disagglab.serving.topology import Topology
+from disagglab.serving.vllm import VllmServer
 
 HTTP_TIMEOUT_S = 30.0
 HELP_LIMIT_S = 180.0  # it imports vLLM
@@ -76,9 +76,9 @@ def handshake(topology: Topology, prompt: list[int]) -> dict[str, str]:
         TransferError: if prefill offers no blocks.
         InvalidRun: if decode does not answer.
     """
-    request = client.body(topology.served_name, prompt, OUTPUT_TOKENS) | {"cache_salt": "behaviour"}
-    offered = client.prefill(topology.prefill[0].url, request)
-    client.decode(topology.decode[0].url, request, offered)
+    request = openai.body(topology.served_name, prompt, OUTPUT_TOKENS) | {"cache_salt": "behaviour"}
+    offered = openai.prefill(topology.prefill[0].url, request)
+    openai.decode(topology.decode[0].url, request, offered)
     return {key: type(value).__name__ for key, value in offered.kv_transfer_params.items()}
 
 

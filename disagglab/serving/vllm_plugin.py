@@ -20,7 +20,7 @@ component.
     lab gave to this node.
 
 ``DISAGGLAB_TRANSFER_TRACE``
-    Every transfer is logged step by step (disagglab/transfertrace.py).
+    Every transfer is logged step by step (disagglab/serving/transfer_log.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import logging
 import os
 from typing import Any
 
-from disagglab import transfertrace
+from disagglab.serving import transfer_log
 from disagglab.variables import CPUS_VARIABLE, DELAY_VARIABLE, TRACE_VARIABLE
 
 _NIXL_MODULES = ("nixl_cu13._api", "nixl_cu12._api")
@@ -103,7 +103,7 @@ def trace_transfers() -> None:
     if not found:
         raise RuntimeError(f"{TRACE_VARIABLE} is set but none of {', '.join(_NIXL_MODULES)} is installed")
     for name in found:
-        transfertrace.watch(importlib.import_module(name).nixl_agent)
+        transfer_log.watch(importlib.import_module(name).nixl_agent)
 
 
 def register() -> None:

@@ -18,8 +18,8 @@ from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.hosts.weights import Model
-from disagglab.metrics import scrape
 from disagglab.results.records import Snapshot
+from disagglab.serving.prometheus import scrape
 from disagglab.variables import CPUS_VARIABLE
 
 LOG_TAIL_LINES = 40

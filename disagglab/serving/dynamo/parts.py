@@ -21,16 +21,16 @@ from typing import Any
 
 import httpx
 
-from disagglab import client
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
 from disagglab.hosts.host import Host
 from disagglab.hosts.weights import Model
-from disagglab.metrics import PROCESS_START, scrape
 from disagglab.results.records import Snapshot
-from disagglab.router import Router
-from disagglab.server import GIB, HTTP_TIMEOUT_S, ServerPlan, VllmServer, events_config, plan_engine
-from disagglab.topology import DISAGGREGATED
+from disagglab.serving import openai
+from disagglab.serving.prometheus import PROCESS_START, scrape
+from disagglab.serving.router import Router
+from disagglab.serving.topology import DISAGGREGATED
+from disagglab.serving.vllm import GIB, HTTP_TIMEOUT_S, ServerPlan, VllmServer, events_config, plan_engine
 
 AGGREGATED = "aggregated"
 KV, ROUND_ROBIN = "kv", "round-robin"  # of --router-mode
@@ -157,12 +157,12 @@ def plan_worker(
         env: of :func:`settings`.
         mode: AGGREGATED, or DISAGGREGATED, where the node's role decides what it does.
         events_host: where the engine publishes its KV events; any but ``*`` silences it, see
-            :func:`disagglab.server.events_config`.
+            :func:`disagglab.serving.vllm.events_config`.
     """
     options, engine_env = plan_engine(engine_lab(lab), node, model, ports.side_channel)
     events = events_config(ports.events, host=events_host)
     argv = [
-        *(python, "-m", "disagglab.dynamoworker", "--model", str(model.folder)),
+        *(python, "-m", "disagglab.serving.dynamo.worker", "--model", str(model.folder)),
         *("--served-model-name", served_name, *options, "--kv-events-config", json.dumps(events)),
     ]
     if mode == DISAGGREGATED:
@@ -304,7 +304,7 @@ def body(model: str, prompt: str | list[int], output_tokens: int) -> dict[str, A
 
     It refuses what it does not know, vLLM's ``return_token_ids`` too, and has another name for that.
     """
-    asked = client.body(model, prompt, output_tokens)
+    asked = openai.body(model, prompt, output_tokens)
     for unknown in ("return_token_ids", "logprobs"):
         del asked[unknown]
     return asked | {"nvext": {"extra_fields": ["completion_token_ids"]}}

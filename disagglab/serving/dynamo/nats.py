@@ -18,7 +18,7 @@ import httpx
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess
-from disagglab.server import HTTP_TIMEOUT_S, await_process
+from disagglab.serving.vllm import HTTP_TIMEOUT_S, await_process
 
 MEND = "make setup DYNAMO=1"
 READY_DEADLINE_S = 60.0  # ready after less than a second where nothing else runs

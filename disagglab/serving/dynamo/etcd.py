@@ -21,7 +21,7 @@ import httpx
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess
-from disagglab.server import HTTP_TIMEOUT_S, await_process
+from disagglab.serving.vllm import HTTP_TIMEOUT_S, await_process
 
 FOLDERS = ("/usr/bin", "/usr/local/bin")  # beside PATH
 MEND = "apt-get install etcd-server"

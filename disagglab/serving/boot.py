@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
 from disagglab.progress import ProgressLine
-from disagglab.server import POLL_S, VllmServer, post_mortem
+from disagglab.serving.vllm import POLL_S, VllmServer, post_mortem
 
 CPU_PROGRESS_S = 0.05  # CPU time between two looks that counts as a sign of life
 

@@ -1,6 +1,6 @@
 """A deployment of NVIDIA Dynamo: workers on the lab's nodes that come and go, frontends in front of them.
 
-Other than :class:`disagglab.topology.Deployment` it may grow and shrink while a frontend serves, because what
+Other than :class:`disagglab.serving.topology.Deployment` it may grow and shrink while a frontend serves, because what
 joins its parts is the registry and not a list of addresses in a command.
 """
 
@@ -11,9 +11,14 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 
-from disagglab import boot, client
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.dynamo import (
+from disagglab.errors import InvalidRun, StartError
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
+from disagglab.progress import ProgressLine
+from disagglab.serving import boot, openai
+from disagglab.serving.dynamo.etcd import EtcdClient, Listing
+from disagglab.serving.dynamo.parts import (
     AGGREGATED,
     BACKEND,
     BLOCK_SIZE,
@@ -32,13 +37,8 @@ from disagglab.dynamo import (
     plan_worker,
     settings,
 )
-from disagglab.errors import InvalidRun, StartError
-from disagglab.etcd import EtcdClient, Listing
-from disagglab.hosts.hosts import Hosts
-from disagglab.hosts.weights import Model
-from disagglab.progress import ProgressLine
-from disagglab.server import POLL_S, await_process, require_memory
-from disagglab.topology import DISAGGREGATED, ROUTED, Topology
+from disagglab.serving.topology import DISAGGREGATED, ROUTED, Topology
+from disagglab.serving.vllm import POLL_S, await_process, require_memory
 
 FOUND_DEADLINE_S = 60.0  # for a worker's key, and for a frontend that finds it: 1 s where nothing else runs
 EVENT_WAIT_S = 1.0  # an event takes milliseconds
@@ -56,7 +56,7 @@ class DynamoDeployment:
         python: Python that has Dynamo, at the same place on every host.
         mode: AGGREGATED: every worker does all; DISAGGREGATED: each node in its role, KV by [transport].
         nodes: one worker each; all of the lab's by default.
-        events_host: see :func:`disagglab.dynamo.plan_worker`.
+        events_host: see :func:`disagglab.serving.dynamo.parts.plan_worker`.
         drain_s: what a worker that is asked to go leaves its requests.
         tag: tells its processes and logs from another deployment's.
     """
@@ -146,7 +146,7 @@ class DynamoDeployment:
         """Return when every worker is ready, runs the lab's vLLM and has its key in etcd.
 
         Raises:
-            StartError: see :func:`disagglab.boot.wait_ready`; if another vLLM runs, or a key is missing.
+            StartError: see :func:`disagglab.serving.boot.wait_ready`; if another vLLM runs, or a key is missing.
         """
         fresh = [worker for worker in self.workers if worker.ready_s is None]
         boot.wait_ready(fresh, self.lab, line)
@@ -287,8 +287,8 @@ def require_events(topology: Topology) -> None:
                     " heard of none; vLLM publishes only where it binds: endpoint tcp://*:PORT in"
                     f" --kv-events-config; command: {worker.plan.command}"
                 )
-            prompt = client.prompt_of(2 * size + 1, secrets.randbelow(40_000))
-            client.complete(frontend.url, on_worker(body(topology.served_name, prompt, 1), worker))
+            prompt = openai.prompt_of(2 * size + 1, secrets.randbelow(40_000))
+            openai.complete(frontend.url, on_worker(body(topology.served_name, prompt, 1), worker))
             prompts += 1
             deadline = time.monotonic() + EVENT_WAIT_S
             while _stored(frontend) <= before and time.monotonic() < deadline:

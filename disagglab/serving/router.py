@@ -11,10 +11,10 @@ import httpx
 
 from disagglab.config.schema import Lab
 from disagglab.hosts.host import Host, HostProcess
-from disagglab.metrics import scrape
 from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Snapshot
-from disagglab.server import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
+from disagglab.serving.prometheus import scrape
+from disagglab.serving.vllm import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
 
 READY_DEADLINE_S = 90.0  # ready after 1 to 2 s where nothing else runs
 

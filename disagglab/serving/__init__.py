@@ -1,0 +1,1 @@
+"""What answers requests: vLLM servers, routers, the topologies that they form."""

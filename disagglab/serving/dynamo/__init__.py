@@ -1,0 +1,1 @@
+"""NVIDIA Dynamo: etcd, NATS, workers, frontends, and a deployment of them."""
