@@ -289,8 +289,9 @@ def _reference(arguments: argparse.Namespace) -> str:
 
 
 def _scatter(arguments: argparse.Namespace) -> int:
-    from disagglab import nixlprobe, screen
+    from disagglab import screen
     from disagglab.config import labs
+    from disagglab.measure.oracles import nixlprobe
 
     for key, least in (("threads", 0), ("repeats", 1)):
         given = getattr(arguments, key)

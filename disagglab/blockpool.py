@@ -15,10 +15,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.kv.shape import blocks
+from disagglab.measure import ledger
 from disagglab.serving.topology import Topology
 
 PASSES = 2.0  # times that traffic goes through a pool before anything counts

@@ -16,7 +16,7 @@ from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure.bench import LoadEngine
 from disagglab.predict import breakeven_map, speedfit
 from disagglab.predict.breakeven import Cluster, Speeds
 from disagglab.predict.speedfit import HandedTime, PrefillTime, StepTime

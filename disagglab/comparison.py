@@ -7,13 +7,13 @@ import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
-from disagglab import ledger
 from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine, require_meaning
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine, require_meaning
 from disagglab.results.metrics import METRICS, comparable, figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store

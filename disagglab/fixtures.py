@@ -27,7 +27,7 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model, find
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure.bench import LoadEngine
 from disagglab.plugin import SESSION, module_of
 from disagglab.results import resume
 from disagglab.results.recorder import Recorder, timing_into

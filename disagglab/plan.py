@@ -22,7 +22,7 @@ from disagglab.hosts import facts, namespaces, release, remote, shaping
 from disagglab.hosts.host import HostProcess
 from disagglab.hosts.ssh import Target, target
 from disagglab.hosts.weights import PACKAGE_PREFIX, Model
-from disagglab.load import HASH_SEED, bench_options
+from disagglab.measure.bench import HASH_SEED, bench_options
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.serving.router import Hearing, Router, router_argv
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, TOPOLOGIES, Topology
@@ -402,7 +402,7 @@ def _routers(deployed: Deployed) -> Iterator[str]:
 def _load(lab: Lab, deployments: Sequence[Deployed]) -> Iterator[str]:
     cpus = lab.controller.cpus
     yield f"# load engine: `vllm bench serve`, kept imported in one process{_bound(cpus)}"
-    worker = [suite_python(lab, lab.controller.host), "-m", "disagglab.loadworker"]
+    worker = [suite_python(lab, lab.controller.host), "-m", "disagglab.measure.loadworker"]
     yield f"HF_HUB_OFFLINE=1 PYTHONHASHSEED={HASH_SEED} {shlex.join(worker)}"
     workloads = lab.gated_workloads
     if workloads:

@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from disagglab import ledger
 from disagglab.config.checks import WORKERS
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.config.traffic import Dialogue
 from disagglab.config.variant import GPU_SHARE
 from disagglab.errors import InvalidRun
 from disagglab.kv.prefixcache import Request
-from disagglab.ledger import FINISHED, FOUND, QUERIED
+from disagglab.measure import ledger
+from disagglab.measure.ledger import FINISHED, FOUND, QUERIED
+from disagglab.measure.talk import Spoken, Talk, talk
 from disagglab.predict.hitforecast import replay
 from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Reading, Snapshot
@@ -28,7 +29,6 @@ from disagglab.serving.prometheus import delta
 from disagglab.serving.router import Router
 from disagglab.serving.topology import Topology
 from disagglab.serving.vllm import VllmServer
-from disagglab.talk import Spoken, Talk, talk
 
 TAG = "@routing"
 BLOCK_SIZE = 32  # tokens; the smallest that vLLM takes on CPUs, so a history of some hundred tokens is many
@@ -121,7 +121,7 @@ def run_arm(
         concurrency: most requests under way. Only with one of them is it known who answered which, so only
             then are the counters held against a replay.
         ids: whether token ids are asked for; without them there is no replay.
-        extra: see :func:`disagglab.talk.talk`.
+        extra: see :func:`disagglab.measure.talk.talk`.
 
     Raises:
         InvalidRun: if a request failed, or the accounts do not agree; with both figures.

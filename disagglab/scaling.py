@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from disagglab.errors import InvalidRun, LabError
-from disagglab.ledger import FINISHED
+from disagglab.measure.ledger import FINISHED
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import Change, EtcdClient
 from disagglab.serving.dynamo.parts import Worker, body

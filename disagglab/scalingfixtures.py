@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab import ledger
 from disagglab.errors import InvalidRun
+from disagglab.measure import ledger
 from disagglab.results.run_folder import Store
 from disagglab.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
 from disagglab.serving.dynamo.deployment import DynamoDeployment

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from disagglab import nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.hosts.hosts import Hosts
-from disagglab.nixlprobe import Read
+from disagglab.measure.oracles import nixlprobe
+from disagglab.measure.oracles.nixlprobe import Read
 from disagglab.predict import scattered_reads
 from disagglab.predict.scattered_reads import ScatterFit
 from disagglab.results.run_folder import new_run_id

@@ -13,20 +13,21 @@ import secrets
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from disagglab import ledger, routing
+from disagglab import routing
 from disagglab.config.traffic import Dialogue, dialogue
 from disagglab.dynamocomparison import PAIRS, tagged
 from disagglab.errors import InvalidRun
 from disagglab.kv.shape import KvShape
-from disagglab.ledger import FOUND, QUERIED
-from disagglab.load import CLIENT_BOUND
+from disagglab.measure import ledger
+from disagglab.measure.bench import CLIENT_BOUND
+from disagglab.measure.ledger import FOUND, QUERIED
+from disagglab.measure.talk import Spoken, talk
 from disagglab.results.metrics import percentile
 from disagglab.results.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.routing import Arm, Size
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
-from disagglab.talk import Spoken, talk
 
 CONVERSATIONS = "conversations"  # in the place of a workload's name
 MARGIN = 0.05
@@ -59,7 +60,7 @@ def hold(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int)
     """One dialogue on one arm, with proof by the servers' counters; see :func:`disagglab.routing.run_arm`.
 
     Disaggregated, hits are those of the prefill servers, since only they save computing; bytes and tokens are
-    proved as for any run (:func:`disagglab.ledger.prove`).
+    proved as for any run (:func:`disagglab.measure.ledger.prove`).
 
     Raises:
         InvalidRun: if a request failed, the accounts do not agree, or the client was the bottleneck.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, agree
+from disagglab.measure.same_answer import DIFFERENT, EQUAL, GAP_NATS, TIE, agree
 from disagglab.serving.openai import Completion
 
 WIDE, NEAR = GAP_NATS, GAP_NATS - 0.01

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from disagglab import ledger
 from disagglab.errors import InvalidRun
+from disagglab.measure import ledger
 from disagglab.serving.release_diff import Behaviour, compare, family_of, options_of, require_metrics
 
 FAMILIES = {family_of(name): "counter" for name in ledger.METRICS}

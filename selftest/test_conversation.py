@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab.conversation import Conversation, Turn, converse, held_tokens, request_of
 from disagglab.errors import InvalidRun
+from disagglab.measure.conversation import Conversation, Turn, converse, held_tokens, request_of
 from disagglab.serving import openai
 
 PATIENCE_S = 20.0  # for what happens at once; only a failing test waits this long

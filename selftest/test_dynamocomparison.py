@@ -37,6 +37,7 @@ from disagglab.expectation import (
     hits_and_misses,
     standing,
 )
+from disagglab.measure.talk import Spoken, Talk
 from disagglab.results.records import ClientLoad, Ledger, Run
 from disagglab.routing import Arm, Size
 from disagglab.serving.topology import (
@@ -49,7 +50,6 @@ from disagglab.serving.topology import (
     Topology,
 )
 from disagglab.stats.verdict import judge
-from disagglab.talk import Spoken, Talk
 from disagglab.talkcomparison import (
     CONVERSATIONS,
     E2E,

@@ -12,8 +12,8 @@ from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Steady, Workload
 from disagglab.errors import InvalidRun
-from disagglab.load import require_meaning
-from disagglab.looplag import LoopLag
+from disagglab.measure.bench import require_meaning
+from disagglab.measure.client_lag import LoopLag
 from disagglab.results.metrics import comparable, figures, good_requests, kept_rate, saturated
 from disagglab.results.records import ClientLoad, Ledger, Run
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import ledger, load
 from disagglab.agent.supervisor import Process
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, LabError
 from disagglab.kv import attention, modelconfig
+from disagglab.measure import bench, ledger
 from disagglab.results import metrics as results_metrics
 from disagglab.results.records import Reading, Run, Sent
 from disagglab.results.run_folder import Store
@@ -52,7 +52,7 @@ def bench_result(completed: int, failed: int = 0, **changes: Any) -> dict[str, A
 def run_from(result: dict[str, Any], requests: int) -> Run:
     """What the suite makes of it."""
     workload = Workload(name="w", prompt_tokens=256, output_tokens=128, concurrency=8, requests=requests)
-    return load.run_from(result, "replicated", workload, 1, 0, "vllm bench serve", None)
+    return bench.run_from(result, "replicated", workload, 1, 0, "vllm bench serve", None)
 
 
 def test_1_a_server_that_was_ready_at_once() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from disagglab import ledger
 from disagglab.agent.supervisor import Process
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.shape import KvShape, Layer
+from disagglab.measure import ledger
 from disagglab.results.records import Ledger, Reading, Sent, Snapshot
 from disagglab.serving import prometheus
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology

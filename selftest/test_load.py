@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import load, loadworker
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.hosts.host import Host, local_host
-from disagglab.loadworker import keep_token_ids
+from disagglab.measure import bench, loadworker
+from disagglab.measure.loadworker import keep_token_ids
 from disagglab.results import metrics
 from disagglab.results.records import Run
 
@@ -37,7 +37,7 @@ RESULT: dict[str, Any] = {
 
 def run_from(**changes: Any) -> Run:
     """The run of RESULT with values changed."""
-    return load.run_from({**RESULT, **changes}, "single", WORKLOAD, 1, 0, "vllm bench serve", None)
+    return bench.run_from({**RESULT, **changes}, "single", WORKLOAD, 1, 0, "vllm bench serve", None)
 
 
 def test_figures_follow_their_definitions() -> None:
@@ -97,14 +97,14 @@ def test_a_trace_is_sent_as_token_ids() -> None:
 def test_e2e_is_the_sum_of_its_parts_where_it_is_not_kept() -> None:
     """The result of vLLM 0.26 has no latencies: TTFT and gaps are made of the same clock readings."""
     without = {key: value for key, value in RESULT.items() if key != "latencies"}
-    run = load.run_from(without, "single", WORKLOAD, 1, 0, "vllm bench serve", None)
+    run = bench.run_from(without, "single", WORKLOAD, 1, 0, "vllm bench serve", None)
     assert run.e2e_s == pytest.approx(RESULT["latencies"])
 
 
 # Plays the worker: answers jobs until one asks it for a failure or for its death.
 WORKER = """
 import json, os, pathlib, sys, time
-assert sys.argv[1:] == ["-m", "disagglab.loadworker"], sys.argv
+assert sys.argv[1:] == ["-m", "disagglab.measure.loadworker"], sys.argv
 assert os.environ["PYTHONHASHSEED"] == "0"
 folder = pathlib.Path(os.environ["TMPDIR"])
 number = 0
@@ -147,7 +147,7 @@ def topology(model: str) -> Any:
 def test_a_job_is_a_file_and_so_is_its_answer(host: Host, tmp_path: Path, is_local: bool) -> None:
     """One worker answers run after run; on another host it finds a copy of the trace in its scratch."""
     host.is_local = is_local  # type: ignore[misc]
-    engine = load.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
+    engine = bench.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
     for number in range(2):
         run = engine.run(topology("M"), WORKLOAD, seed=1, number=number)
         assert run.ttft_s == tuple(RESULT["ttfts"])
@@ -164,7 +164,7 @@ def test_a_job_is_a_file_and_so_is_its_answer(host: Host, tmp_path: Path, is_loc
 
 def test_a_job_that_fails_makes_the_run_invalid(host: Host, tmp_path: Path) -> None:
     """The reason and the command are shown; the worker lives, and the next job is answered."""
-    engine = load.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
+    engine = bench.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
     with pytest.raises(InvalidRun, match=r"single: load engine: why; command: .* vllm bench serve "):
         engine.run(topology("bad"), WORKLOAD, seed=1)
     assert engine.run(topology("M"), WORKLOAD, seed=1).ttft_s == tuple(RESULT["ttfts"])
@@ -172,7 +172,7 @@ def test_a_job_that_fails_makes_the_run_invalid(host: Host, tmp_path: Path) -> N
 
 def test_a_worker_that_died_shows_its_last_words(host: Host, tmp_path: Path) -> None:
     """At once, not after the deadline of a job."""
-    engine = load.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
+    engine = bench.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
     with pytest.raises(InvalidRun, match=r"the load engine died; last lines of .*load\.log:\nno more"):
         engine.run(topology("deadly"), WORKLOAD, seed=1)
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from disagglab import moved
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
+from disagglab.measure import transfer_stats
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
 from disagglab.serving.prometheus import PROCESS_START
 
@@ -23,8 +23,8 @@ def reading(descriptors: float, post_s: float) -> Reading:
         started = (PROCESS_START, frozenset(), 1.0)
         samples = (
             started,
-            (moved.DESCRIPTORS, frozenset(), share * descriptors),
-            (moved.POST_TIME, frozenset(), share * post_s),
+            (transfer_stats.DESCRIPTORS, frozenset(), share * descriptors),
+            (transfer_stats.POST_TIME, frozenset(), share * post_s),
         )
         return Snapshot(name, "http://x/metrics", samples)
 
@@ -35,7 +35,7 @@ RUN = Run("disaggregated", WORKLOAD, 1, 0, "", 1.0, None, (), (), (), (), (), le
 
 
 def test_totals_and_what_follows_from_them() -> None:
-    found = moved.of(dataclasses.replace(RUN, readings=(reading(10, 0.5), reading(74, 0.501))))
+    found = transfer_stats.of(dataclasses.replace(RUN, readings=(reading(10, 0.5), reading(74, 0.501))))
     assert (found.transfers, found.bytes, found.descriptors) == (2, 4 * 2**20, 64)
     assert found.post_s == pytest.approx(0.001)
     assert found.descriptors_per_mib == 16
@@ -44,10 +44,10 @@ def test_totals_and_what_follows_from_them() -> None:
 
 def test_a_run_without_transfer_is_refused() -> None:
     with pytest.raises(InvalidRun, match="no transfer was counted"):
-        moved.of(RUN)
+        transfer_stats.of(RUN)
     still = dataclasses.replace(BOOK, transfers=0)
     with pytest.raises(InvalidRun, match="no transfer was counted"):
-        moved.of(dataclasses.replace(RUN, ledger=still, readings=(reading(1, 1), reading(1, 1))))
+        transfer_stats.of(dataclasses.replace(RUN, ledger=still, readings=(reading(1, 1), reading(1, 1))))
 
 
 GAPS = ((0.01,) * 60,) * 2
@@ -63,23 +63,23 @@ DONE = dataclasses.replace(
 
 
 def test_figures_run_by_run() -> None:
-    found = moved.series([DONE, DONE])
-    assert found.keys() == moved.UNITS.keys()
-    assert found[moved.TIME] == pytest.approx([0.002, 0.002])
+    found = transfer_stats.series([DONE, DONE])
+    assert found.keys() == transfer_stats.UNITS.keys()
+    assert found[transfer_stats.TIME] == pytest.approx([0.002, 0.002])
     assert found["posting"] == pytest.approx([0.0005, 0.0005])
     assert found["transfer / TTFT"] == pytest.approx([0.08, 0.08])
     assert found["TTFT p50"] == pytest.approx([0.025, 0.025])
-    assert found[moved.THROUGHPUT] == [61, 61]
-    assert found[moved.ITL] == pytest.approx([0.01, 0.01])
+    assert found[transfer_stats.THROUGHPUT] == [61, 61]
+    assert found[transfer_stats.ITL] == pytest.approx([0.01, 0.01])
 
 
 def test_a_p99_of_too_few_gaps_is_left_out() -> None:
     few = dataclasses.replace(DONE, itl_s=((0.01,) * 49,) * 2)
-    assert moved.ITL not in moved.series([few, few])
-    assert moved.ITL not in moved.series([DONE, few])
+    assert transfer_stats.ITL not in transfer_stats.series([few, few])
+    assert transfer_stats.ITL not in transfer_stats.series([DONE, few])
 
 
 def test_a_missing_figure_names_topology_and_workload() -> None:
     timeless = dataclasses.replace(DONE, ledger=dataclasses.replace(BOOK, transfer_s=0.0))
     with pytest.raises(InvalidRun, match="disaggregated: a run of w has no figure 'bandwidth'"):
-        moved.series([DONE, timeless])
+        transfer_stats.series([DONE, timeless])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from disagglab import ledger, plan, transfer
+from disagglab import plan
 from disagglab.agent.supervisor import Process
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab, parse_lab
@@ -24,6 +24,7 @@ from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.hosts import link_counters
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
+from disagglab.measure import ledger, transfer
 from disagglab.paths import LABS
 from disagglab.predict import breakeven, simulation
 from disagglab.predict.breakeven import Cluster, Point, Prefill, Speeds, Step

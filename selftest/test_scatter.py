@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from disagglab import nixlprobe, screen
+from disagglab import screen
 from disagglab.__main__ import main
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import TransportSection
 from disagglab.errors import ConfigError
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import layout
-from disagglab.nixlprobe import Read
+from disagglab.measure.oracles import nixlprobe
+from disagglab.measure.oracles.nixlprobe import Read
 from disagglab.predict import scattered_reads
 from disagglab.predict.scattered_reads import Point, ScatterFit, fit
 from disagglab.screen import Screen

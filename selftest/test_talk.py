@@ -18,8 +18,8 @@ import pytest
 
 from disagglab.config.traffic import Dialogue
 from disagglab.errors import LabError
+from disagglab.measure.talk import Spoken, Talk, talk
 from disagglab.serving import openai
-from disagglab.talk import Spoken, Talk, talk
 
 ORDER = ((0, 0), (1, 0), (1, 1), (0, 1), (0, 2), (1, 2))
 TWO = Dialogue(("sys a", "sys b"), (("a0", "a1", "a2"), ("b0", "b1", "b2")), ORDER, 2, "Desk-1")

@@ -90,7 +90,7 @@ def fit(points: Sequence[Point]) -> ScatterFit:
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The probe's rows (:func:`disagglab.nixlprobe.between_nodes`) of single reads as points.
+    """The probe's rows (:func:`disagglab.measure.oracles.nixlprobe.between_nodes`) of single reads as points.
 
     The first repeat of a row is left out: it also connects, or maps memory.
 

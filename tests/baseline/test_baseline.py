@@ -1,7 +1,7 @@
 """One node alone: the bar that every other topology has to clear.
 
 Oracles: the server's own counters must agree with the client on requests and tokens before a time is believed
-(disagglab/ledger.py), and a request's parts must add up to its whole. Relations between measurements are
+(disagglab/measure/ledger.py), and a request's parts must add up to its whole. Relations between measurements are
 asserted with wide factors (they hold by construction of the hardware); absolute times are recorded, never
 asserted.
 """
@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import ledger
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.kv.shape import KvShape, blocks
-from disagglab.load import LoadEngine
-from disagglab.occupancy import peak_blocks
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine
+from disagglab.measure.kv_usage import peak_blocks
 from disagglab.results.metrics import figures, percentile, tpot_s
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run

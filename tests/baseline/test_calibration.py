@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from disagglab import ledger
 from disagglab.comparison import measure
 from disagglab.config.workload import Workload, load_workload
-from disagglab.conversation import Conversation, Transcript, converse
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine
+from disagglab.measure.conversation import Conversation, Transcript, converse
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent, Snapshot

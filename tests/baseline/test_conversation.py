@@ -1,7 +1,7 @@
 """Conversations: each turn sends the whole history again, and the server has most of it in its prefix cache.
 
 Oracle: the token ids that the server saw and made, which say exactly what two prompts have in common
-(held_tokens in disagglab/conversation.py), against the server's own counters of prompt tokens by source. No
+(held_tokens in disagglab/measure/conversation.py), against the server's own counters of prompt tokens by source. No
 text is tokenized by the client. Times are recorded only.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from disagglab import ledger
-from disagglab.conversation import Conversation, Transcript, converse, held_tokens
 from disagglab.errors import InvalidRun
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, reusable_tokens
+from disagglab.measure import ledger
+from disagglab.measure.conversation import Conversation, Transcript, converse, held_tokens
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Reading, Sent
 from disagglab.serving.topology import Topology

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
+from disagglab.measure import ledger
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import ledger
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine
 from disagglab.predict import breakeven, breakeven_map, breakeven_points, simulation, speedfit
 from disagglab.predict.breakeven import Cluster, Outcome
 from disagglab.predict.breakeven_points import Agreement, Budget

@@ -1,6 +1,6 @@
 """What came out is what one server alone would have said, and what another implementation says.
 
-Tie policy (disagglab/agreement.py): answers are compared token by token up to their first divergence; where
+Tie policy (disagglab/measure/same_answer.py): answers are compared token by token up to their first divergence; where
 the single server's gap between its two best tokens is below GAP_NATS there, either choice is right and the
 rest is not compared. A divergence at a wider gap fails, and so does a probe set of which too little could
 be compared. The last tests show that the same check catches another prompt's KV cache.
@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from disagglab import ledger
-from disagglab.agreement import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agree
 from disagglab.config.schema import Lab
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
+from disagglab.measure import ledger
+from disagglab.measure.same_answer import DIFFERENT, EQUAL, GAP_NATS, TIE, Agreement, agree
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.serving import openai
@@ -203,7 +203,13 @@ def test_output_agrees_with_transformers(
     answer = openai.complete(
         disaggregated.router.url, openai.body(disaggregated.served_name, prompt, OUTPUT_TOKENS)
     )
-    argv = [sys.executable, "-m", "disagglab.reference", str(weights.folder), lab.model.dtype]
+    argv = [
+        sys.executable,
+        "-m",
+        "disagglab.measure.oracles.transformers_greedy",
+        str(weights.folder),
+        lab.model.dtype,
+    ]
     argv += [str(OUTPUT_TOKENS), json.dumps(prompt)]
     lines = hosts.local.run("reference", argv, {"HF_HUB_OFFLINE": "1"}, REFERENCE_LIMIT_S)
     reference = json.loads(next(line for line in lines if line.startswith("{")))

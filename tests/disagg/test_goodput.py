@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import ledger
 from disagglab.calibration import Calibration
 from disagglab.comparison import Comparison, measure
 from disagglab.config.schema import Lab, SloSection
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine
 from disagglab.predict import breakeven, breakeven_points, goodput
 from disagglab.predict.breakeven_points import Agreement, Budget
 from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen

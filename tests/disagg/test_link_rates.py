@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.hosts import link_counters, shaping
 from disagglab.hosts.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, transfer_time_s
+from disagglab.measure import ledger
+from disagglab.measure.transfer import transfer
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
@@ -24,7 +25,6 @@ from disagglab.serving import openai
 from disagglab.serving.topology import Topology
 from disagglab.session import Session
 from disagglab.stats import linefit
-from disagglab.transfer import transfer
 
 GBIT_S, SHORT_GBIT_S = (0.6, 1.0, 2.0, 10.0, None), (0.6, 2.0, None)  # None: as fast as the machine can
 BLOCKS, SHORT_BLOCKS = (1, 4, 8, 16, 24), (1, 8, 16)

@@ -10,10 +10,10 @@ import dataclasses
 
 import pytest
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.kv.shape import KvShape, blocks, reusable_tokens
+from disagglab.measure import ledger
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.serving import openai

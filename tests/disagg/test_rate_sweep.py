@@ -17,7 +17,7 @@ from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure.bench import LoadEngine
 from disagglab.results.metrics import figures, kept_rate, saturated
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run

@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from disagglab import ledger
-from disagglab.agreement import DIFFERENT, GAP_NATS, agree
 from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
+from disagglab.measure import ledger
+from disagglab.measure.same_answer import DIFFERENT, GAP_NATS, agree
+from disagglab.measure.transfer import transfer
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent
@@ -25,7 +26,6 @@ from disagglab.serving import openai
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import Topology
 from disagglab.serving.vllm import VllmServer
-from disagglab.transfer import transfer
 
 TURNS = 3  # of the round robin
 OUTPUT_TOKENS = 4
@@ -158,7 +158,7 @@ def test_every_pair_says_the_same(
 ) -> None:
     """Greedy answers are the single server's, token for token up to a near tie, whichever pair served.
 
-    The rule for near ties is that of the content tests (disagglab/agreement.py). The answer of one pair is no
+    The rule for near ties is that of the content tests (disagglab/measure/same_answer.py). The answer of one pair is no
     proof for another: each has its own link, handshake and block tables.
     """
     if lab.model.load_format == "dummy":

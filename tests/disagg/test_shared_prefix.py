@@ -2,7 +2,7 @@
 
 The oracle is threefold: the servers say how many prompt tokens they found in their caches, all but the first
 requests can have found the prefix and must have, and the bytes that the connector moved follow from it
-exactly (disagglab/ledger.py, with_shared_prefix).
+exactly (disagglab/measure/ledger.py, with_shared_prefix).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure.bench import LoadEngine
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import blockpool, ledger, moved
+from disagglab import blockpool
 from disagglab.blockpool import Ageing
 from disagglab.comparison import measure
 from disagglab.config.schema import Lab
@@ -27,8 +27,9 @@ from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
-from disagglab.moved import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
+from disagglab.measure import ledger, transfer_stats
+from disagglab.measure.bench import LoadEngine
+from disagglab.measure.transfer_stats import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.predict import scattered_reads
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run, VerdictRow
@@ -108,7 +109,7 @@ def settings(
         def send(workload: Workload) -> Moved:
             before = len(found.made[arm.name])
             line.show(f"ageing the pools of {arm.name}, run {(before + 1) // 2}, {workload.name}")
-            return moved.of(go(arm, workload, SEED + before, AGEING_ROUND))
+            return transfer_stats.of(go(arm, workload, SEED + before, AGEING_ROUND))
 
         def probed() -> float:
             one = send(probe)
@@ -145,7 +146,7 @@ def test_pieces_never_exceed_blocks_and_layers(settings: Settings, record: Recor
     """
     for arm in settings.arms:
         for run in settings.made[arm.name]:
-            counted, most = moved.of(run), settings.worst(arm, run.workload.prompt_tokens)
+            counted, most = transfer_stats.of(run), settings.worst(arm, run.workload.prompt_tokens)
             assert counted.transfers <= counted.descriptors <= counted.transfers * most, (
                 f"{arm.name}, {run.workload.name}: {counted}; at most {most} descriptors a transfer"
             )
@@ -156,13 +157,13 @@ def test_pieces_never_exceed_blocks_and_layers(settings: Settings, record: Recor
             name = f"descriptors of the worst possible, probe {name} ageing traffic"
             record.numbers(name, values, "share", arm=arm.name, what="probes", note=str(ageing))
         for workload in settings.workloads:
-            every = [moved.of(run) for run in settings.runs(arm, workload)]
+            every = [transfer_stats.of(run) for run in settings.runs(arm, workload)]
             record.numbers(
                 f"descriptors per MiB, {workload.name}",
                 [one.descriptors_per_mib for one in every],
                 "1/MiB",
                 arm=arm.name,
-                note=f"{every[0].bytes / every[0].transfers / moved.MIB:.1f} MiB a transfer; at most"
+                note=f"{every[0].bytes / every[0].transfers / transfer_stats.MIB:.1f} MiB a transfer; at most"
                 f" {settings.worst(arm, workload.prompt_tokens)} descriptors each; pools {ageing}",
             )
     probes = {name: [one.fresh, *one.probes] for name, one in settings.ageing.items()}
@@ -184,7 +185,7 @@ def test_transfers_under_each_setting(settings: Settings, lab: Lab, store: Store
     """
     expected = {variant.name: f"{variant.what}; expected: {variant.expects}" for variant in lab.variants}
     values = {
-        (arm.name, workload.name): moved.series(settings.runs(arm, workload))
+        (arm.name, workload.name): transfer_stats.series(settings.runs(arm, workload))
         for arm in settings.arms
         for workload in settings.workloads
     }
@@ -259,7 +260,7 @@ def test_every_transfer_is_logged(settings: Settings, lab: Lab, record: Recorder
         pytest.skip("TRACE: asked for with trace = true in [transport]")
     for arm in settings.arms:
         runs = settings.made[arm.name]
-        counted = [moved.of(run) for run in runs]
+        counted = [transfer_stats.of(run) for run in runs]
         lines = [one for server in settings.logged[arm.name].values() for one in server]
         assert sum(one.transfers for one in counted) == len(lines), arm.name
         assert sum(one.bytes for one in counted) == sum(one.bytes for one in lines), arm.name

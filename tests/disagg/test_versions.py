@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from disagglab import ledger
 from disagglab.comparison import Comparison, figure_rows, run_rounds, version_rows
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab
@@ -22,7 +21,8 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store

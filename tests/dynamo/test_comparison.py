@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from disagglab import ledger, routing
+from disagglab import routing
 from disagglab.comparison import LIMIT, Comparison, figure_rows, run_rounds
 from disagglab.config.schema import Lab
 from disagglab.dynamocomparison import (
@@ -41,7 +41,8 @@ from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, 
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.routing import Arm, Size

@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
-from disagglab.ledger import FINISHED, PROMPT_TOKENS
+from disagglab.measure import ledger
+from disagglab.measure.ledger import FINISHED, PROMPT_TOKENS
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Reading, Sent
 from disagglab.serving import openai

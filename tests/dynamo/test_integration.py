@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import pytest
 from transformers import AutoTokenizer
 
-from disagglab import ledger, routing
+from disagglab import routing
 from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue, sketch
 from disagglab.dynamofixtures import StartDynamo
@@ -23,6 +23,7 @@ from disagglab.errors import InvalidRun
 from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
+from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.recorder import Recorder

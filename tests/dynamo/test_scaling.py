@@ -6,7 +6,7 @@ the tests are about what was seen.
 
 The oracles are on both sides of the frontend, and none is the frontend's word: what the client received,
 token by token; the workers' own counters; etcd's watch for when a key came and went, and its lease for when
-it may. Greedy answers are compared up to a tie, as disagglab/agreement.py has it: a stream that goes on
+it may. Greedy answers are compared up to a tie, as disagglab/measure/same_answer.py has it: a stream that goes on
 elsewhere is computed in other batches there, which rounds differently.
 """
 
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 import httpx
 
-from disagglab import agreement
-from disagglab.agreement import Agreement
+from disagglab.measure import same_answer
+from disagglab.measure.same_answer import Agreement
 from disagglab.results.recorder import Recorder
 from disagglab.scaling import Attempt
 from disagglab.scalingfixtures import (
@@ -191,7 +191,7 @@ def test_a_stream_goes_on_on_another_worker(crew: Crew, killed: Killed, record: 
     """
     found = killed.migrated
     assert found.completion is not None, _told([found], crew.migrating.process.log)
-    whole = agreement.agree(killed.undisturbed, found.completion)
+    whole = same_answer.agree(killed.undisturbed, found.completion)
     rest = _agree_from(killed, found)
 
     record.numbers(
@@ -206,8 +206,8 @@ def test_a_stream_goes_on_on_another_worker(crew: Crew, killed: Killed, record: 
     assert 0 < killed.had < crew.stream_tokens, f"{killed.had} tokens before the kill: it was not under way"
     assert found.ended_s > killed.after_s
     assert len(found.token_ids) == found.completion.output_tokens == crew.stream_tokens
-    assert rest.outcome != agreement.DIFFERENT, f"after the kill it goes on with other tokens: {rest}"
-    assert whole.outcome != agreement.DIFFERENT, f"the whole answer is another one: {whole}"
+    assert rest.outcome != same_answer.DIFFERENT, f"after the kill it goes on with other tokens: {rest}"
+    assert whole.outcome != same_answer.DIFFERENT, f"the whole answer is another one: {whole}"
 
 
 def test_an_addressed_stream_does_not_migrate(crew: Crew, killed: Killed) -> None:
@@ -301,4 +301,4 @@ def _agree_from(killed: Killed, found: Attempt) -> Agreement:
     """What came after the kill, against the answer to the prompt and all that came before it."""
     assert found.completion is not None
     rest = dataclasses.replace(found.completion, token_ids=found.token_ids[killed.had :])
-    return agreement.agree(killed.continued, rest)
+    return same_answer.agree(killed.continued, rest)

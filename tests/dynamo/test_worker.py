@@ -14,8 +14,9 @@ import time
 
 import pytest
 
-from disagglab import ledger, routing
-from disagglab.ledger import FINISHED, METRICS, PROMPT_TOKENS
+from disagglab import routing
+from disagglab.measure import ledger
+from disagglab.measure.ledger import FINISHED, METRICS, PROMPT_TOKENS
 from disagglab.results.recorder import Recorder
 from disagglab.serving import openai
 from disagglab.serving.dynamo.deployment import DynamoDeployment

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.hosts.hosts import Hosts
+from disagglab.measure.oracles import nixlprobe
 from disagglab.results.recorder import Recorder
 
 SIZES = (2**20, 2**24, 2**26)  # bytes: from below one KV block of the embedded lab to twenty-three

@@ -71,7 +71,7 @@ def accounts(hosts: Hosts, lab: Lab) -> dict[str, Account]:
     host = hosts.of(node)
     path = f"{host.about['logs']}/kvprobe-jobs.json"
     host.write_text(path, json.dumps(jobs))
-    argv = [hosts.python_of(node, lab.vllm.version), "-m", "disagglab.kvprobe", path]
+    argv = [hosts.python_of(node, lab.vllm.version), "-m", "disagglab.measure.oracles.kvprobe", path]
     env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     rows = [json.loads(line) for line in host.run("kvprobe", argv, env, LIMIT_S) if line.startswith("{")]
     return {row["name"]: row for row in rows}

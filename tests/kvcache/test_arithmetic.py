@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
+from disagglab.measure import ledger
 from disagglab.results.recorder import Recorder
 from disagglab.serving.topology import Topology
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import pytest
 
-from disagglab import ledger
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, blocks, reusable_tokens
-from disagglab.ledger import BY_SOURCE
-from disagglab.occupancy import peak_blocks
+from disagglab.measure import ledger
+from disagglab.measure.kv_usage import peak_blocks
+from disagglab.measure.ledger import BY_SOURCE
 from disagglab.results.recorder import Recorder
 from disagglab.serving import openai
 from disagglab.serving.prometheus import delta

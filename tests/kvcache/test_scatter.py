@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from disagglab import nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.hosts.hosts import Hosts
-from disagglab.nixlprobe import Read
+from disagglab.measure.oracles import nixlprobe
+from disagglab.measure.oracles.nixlprobe import Read
 from disagglab.predict import scattered_reads
 from disagglab.results.recorder import Recorder
 from disagglab.session import Session

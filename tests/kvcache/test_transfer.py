@@ -12,18 +12,19 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import ledger, nixlprobe
 from disagglab.config.schema import Lab
 from disagglab.hosts.hosts import Hosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
+from disagglab.measure import ledger
+from disagglab.measure.oracles import nixlprobe
+from disagglab.measure.transfer import transfer
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.serving.topology import Topology
 from disagglab.session import Session
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
-from disagglab.transfer import transfer
 
 BLOCKS = (1, 4, 8, 16, 24)
 REPEATS, SHORT_REPEATS = 10, 5

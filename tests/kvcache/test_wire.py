@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.hosts import link_counters
@@ -22,6 +21,7 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.link_counters import Wire
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
+from disagglab.measure import ledger
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.serving import openai

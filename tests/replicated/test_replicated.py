@@ -6,11 +6,11 @@ move.
 
 from __future__ import annotations
 
-from disagglab import ledger
 from disagglab.comparison import Comparison, run_rounds
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
-from disagglab.load import LoadEngine
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent

@@ -16,16 +16,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue
+from disagglab.measure import ledger
+from disagglab.measure.talk import Talk, talk
 from disagglab.predict.strategies import STRATEGIES, Strategy
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger
 from disagglab.routing import Finisher, require_no_failure
 from disagglab.serving.topology import Deployment, Topology
 from disagglab.session import Session
-from disagglab.talk import Talk, talk
 
 CONVERSATIONS, TURNS, OUTPUT_TOKENS = 3, 2, 4
 SEED = 0  # of the order: dealt in turn to two servers, every conversation moves

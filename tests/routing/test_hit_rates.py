@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from disagglab import ledger, routing
+from disagglab import routing
 from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
+from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast, replay
 from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.results.recorder import Recorder

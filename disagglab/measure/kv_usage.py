@@ -6,8 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from disagglab import ledger
 from disagglab.errors import InvalidRun
+from disagglab.measure import ledger
 from disagglab.results.records import Snapshot
 from disagglab.serving import openai
 from disagglab.serving.vllm import VllmServer

@@ -6,7 +6,7 @@ holds the real answers. A conversation of text goes through the model's chat tem
 are known exactly. One turn each makes a closed loop of independent requests.
 
 Times are those of docs/metrics.md, taken by the parser of disagglab/serving/openai.py. They are as good as the event
-loop is punctual, so its lag and the CPU share of the process are watched meanwhile (disagglab/looplag.py).
+loop is punctual, so its lag and the CPU share of the process are watched meanwhile (disagglab/measure/client_lag.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import httpx
 
 from disagglab.errors import InvalidRun
 from disagglab.kv.shape import common_prefix, reusable_tokens
-from disagglab.looplag import LoopLag
+from disagglab.measure.client_lag import LoopLag
 from disagglab.results.records import ClientLoad
 from disagglab.serving.openai import CHAT, COMPLETIONS, TIMEOUT, Completion, complete_beside_others
 

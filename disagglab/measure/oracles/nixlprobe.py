@@ -1,8 +1,8 @@
 """Reads memory of another process with NIXL, as one piece or scattered, checks it, and tells how fast it was.
 
-Two programs. ``python -m disagglab.nixlprobe own POOL_BYTES SEED`` holds a patterned pool in host memory
+Two programs. ``python -m disagglab.measure.oracles.nixlprobe own POOL_BYTES SEED`` holds a patterned pool in host memory
 (``--memory DRAM``) or on the first GPU that it sees (``VRAM``) and prints one JSON object that says where.
-``python -m disagglab.nixlprobe read OFFER POOL_BYTES SEED READS REPEATS`` reads parts of it, with that object
+``python -m disagglab.measure.oracles.nixlprobe read OFFER POOL_BYTES SEED READS REPEATS`` reads parts of it, with that object
 in the file OFFER, into scattered slots of a pool of its own, and prints one JSON object a read. Calls, agent
 and order of steps are those of vLLM's NixlConnector (base_worker.py, pull_worker.py): descriptors of the
 whole pool are prepared once, a read names the numbers of those it wants. The environment (UCX_TLS …) and the
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 DEADLINE_S = 60.0
 POLL_S = 0.1
 BACKEND = "UCX"
-PROGRAM = ("-m", "disagglab.nixlprobe")
+PROGRAM = ("-m", "disagglab.measure.oracles.nixlprobe")
 WORD_BYTES = 8  # the pattern's unit: each word is a function of its place in the pool
 MULTIPLIER = -7046029254386353131  # odd, so that no two places have one word (2**64 / golden ratio, signed)
 CHUNK_WORDS = 2**23  # filled or compared at once: 64 MiB
@@ -335,7 +335,9 @@ def _timed(agent: Any, sides: tuple[Any, Any], mine: Any, theirs: Any) -> tuple[
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m disagglab.nixlprobe", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m disagglab.measure.oracles.nixlprobe", description=__doc__
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     owner_parser = parts.add_parser("own", help="hold a pool until ended")
     reader_parser = parts.add_parser("read", help="read parts of it")

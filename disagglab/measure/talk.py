@@ -1,11 +1,11 @@
 """Holds a dialogue with a service, request by request in its order; an error is data and not the end.
 
-Unlike disagglab/conversation.py, where each user goes on as soon as an answer is there, the order of the
+Unlike disagglab/measure/conversation.py, where each user goes on as soon as an answer is there, the order of the
 requests is given, since what a cache still holds depends on it. A place is given, as soon as it is free, to
 the first request in the order whose conversation has none under way. So one that waits for its own
 conversation's earlier turn lets those behind it pass, and with one place the order is exact.
 
-Times are those of docs/metrics.md, as in disagglab/conversation.py.
+Times are those of docs/metrics.md, as in disagglab/measure/conversation.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import httpx
 
 from disagglab.config.traffic import Dialogue, chat
-from disagglab.conversation import Turn, exact_answer, exact_request
 from disagglab.errors import InvalidRun
-from disagglab.looplag import LoopLag
+from disagglab.measure.client_lag import LoopLag
+from disagglab.measure.conversation import Turn, exact_answer, exact_request
 from disagglab.predict.strategies import SESSION_HEADER
 from disagglab.results.records import ClientLoad
 from disagglab.serving.openai import CHAT, TIMEOUT

@@ -44,7 +44,7 @@ class LoadEngine:
     def start(self) -> None:
         """Start the worker; :meth:`run` waits until it answers."""
         if self._process is None:
-            argv = [self._host.suite_python, "-m", "disagglab.loadworker"]
+            argv = [self._host.suite_python, "-m", "disagglab.measure.loadworker"]
             environment = {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": HASH_SEED}
             self._process = self._host.start("load", argv, environment, self._cpus)
 

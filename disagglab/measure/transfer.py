@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from disagglab import ledger
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape, reusable_tokens
+from disagglab.measure import ledger
 from disagglab.results.records import Ledger, Sent
 from disagglab.serving import openai
 from disagglab.serving.topology import Topology

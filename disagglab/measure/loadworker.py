@@ -1,6 +1,6 @@
 """Runs ``vllm bench serve`` jobs in one process, because starting it costs 7 s of imports each time.
 
-Run as a program: ``python -m disagglab.loadworker``. A file ``N.job`` in TMPDIR holds the options of one
+Run as a program: ``python -m disagglab.measure.loadworker``. A file ``N.job`` in TMPDIR holds the options of one
 ``vllm bench serve`` as JSON; ``N.answer`` appears with its result, as vLLM computed it, and how busy this
 process was meanwhile. N counts from 1. Files, because they work alike on this machine and over SSH.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from disagglab.agent.supervisor import write_atomically
-from disagglab.looplag import LoopLag
+from disagglab.measure.client_lag import LoopLag
 
 POLL_S = 0.02  # between two jobs, not within one
 

@@ -1,0 +1,1 @@
+"""One run, and its proof: load, conversations, the ledger of counters, transfers."""
