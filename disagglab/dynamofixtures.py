@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from disagglab import routing
 from disagglab.config.schema import Lab, NodeSection
+from disagglab.experiments import routing
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.install.environments import dynamo_python

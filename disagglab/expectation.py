@@ -6,13 +6,21 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from disagglab.comparison import LIMIT
-from disagglab.dynamocomparison import DYNAMO_KV, DYNAMO_ROUND_ROBIN, tagged
+from disagglab.experiments.comparison import LIMIT
+from disagglab.experiments.dynamocomparison import DYNAMO_KV, DYNAMO_ROUND_ROBIN, tagged
+from disagglab.experiments.routing import BLOCK_SIZE, Arm, times_by_hit
+from disagglab.experiments.talkcomparison import (
+    CONVERSATIONS,
+    E2E,
+    FIGURES,
+    HIT_RATE,
+    MARGIN,
+    THROUGHPUT,
+    values,
+)
 from disagglab.results.records import VerdictRow
-from disagglab.routing import BLOCK_SIZE, Arm, times_by_hit
 from disagglab.serving.topology import DISAGGREGATED, SINGLE
 from disagglab.stats.verdict import Verdict, judge
-from disagglab.talkcomparison import CONVERSATIONS, E2E, FIGURES, HIT_RATE, MARGIN, THROUGHPUT, values
 
 HITS, MISSES = "turns that found their history", "turns that did not"
 CONFIRMED, REFUTED, OPEN = "confirmed", "refuted", "open"

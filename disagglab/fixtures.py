@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from disagglab.calibration import Calibration, calibrate
-from disagglab.comparison import (
+from disagglab.config import variant
+from disagglab.config.labs import check_against_model
+from disagglab.config.schema import Lab
+from disagglab.errors import InvalidRun
+from disagglab.experiments.calibration import Calibration, calibrate
+from disagglab.experiments.comparison import (
     Comparison,
     figure_rows,
     run_rounds,
@@ -18,10 +22,6 @@ from disagglab.comparison import (
     variant_rows,
     verdict_rows,
 )
-from disagglab.config import variant
-from disagglab.config.labs import check_against_model
-from disagglab.config.schema import Lab
-from disagglab.errors import InvalidRun
 from disagglab.hosts import facts
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model, find

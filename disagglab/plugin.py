@@ -111,7 +111,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """With --plan, print the commands in place of a session: no run folder, no collection, no tests."""
     if not config.getoption("--plan"):
         return None
-    from disagglab import plan
+    from disagglab.experiments import dry_run
 
     try:
         lab = load_lab(config.getoption("--lab"))
@@ -121,7 +121,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         variants = variant.chosen(lab, config.getoption("--variant") or ())
         lab = variant.beside(lab, len(variants))
         against, dedicated = config.getoption("--against") or "", config.getoption("--dedicated")
-        found = plan.lines(lab, against, dedicated, variants)
+        found = dry_run.lines(lab, against, dedicated, variants)
     except LabError as error:
         raise pytest.UsageError(str(error)) from error
     print("\n".join(found))

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from disagglab import routing
 from disagglab.config.schema import Lab
+from disagglab.experiments import routing
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.layout import layout

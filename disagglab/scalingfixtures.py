@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from disagglab.errors import InvalidRun
+from disagglab.experiments.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
 from disagglab.measure import ledger
 from disagglab.results.run_folder import Store
-from disagglab.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient
 from disagglab.serving.dynamo.parts import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker

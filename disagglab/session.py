@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from disagglab.comparison import Comparison
 from disagglab.config.schema import Lab
+from disagglab.experiments.comparison import Comparison
 from disagglab.progress import ProgressLine
 from disagglab.results.report import Claim, Module, lesson_html
 from disagglab.results.resume import Earlier

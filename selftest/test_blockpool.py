@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import blockpool
-from disagglab.blockpool import Ageing
 from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
+from disagglab.experiments import pool_ageing
+from disagglab.experiments.pool_ageing import Ageing
 from disagglab.results.records import Snapshot
 
 EMBEDDED = load_lab("embedded")
@@ -38,14 +38,14 @@ def topology(*pools: tuple[int, int]) -> Any:
 
 
 def test_the_smallest_pool_counts() -> None:
-    assert blockpool.tokens_of(topology((100, 16), (10, 128))) == 1280
+    assert pool_ageing.tokens_of(topology((100, 16), (10, 128))) == 1280
     silent = SimpleNamespace(servers=[SimpleNamespace(metrics=lambda: Snapshot("a", "http://x/metrics", ()))])
     with pytest.raises(InvalidRun, match="cache_config"):
-        blockpool.tokens_of(silent)  # type: ignore[arg-type]
+        pool_ageing.tokens_of(silent)  # type: ignore[arg-type]
 
 
 def test_two_lengths_alone_and_at_once() -> None:
-    found = blockpool.workloads(LAB, 100_000, short=False)
+    found = pool_ageing.workloads(LAB, 100_000, short=False)
     shapes = [(one.name, one.prompt_tokens, one.output_tokens, one.requests) for one in found]
     assert shapes == [
         ("alone-short", 128, 16, 8),
@@ -57,20 +57,20 @@ def test_two_lengths_alone_and_at_once() -> None:
 
 
 def test_short_form_has_fewer_requests() -> None:
-    found = blockpool.workloads(LAB, 100_000, short=True)
+    found = pool_ageing.workloads(LAB, 100_000, short=True)
     assert [one.requests for one in found] == [2, 12, 2, 8]
     assert [one.most_under_way for one in found] == [1, 4, 1, 4]
 
 
 def test_what_is_under_way_fits_into_the_pool() -> None:
     for tokens in (700, 2_000, 9_000):
-        for one in blockpool.workloads(LAB, tokens, short=False):
+        for one in pool_ageing.workloads(LAB, tokens, short=False):
             assert one.most_under_way == 1 or one.most_under_way * one.tokens <= 0.8 * tokens
 
 
 def test_ageing_traffic_is_short_prompts_with_long_answers_and_fits() -> None:
-    measured = blockpool.workloads(LAB, 9_000, short=False)
-    found = blockpool.traffic(measured, 9_000)
+    measured = pool_ageing.workloads(LAB, 9_000, short=False)
+    found = pool_ageing.traffic(measured, 9_000)
     shapes = [(one.name, one.prompt_tokens, one.output_tokens, one.requests) for one in found]
     assert shapes == [
         ("ageing-8", 8, 64, 128),
@@ -78,14 +78,14 @@ def test_ageing_traffic_is_short_prompts_with_long_answers_and_fits() -> None:
         ("ageing-32", 32, 64, 128),
     ]
     assert [one.most_under_way for one in found] == [64, 64, 64]
-    small = blockpool.traffic(blockpool.workloads(LAB, 2_000, short=False), 2_000)
+    small = pool_ageing.traffic(pool_ageing.workloads(LAB, 2_000, short=False), 2_000)
     assert [one.most_under_way * one.tokens <= 0.8 * 2_000 for one in small] == [True] * 3
     assert not {one.name for one in found} & {one.name for one in measured}
 
 
 def test_a_probe_has_neighbours_to_lose() -> None:
-    measured = blockpool.workloads(LAB, 100_000, short=False)
-    by_block = {block: blockpool.probe(measured, block) for block in (32, 128)}
+    measured = pool_ageing.workloads(LAB, 100_000, short=False)
+    by_block = {block: pool_ageing.probe(measured, block) for block in (32, 128)}
     assert {block: one.prompt_tokens for block, one in by_block.items()} == {32: 128, 128: 496}
     assert all((one.requests, one.concurrency, one.name) == (2, 1, "probe") for one in by_block.values())
 
@@ -121,9 +121,9 @@ def test_the_rule_refuses_the_trend_that_one_run_left() -> None:
 
 
 def test_ageing_sends_lengths_in_turn_until_the_probes_agree() -> None:
-    each = blockpool.traffic(blockpool.workloads(LAB, 9_000, short=True), 9_000)
+    each = pool_ageing.traffic(pool_ageing.workloads(LAB, 9_000, short=True), 9_000)
     shares, sent = iter([0.1, 0.1, 0.1, 0.5, 0.9, 0.91, 0.7]), []
-    found = blockpool.age(each, 4_000, 12, lambda one: sent.append(one.name), lambda: next(shares))
+    found = pool_ageing.age(each, 4_000, 12, lambda one: sent.append(one.name), lambda: next(shares))
     assert sent == ["ageing-8", "ageing-16", "ageing-32", "ageing-8", "ageing-16"]
     assert (found.fresh, found.probes) == (0.1, [0.1, 0.1, 0.5, 0.9, 0.91])
     assert found.passes == pytest.approx(32 * (2 * 72 + 2 * 80 + 96) / 4_000)
@@ -131,9 +131,9 @@ def test_ageing_sends_lengths_in_turn_until_the_probes_agree() -> None:
 
 
 def test_ageing_that_never_settles_ends() -> None:
-    each = blockpool.traffic(blockpool.workloads(LAB, 9_000, short=True), 9_000)
+    each = pool_ageing.traffic(pool_ageing.workloads(LAB, 9_000, short=True), 9_000)
     shares = iter([0.0, *(number / 10 for number in range(1, 10))])
-    found = blockpool.age(each, 1_000, 3, lambda one: None, lambda: next(shares))
+    found = pool_ageing.age(each, 1_000, 3, lambda one: None, lambda: next(shares))
     assert len(found.probes) == 3
     assert str(found).startswith("not settled after 3 runs: still changing")
 
@@ -184,9 +184,9 @@ def rounds_after_ageing(count: int, each: Callable[[list[Workload]], list[Worklo
     """Pieces of what is measured, of the worst possible, run by run of four rounds on an aged model pool."""
     model = LAB.model.model_copy(update={"max_model_len": 16_384})
     full = LAB.model_copy(update={"model": model, "scale": LAB.scale.model_copy(update={"output": 1.0})})
-    measured = blockpool.workloads(full, 16 * count, short=False)
-    queues, lone = Queues(count, 16), blockpool.probe(measured, 16)
-    found = blockpool.age(each(measured), 16 * count, 12, queues.run, lambda: queues.run(lone))
+    measured = pool_ageing.workloads(full, 16 * count, short=False)
+    queues, lone = Queues(count, 16), pool_ageing.probe(measured, 16)
+    found = pool_ageing.age(each(measured), 16 * count, 12, queues.run, lambda: queues.run(lone))
     assert found.fresh < 0.05
     assert found.settled
     return [queues.run(one) for _ in range(4) for one in measured]
@@ -195,7 +195,7 @@ def rounds_after_ageing(count: int, each: Callable[[list[Workload]], list[Worklo
 @pytest.mark.parametrize("count", [3_000, 10_000, 20_000])
 def test_long_answers_scatter_a_pool_for_good(count: int) -> None:
     """In a model of the free lists, every run after ageing is near the worst."""
-    after = rounds_after_ageing(count, lambda measured: blockpool.traffic(measured, 16 * count))
+    after = rounds_after_ageing(count, lambda measured: pool_ageing.traffic(measured, 16 * count))
     assert min(after) > 0.75
 
 

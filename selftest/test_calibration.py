@@ -9,9 +9,9 @@ import dataclasses
 
 import pytest
 
-from disagglab import calibration
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
+from disagglab.experiments import calibration
 from disagglab.results.records import Run
 
 CLOSED = Workload(name="x", prompt_tokens=64, output_tokens=6, requests=2, concurrency=2)

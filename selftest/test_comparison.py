@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from disagglab import comparison
-from disagglab.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
+from disagglab.experiments import comparison
+from disagglab.experiments.comparison import Comparison, run_rounds, verdict_rows
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES

@@ -11,21 +11,9 @@ from typing import Any
 
 import pytest
 
-from disagglab import talkcomparison
-from disagglab.comparison import Comparison
 from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
-from disagglab.dynamocomparison import (
-    DYNAMO_KV,
-    DYNAMO_ROUND_ROBIN,
-    PAIRS,
-    TAG,
-    compared,
-    one_wave,
-    rows_of,
-    tagged,
-)
 from disagglab.errors import InvalidRun
 from disagglab.expectation import (
     CONFIRMED,
@@ -37,20 +25,20 @@ from disagglab.expectation import (
     hits_and_misses,
     standing,
 )
-from disagglab.measure.talk import Spoken, Talk
-from disagglab.results.records import ClientLoad, Ledger, Run
-from disagglab.routing import Arm, Size
-from disagglab.serving.topology import (
-    DISAGGREGATED,
-    REPLICATED,
-    ROUTED,
-    SINGLE,
-    SINGLE_AGAIN,
-    TOPOLOGIES,
-    Topology,
+from disagglab.experiments import talkcomparison
+from disagglab.experiments.comparison import Comparison
+from disagglab.experiments.dynamocomparison import (
+    DYNAMO_KV,
+    DYNAMO_ROUND_ROBIN,
+    PAIRS,
+    TAG,
+    compared,
+    one_wave,
+    rows_of,
+    tagged,
 )
-from disagglab.stats.verdict import judge
-from disagglab.talkcomparison import (
+from disagglab.experiments.routing import Arm, Size
+from disagglab.experiments.talkcomparison import (
     CONVERSATIONS,
     E2E,
     FIGURES,
@@ -65,6 +53,18 @@ from disagglab.talkcomparison import (
     talk_rows,
     value,
 )
+from disagglab.measure.talk import Spoken, Talk
+from disagglab.results.records import ClientLoad, Ledger, Run
+from disagglab.serving.topology import (
+    DISAGGREGATED,
+    REPLICATED,
+    ROUTED,
+    SINGLE,
+    SINGLE_AGAIN,
+    TOPOLOGIES,
+    Topology,
+)
+from disagglab.stats.verdict import judge
 
 LAB = load_lab("embedded")
 SIZE = Size(conversations=3, turns=2, output_tokens=4, blocks=65)

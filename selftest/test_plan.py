@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from disagglab import plan, routing
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection, Lab
+from disagglab.experiments import dry_run, routing
 from disagglab.hosts import shaping, ssh
 from disagglab.hosts.namespaces import UNSHARE
 from disagglab.hosts.remote import bundle
@@ -53,7 +53,7 @@ def sections(lab: Lab, **options: Any) -> dict[str, list[str]]:
     """The plan's lines by host, without the workers."""
     found: dict[str, list[str]] = {"": []}
     name = ""
-    for line in without_workers(plan.lines(lab, **options)):
+    for line in without_workers(dry_run.lines(lab, **options)):
         if line.startswith("# ===== "):
             name = line.removeprefix("# ===== ").partition(":")[0]
         found.setdefault(name, []).append(line)
@@ -79,7 +79,7 @@ def option(line: str, name: str) -> str:
 @pytest.mark.parametrize("name", LABS)
 def test_every_lab_has_a_plan_with_all_servers_routers_and_loads(name: str) -> None:
     lab = load_lab(name)
-    lines = [line for line in without_workers(plan.lines(lab)) if not line.startswith("#")]
+    lines = [line for line in without_workers(dry_run.lines(lab)) if not line.startswith("#")]
     assert sum(" serve " in line and "entrypoints" in line for line in lines) == len(lab.nodes)
     assert sum("/vllm-router " in line for line in lines) == len(TOPOLOGIES)
     workloads = {gate.workload for gate in lab.gates}
@@ -119,7 +119,7 @@ def test_routers_lead_to_the_ports_that_the_servers_listen_on() -> None:
 
 def test_no_port_of_an_address_is_given_twice() -> None:
     lab = load_lab("embedded")
-    deployed = plan.deploy(lab, "0.30.0", dedicated=True)
+    deployed = dry_run.deploy(lab, "0.30.0", dedicated=True)
     ports = [server.plan.port for one in deployed for server in one.servers]
     for one_of in deployed:
         alone = one_of.topologies[:1] if one_of.tag == routing.TAG else one_of.topologies
@@ -136,7 +136,7 @@ def test_no_port_of_an_address_is_given_twice() -> None:
 
 def test_workers_publish_events_and_each_strategy_has_its_router() -> None:
     """The routers of the strategies follow one another, so they are shown with the same ports."""
-    workers = plan.deploy(load_lab("embedded"))[-1]
+    workers = dry_run.deploy(load_lab("embedded"))[-1]
     assert [server.plan.process_name for server in workers.servers] == ["vllm-a@routing", "vllm-b@routing"]
     for server in workers.servers:
         command = server.plan.command
@@ -162,7 +162,7 @@ def test_made_hosts_come_with_the_commands_that_make_them_and_their_link() -> No
     found = sections(lab)
     assert sum(line.startswith(shlex.join(UNSHARE)) for line in found["local"]) == 2
     assert "ip link add data0 netns PID-alpha type veth peer name data0 netns PID-beta" in found["local"]
-    assert shlex.join(shaping.command(lab.nodes[0], plan.SHAPED_BIT_S)) in found["alpha"]
+    assert shlex.join(shaping.command(lab.nodes[0], dry_run.SHAPED_BIT_S)) in found["alpha"]
     assert one(found["alpha"], "exec python3").startswith("ssh -p 22 -i SCRATCH/client_key ")
 
 
@@ -183,7 +183,7 @@ def test_a_jump_host_and_a_key_are_in_the_command() -> None:
         HostSection(name="gate", address="gate.example", port=2222, user="g"),
     )
     lab = lab.model_copy(update={"hosts": hosts})
-    command = shlex.split(plan.ssh_command(lab, hosts[0]))
+    command = shlex.split(dry_run.ssh_command(lab, hosts[0]))
     assert command[:5] == ["ssh", "-p", "22", "-i", "/k"]
     assert command[-3:] == ["-J", "g@gate.example:2222", "u@10.0.0.1"]
 

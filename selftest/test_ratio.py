@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from disagglab import plan
 from disagglab.agent.supervisor import Process
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab, parse_lab
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import ConfigError, InvalidRun, TransferError
+from disagglab.experiments import dry_run
 from disagglab.hosts import link_counters
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
@@ -116,7 +116,7 @@ def test_ports_grow_with_the_nodes() -> None:
 def test_the_plan_routes_to_every_node(name: str) -> None:
     """The router gets each prefill and each decode server once; replicated is all nodes, single the first."""
     lab = load_lab(name)
-    deployed, _workers = plan.deploy(lab)
+    deployed, _workers = dry_run.deploy(lab)
     urls = {
         role: [s.url for s in deployed.servers if s.plan.node.role == role] for role in ("prefill", "decode")
     }

@@ -16,12 +16,19 @@ from typing import Any
 
 import pytest
 
-from disagglab import comparison
-from disagglab.comparison import WARM_UP_ROUND, Comparison, figure_rows, run_rounds, verdict_rows, warm_up_of
 from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.errors import ConfigError
+from disagglab.experiments import comparison
+from disagglab.experiments.comparison import (
+    WARM_UP_ROUND,
+    Comparison,
+    figure_rows,
+    run_rounds,
+    verdict_rows,
+    warm_up_of,
+)
 from disagglab.results import resume
 from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store

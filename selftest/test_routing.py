@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 
-from disagglab import routing
 from disagglab.agent.supervisor import Process
 from disagglab.config.labs import load_lab
 from disagglab.errors import InvalidRun, StartError
+from disagglab.experiments import routing
+from disagglab.experiments.routing import Arm
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.measure import ledger
 from disagglab.measure.talk import Failure, Spoken, Talk
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.records import Reading, Sent, Snapshot
-from disagglab.routing import Arm
 from disagglab.serving import prometheus, router, topology
 from disagglab.serving.router import Hearing, Router, router_argv
 from disagglab.serving.topology import REPLICATED, ROUTED, Deployment, Topology

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from disagglab.errors import InvalidRun, LabError
-from disagglab.scaling import Asked, Attempt, Steady, Watching, joining, last_event
+from disagglab.experiments.scaling import Asked, Attempt, Steady, Watching, joining, last_event
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EtcdClient
 from disagglab.serving.dynamo.parts import Planes, body

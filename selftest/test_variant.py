@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from disagglab import plan
 from disagglab.config import variant
 from disagglab.config.labs import load_lab, on_workloads, parse_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError
+from disagglab.experiments import dry_run
 
 RAW = tomllib.loads(Path("labs/two-h200-stock.toml").read_text())
 
@@ -101,7 +101,7 @@ def test_servers_beside_each_other_share_a_gpu() -> None:
 def test_the_plan_shows_the_servers_of_a_variant() -> None:
     lab = lab_with(transport={"extra": {"num_threads": 1}, "connector": "NixlPushConnector"})
     servers = [
-        line for line in plan.lines(lab, variants=lab.variants) if " serve " in line and "kv_role" in line
+        line for line in dry_run.lines(lab, variants=lab.variants) if " serve " in line and "kv_role" in line
     ]
     assert len(servers) == 2 * len(lab.nodes)
     own = [line for line in servers if '"NixlConnector"' in line]
@@ -113,7 +113,7 @@ def test_the_plan_shows_the_servers_of_a_variant() -> None:
 def test_every_variant_of_every_lab_can_be_planned(name: str) -> None:
     lab = load_lab(name)
     for one in lab.variants:
-        text = "\n".join(plan.lines(variant.beside(lab, 1), variants=[one]))
+        text = "\n".join(dry_run.lines(variant.beside(lab, 1), variants=[one]))
         for key, value in one.transport.get("extra", {}).items():
             assert f'"{key}": {json.dumps(value)}' in text
         for key, value in one.env.items():

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
+from disagglab.experiments.comparison import measure
 from disagglab.kv.shape import KvShape, blocks
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from disagglab.comparison import measure
 from disagglab.config.workload import Workload, load_workload
+from disagglab.experiments.comparison import measure
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine

@@ -12,8 +12,8 @@ import statistics
 
 import pytest
 
-from disagglab.comparison import run_rounds
 from disagglab.config.schema import Lab
+from disagglab.experiments.comparison import run_rounds
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab.calibration import Calibration
-from disagglab.comparison import Comparison, measure
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
+from disagglab.experiments.calibration import Calibration
+from disagglab.experiments.comparison import Comparison, measure
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine

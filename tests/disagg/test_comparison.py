@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from disagglab.comparison import Comparison, figure_rows
 from disagglab.config.schema import GateSection, Lab
+from disagglab.experiments.comparison import Comparison, figure_rows
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store

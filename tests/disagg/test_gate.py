@@ -12,8 +12,8 @@ import time
 import pytest
 
 from disagglab.agent.port import accepts
-from disagglab.comparison import Comparison, run_rounds
 from disagglab.config.schema import Lab
+from disagglab.experiments.comparison import Comparison, run_rounds
 from disagglab.hosts.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab.calibration import Calibration
-from disagglab.comparison import Comparison, measure
 from disagglab.config.schema import Lab, SloSection
+from disagglab.experiments.calibration import Calibration
+from disagglab.experiments.comparison import Comparison, measure
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from disagglab.comparison import measure, warm_up_of
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
+from disagglab.experiments.comparison import measure, warm_up_of
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.results.metrics import figures, kept_rate, saturated

@@ -7,8 +7,8 @@ exactly (disagglab/measure/ledger.py, with_shared_prefix).
 
 from __future__ import annotations
 
-from disagglab.comparison import measure
 from disagglab.config.schema import Lab
+from disagglab.experiments.comparison import measure
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine

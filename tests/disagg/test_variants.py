@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from disagglab import blockpool
-from disagglab.blockpool import Ageing
-from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
+from disagglab.experiments import pool_ageing
+from disagglab.experiments.comparison import measure
+from disagglab.experiments.pool_ageing import Ageing
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger, transfer_stats
@@ -84,11 +84,11 @@ def settings(
     if not variants:
         pytest.skip("VARIANT: asked for with --variant NAME, a [[variant]] of the lab file")
     arms = [disaggregated, *variants]
-    pool = min(map(blockpool.tokens_of, arms))
+    pool = min(map(pool_ageing.tokens_of, arms))
     blocks = {arm.name: layout(shape, ledger.block_size(arm.decode[0].metrics())) for arm in arms}
     found = Settings(
         arms,
-        blockpool.workloads(lab, pool, live.short),
+        pool_ageing.workloads(lab, pool, live.short),
         worst=lambda arm, tokens: scattered_reads.descriptors(blocks[arm.name], tokens, arm.version),
         made={arm.name: [] for arm in arms},
     )
@@ -104,7 +104,7 @@ def settings(
         return run
 
     def age(arm: Topology) -> Ageing:
-        probe = blockpool.probe(found.workloads, ledger.block_size(arm.decode[0].metrics()))
+        probe = pool_ageing.probe(found.workloads, ledger.block_size(arm.decode[0].metrics()))
 
         def send(workload: Workload) -> Moved:
             before = len(found.made[arm.name])
@@ -115,10 +115,10 @@ def settings(
             one = send(probe)
             return one.descriptors / one.transfers / found.worst(arm, probe.prompt_tokens)
 
-        traffic = blockpool.traffic(found.workloads, pool)
-        return blockpool.age(traffic, blockpool.tokens_of(arm), most, send, probed)
+        traffic = pool_ageing.traffic(found.workloads, pool)
+        return pool_ageing.age(traffic, pool_ageing.tokens_of(arm), most, send, probed)
 
-    most = blockpool.SHORT_AGEING_RUNS if live.short else blockpool.MOST_AGEING_RUNS
+    most = pool_ageing.SHORT_AGEING_RUNS if live.short else pool_ageing.MOST_AGEING_RUNS
     with live.uncaptured():
         for arm in arms:
             found.ageing[arm.name] = age(arm)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from disagglab.comparison import Comparison, figure_rows, run_rounds, version_rows
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab
+from disagglab.experiments.comparison import Comparison, figure_rows, run_rounds, version_rows
 from disagglab.hosts import release
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model

@@ -3,7 +3,7 @@
 Servers of ``vllm serve`` with the engine options of Dynamo's workers stand beside these, so the arms differ
 in who routes and in which program runs the engine; and in that Dynamo's aggregated workers load no KV
 connector.
-Rounds, pairs, proofs and verdicts are those of the module disagg (disagglab/comparison.py): every run is held
+Rounds, pairs, proofs and verdicts are those of the module disagg (disagglab/experiments/comparison.py): every run is held
 against the servers' counters, an invalid one is kept, shown and never aggregated, and a failed request makes
 its run invalid. Then all arms hold conversations, because only there is a cache worth choosing a server by.
 
@@ -22,10 +22,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from disagglab import routing
-from disagglab.comparison import LIMIT, Comparison, figure_rows, run_rounds
 from disagglab.config.schema import Lab
-from disagglab.dynamocomparison import (
+from disagglab.errors import InvalidRun
+from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
+from disagglab.experiments import routing
+from disagglab.experiments.comparison import LIMIT, Comparison, figure_rows, run_rounds
+from disagglab.experiments.dynamocomparison import (
     DYNAMO_KV,
     DYNAMO_ROUND_ROBIN,
     PAIRS,
@@ -36,8 +38,19 @@ from disagglab.dynamocomparison import (
     rows_of,
     tagged,
 )
-from disagglab.errors import InvalidRun
-from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
+from disagglab.experiments.routing import Arm, Size
+from disagglab.experiments.talkcomparison import (
+    CONVERSATIONS,
+    E2E,
+    FIGURES,
+    HIT_RATE,
+    TTFT,
+    hold,
+    talk_figures,
+    talk_rounds,
+    talk_rows,
+    value,
+)
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
@@ -45,7 +58,6 @@ from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
-from disagglab.routing import Arm, Size
 from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
 from disagglab.serving.dynamo.parts import engine_lab
 from disagglab.serving.topology import (
@@ -58,18 +70,6 @@ from disagglab.serving.topology import (
     Topology,
 )
 from disagglab.session import Session
-from disagglab.talkcomparison import (
-    CONVERSATIONS,
-    E2E,
-    FIGURES,
-    HIT_RATE,
-    TTFT,
-    hold,
-    talk_figures,
-    talk_rounds,
-    talk_rows,
-    value,
-)
 
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)
 AT_ONCE = 2  # requests under way in conversations: as many as workers

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 import pytest
 from transformers import AutoTokenizer
 
-from disagglab import routing
 from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue, sketch
 from disagglab.dynamofixtures import StartDynamo
 from disagglab.errors import InvalidRun
+from disagglab.experiments import routing
+from disagglab.experiments.routing import Arm, Size, run_arm
 from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
@@ -28,7 +29,6 @@ from disagglab.predict.hitforecast import Forecast, forecast
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
-from disagglab.routing import Arm, Size, run_arm
 from disagglab.serving import openai
 from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
 from disagglab.serving.dynamo.parts import HIT_RATE, KV, ROUND_ROBIN, body

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from disagglab import routing
 from disagglab.config.schema import Lab
 from disagglab.dynamofixtures import StartDynamo
+from disagglab.experiments import routing
 from disagglab.results.recorder import Recorder
 from disagglab.serving import openai
 from disagglab.serving.dynamo.etcd import EtcdServer

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 
 import httpx
 
+from disagglab.experiments.scaling import Attempt
 from disagglab.measure import same_answer
 from disagglab.measure.same_answer import Agreement
 from disagglab.results.recorder import Recorder
-from disagglab.scaling import Attempt
 from disagglab.scalingfixtures import (
     AFTERWARDS,
     LEASE_SLACK_S,

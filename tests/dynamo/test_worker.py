@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from disagglab import routing
+from disagglab.experiments import routing
 from disagglab.measure import ledger
 from disagglab.measure.ledger import FINISHED, METRICS, PROMPT_TOKENS
 from disagglab.results.recorder import Recorder

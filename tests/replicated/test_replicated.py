@@ -6,8 +6,8 @@ move.
 
 from __future__ import annotations
 
-from disagglab.comparison import Comparison, run_rounds
 from disagglab.config.schema import Lab
+from disagglab.experiments.comparison import Comparison, run_rounds
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine

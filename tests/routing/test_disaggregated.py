@@ -18,12 +18,12 @@ import pytest
 
 from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue
+from disagglab.experiments.routing import Finisher, require_no_failure
 from disagglab.measure import ledger
 from disagglab.measure.talk import Talk, talk
 from disagglab.predict.strategies import STRATEGIES, Strategy
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger
-from disagglab.routing import Finisher, require_no_failure
 from disagglab.serving.topology import Deployment, Topology
 from disagglab.session import Session
 

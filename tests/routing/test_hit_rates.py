@@ -1,7 +1,7 @@
 """Hit rates of routing strategies: predicted first, then measured from the engines' own counters.
 
 Two equal servers, each with a cache that is too small for everything that is said and large enough for half
-of it. The oracle is threefold, and in each arm all three have to agree (disagglab/routing.py): growth of
+of it. The oracle is threefold, and in each arm all three have to agree (disagglab/experiments/routing.py): growth of
 ``vllm:prefix_cache_hits_total``, the sum of ``usage.cached_tokens``, and a replay of the real token ids on a
 model of each server's cache, request by request. The prediction knows less: it takes the questions, stand-ins
 for the answers, the size of the caches and the rule of the strategy, and is on disk before the first request.
@@ -18,16 +18,16 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from disagglab import routing
 from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
+from disagglab.experiments import routing
+from disagglab.experiments.routing import Arm, Size, run_arm
 from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast, replay
 from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
-from disagglab.routing import Arm, Size, run_arm
 from disagglab.serving import openai
 from disagglab.serving.topology import Deployment
 from disagglab.session import Session

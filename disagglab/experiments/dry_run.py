@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-from disagglab import routing
 from disagglab.config import variant
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab, NodeSection, VariantSection
+from disagglab.experiments import routing
 from disagglab.hosts import facts, namespaces, release, remote, shaping
 from disagglab.hosts.host import HostProcess
 from disagglab.hosts.ssh import Target, target

@@ -6,16 +6,16 @@ gets the same engine options, so the arms differ in who routes and in which prog
 one thing more: Dynamo's aggregated workers have no KV connector loaded, the others have one.
 
 Random prompts with exact lengths show what the paths cost; there is nothing to find in a cache. What a router
-that knows the caches is worth shows in conversations (disagglab/talkcomparison.py).
+that knows the caches is worth shows in conversations (disagglab/experiments/talkcomparison.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from disagglab.comparison import Comparison, pair_rows, verdict_rows
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
+from disagglab.experiments.comparison import Comparison, pair_rows, verdict_rows
 from disagglab.results.records import VerdictRow
 from disagglab.serving.dynamo import parts
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology

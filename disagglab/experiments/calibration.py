@@ -10,10 +10,10 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from disagglab.comparison import measure
 from disagglab.config.schema import Lab
 from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
+from disagglab.experiments.comparison import measure
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine

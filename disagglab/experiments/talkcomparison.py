@@ -13,10 +13,11 @@ import secrets
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from disagglab import routing
 from disagglab.config.traffic import Dialogue, dialogue
-from disagglab.dynamocomparison import PAIRS, tagged
 from disagglab.errors import InvalidRun
+from disagglab.experiments import routing
+from disagglab.experiments.dynamocomparison import PAIRS, tagged
+from disagglab.experiments.routing import Arm, Size
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import CLIENT_BOUND
@@ -24,7 +25,6 @@ from disagglab.measure.ledger import FOUND, QUERIED
 from disagglab.measure.talk import Spoken, talk
 from disagglab.results.metrics import percentile
 from disagglab.results.records import FigureRow, Ledger, Sent, VerdictRow
-from disagglab.routing import Arm, Size
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
@@ -57,7 +57,7 @@ def said(size: Size, order_seed: int) -> Dialogue:
 
 
 def hold(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Arm:
-    """One dialogue on one arm, with proof by the servers' counters; see :func:`disagglab.routing.run_arm`.
+    """One dialogue on one arm, with proof by the servers' counters; see :func:`disagglab.experiments.routing.run_arm`.
 
     Disaggregated, hits are those of the prefill servers, since only they save computing; bytes and tokens are
     proved as for any run (:func:`disagglab.measure.ledger.prove`).

@@ -1,0 +1,1 @@
+"""Runs compared: rounds, arms, calibration, routing, scaling, and the plan of a session."""
