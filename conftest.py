@@ -1,10 +1,10 @@
 """Loads the suite's plugin; all else lives in disagglab/."""
 
 pytest_plugins = [
-    "disagglab.plugin",
-    "disagglab.fixtures",
-    "disagglab.storefixtures",
-    "disagglab.routingfixtures",
-    "disagglab.dynamofixtures",
-    "disagglab.scalingfixtures",
+    "disagglab.pytest_plugin.plugin",
+    "disagglab.pytest_plugin.fixtures",
+    "disagglab.pytest_plugin.storefixtures",
+    "disagglab.pytest_plugin.routingfixtures",
+    "disagglab.pytest_plugin.dynamofixtures",
+    "disagglab.pytest_plugin.scalingfixtures",
 ]

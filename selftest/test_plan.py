@@ -213,7 +213,7 @@ def test_an_environment_that_the_lab_file_names_serves() -> None:
 def test_the_option_prints_the_plan_and_runs_no_session(
     pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from disagglab import plugin
+    from disagglab.pytest_plugin import plugin
 
     class Config:
         """A command line with --plan, and nothing that a session would need."""
@@ -229,7 +229,7 @@ def test_the_option_prints_the_plan_and_runs_no_session(
 
 
 def test_without_the_option_pytest_goes_on() -> None:
-    from disagglab import plugin
+    from disagglab.pytest_plugin import plugin
 
     class Config:
         @staticmethod
@@ -240,7 +240,7 @@ def test_without_the_option_pytest_goes_on() -> None:
 
 
 def test_a_lab_that_is_not_there_is_a_usage_error() -> None:
-    from disagglab import plugin
+    from disagglab.pytest_plugin import plugin
 
     class Config:
         @staticmethod

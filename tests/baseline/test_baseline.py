@@ -19,13 +19,13 @@ from disagglab.kv.shape import KvShape, blocks
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.kv_usage import peak_blocks
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import figures, percentile, tpot_s
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.topology import Topology
-from disagglab.session import Session
 
 SEED = 20_001
 ROUNDING_S = 0.005  # the load engine takes first-token and last-token times by separate clock reads

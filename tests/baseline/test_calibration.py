@@ -27,6 +27,7 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.conversation import Conversation, Transcript, converse
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent, Snapshot
@@ -34,7 +35,6 @@ from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import Topology
-from disagglab.session import Session
 from disagglab.stats.verdict import judge
 
 SEED = 26_001

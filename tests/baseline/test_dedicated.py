@@ -17,11 +17,11 @@ from disagglab.experiments.comparison import run_rounds
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import REPLICATED, SINGLE, Deployment
-from disagglab.session import Session
 
 
 @pytest.mark.dedicated

@@ -30,12 +30,12 @@ from disagglab.predict import breakeven, breakeven_map, breakeven_points, simula
 from disagglab.predict.breakeven import Cluster, Outcome
 from disagglab.predict.breakeven_points import Agreement, Budget
 from disagglab.predict.roofline import Efficiency
+from disagglab.pytest_plugin.session import Session
 from disagglab.results import metrics
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, Topology
-from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
 
 SEED = 68_000

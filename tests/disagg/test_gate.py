@@ -17,11 +17,11 @@ from disagglab.experiments.comparison import Comparison, run_rounds
 from disagglab.hosts.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import SINGLE, Topology
-from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, judge
 
 FACTOR = 1.2

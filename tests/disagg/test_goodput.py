@@ -23,11 +23,11 @@ from disagglab.measure.bench import LoadEngine
 from disagglab.predict import breakeven, breakeven_points, goodput
 from disagglab.predict.breakeven_points import Agreement, Budget
 from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, Topology
-from disagglab.session import Session
 from disagglab.stats.verdict import Verdict, holm
 
 SEED = 69_000  # of the rounds

@@ -18,12 +18,12 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, transfer_time_s
 from disagglab.measure import ledger
 from disagglab.measure.transfer import transfer
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.serving import openai
 from disagglab.serving.topology import Topology
-from disagglab.session import Session
 from disagglab.stats import linefit
 
 GBIT_S, SHORT_GBIT_S = (0.6, 1.0, 2.0, 10.0, None), (0.6, 2.0, None)  # None: as fast as the machine can

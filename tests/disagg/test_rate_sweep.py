@@ -18,12 +18,12 @@ from disagglab.config.workload import Workload
 from disagglab.experiments.comparison import measure, warm_up_of
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import figures, kept_rate, saturated
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import REPLICATED, SINGLE, Topology
-from disagglab.session import Session
 
 SEED = 61_000
 ATTAINMENT = 0.9  # of the requests sent have to be good for a rate to count as kept

@@ -31,13 +31,13 @@ from disagglab.measure import ledger, transfer_stats
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.transfer_stats import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.predict import scattered_reads
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving import transfer_log
 from disagglab.serving.topology import Topology
 from disagglab.serving.transfer_log import Traced
-from disagglab.session import Session
 from disagglab.stats.verdict import Direction, holm, judge
 
 SEED = 83_000

@@ -23,13 +23,13 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai, release_diff
 from disagglab.serving.release_diff import Behaviour
 from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Deployment, Topology
-from disagglab.session import Session
 
 OUTPUT_TOKENS = 4
 PROBE_SALT = 31_000

@@ -56,6 +56,7 @@ from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
@@ -69,7 +70,6 @@ from disagglab.serving.topology import (
     Deployment,
     Topology,
 )
-from disagglab.session import Session
 
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)
 AT_ONCE = 2  # requests under way in conversations: as many as workers

@@ -21,8 +21,7 @@ import httpx
 from disagglab.experiments.scaling import Attempt
 from disagglab.measure import same_answer
 from disagglab.measure.same_answer import Agreement
-from disagglab.results.recorder import Recorder
-from disagglab.scalingfixtures import (
+from disagglab.pytest_plugin.scalingfixtures import (
     AFTERWARDS,
     LEASE_SLACK_S,
     LONG_TOKENS,
@@ -32,6 +31,7 @@ from disagglab.scalingfixtures import (
     Killed,
     Removed,
 )
+from disagglab.results.recorder import Recorder
 
 
 def _failed(attempts: Sequence[Attempt]) -> list[Attempt]:

@@ -25,8 +25,8 @@ from disagglab.config.schema import HostSection, Lab
 from disagglab.hosts import namespaces
 from disagglab.hosts.host import Host, local_host
 from disagglab.paths import ROOT
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
-from disagglab.session import Session
 
 HEARTBEAT_S = 6.0
 GONE_DEADLINE_S = HEARTBEAT_S + 45.0  # silence, SIGTERM, 15 s of grace, SIGKILL

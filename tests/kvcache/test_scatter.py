@@ -19,8 +19,8 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.measure.oracles import nixlprobe
 from disagglab.measure.oracles.nixlprobe import Read
 from disagglab.predict import scattered_reads
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
-from disagglab.session import Session
 
 MIB = 2**20
 SIZES = {"DRAM": (4 * MIB, 16 * MIB), "VRAM": (256 * MIB, 1024 * MIB)}

@@ -19,10 +19,10 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.oracles import nixlprobe
 from disagglab.measure.transfer import transfer
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.serving.topology import Topology
-from disagglab.session import Session
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
 

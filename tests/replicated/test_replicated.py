@@ -11,13 +11,13 @@ from disagglab.experiments.comparison import Comparison, run_rounds
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.topology import REPLICATED, SINGLE, Topology
-from disagglab.session import Session
 from disagglab.stats.verdict import judge
 
 REQUESTS = 10

@@ -22,10 +22,10 @@ from disagglab.experiments.routing import Finisher, require_no_failure
 from disagglab.measure import ledger
 from disagglab.measure.talk import Talk, talk
 from disagglab.predict.strategies import STRATEGIES, Strategy
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger
 from disagglab.serving.topology import Deployment, Topology
-from disagglab.session import Session
 
 CONVERSATIONS, TURNS, OUTPUT_TOKENS = 3, 2, 4
 SEED = 0  # of the order: dealt in turn to two servers, every conversation moves

@@ -25,12 +25,12 @@ from disagglab.experiments.routing import Arm, Size, run_arm
 from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast, replay
 from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.topology import Deployment
-from disagglab.session import Session
 from disagglab.stats.verdict import Direction, judge
 
 SEED = 7  # of the order of requests in the first round; each round has its own

@@ -14,11 +14,11 @@ from disagglab.experiments import routing
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.install.environments import dynamo_python
+from disagglab.pytest_plugin.session import Session
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EtcdServer
 from disagglab.serving.dynamo.parts import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
 from disagglab.serving.topology import DISAGGREGATED, Topology
-from disagglab.session import Session
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"

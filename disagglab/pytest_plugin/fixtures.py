@@ -28,7 +28,8 @@ from disagglab.hosts.weights import Model, find
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
-from disagglab.plugin import SESSION, module_of
+from disagglab.pytest_plugin.plugin import SESSION, module_of
+from disagglab.pytest_plugin.session import Session
 from disagglab.results import resume
 from disagglab.results.recorder import Recorder, timing_into
 from disagglab.results.run_folder import Store
@@ -42,7 +43,6 @@ from disagglab.serving.topology import (
     Topology,
     require_memory_for,
 )
-from disagglab.session import Session
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 

@@ -12,8 +12,8 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
+from disagglab.pytest_plugin.session import Session
 from disagglab.serving.topology import Deployment
-from disagglab.session import Session
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 

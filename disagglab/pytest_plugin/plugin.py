@@ -1,4 +1,4 @@
-"""The pytest plugin: options, markers, the run's folder, the report. Fixtures: disagglab/fixtures.py."""
+"""The pytest plugin: options, markers, the run's folder, the report. Fixtures: disagglab/pytest_plugin/fixtures.py."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.hosts import release
 from disagglab.paths import REPORTS
+from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, report, resume
 from disagglab.results.recorder import VIRTUAL_CLOCK
 from disagglab.results.report import Claim
 from disagglab.results.run_folder import Store, new_run_id
-from disagglab.session import Session
 
 SESSION = pytest.StashKey[Session]()
 from disagglab.paths import ROOT

@@ -20,13 +20,13 @@ import pytest
 from disagglab.errors import InvalidRun
 from disagglab.experiments.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
 from disagglab.measure import ledger
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.run_folder import Store
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient
 from disagglab.serving.dynamo.parts import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker
 from disagglab.serving.openai import Completion, prompt_of
 from disagglab.serving.vllm import POLL_S, require_memory
-from disagglab.session import Session
 
 MIGRATIONS = 3  # --migration-limit of the second frontend
 LEASE_SHORT_S, LEASE_FULL_S = 10, 30  # the second is Dynamo's own
