@@ -289,7 +289,7 @@ def _reference(arguments: argparse.Namespace) -> str:
 
 
 def _scatter(arguments: argparse.Namespace) -> int:
-    from disagglab import screen
+    from disagglab.cli import scatter
     from disagglab.config import labs
     from disagglab.measure.oracles import nixlprobe
 
@@ -298,17 +298,17 @@ def _scatter(arguments: argparse.Namespace) -> int:
         if given is not None and given < least:
             wrong = f"{given} is too few"
             raise ConfigError([Problem("command line", f"--{key}", wrong, f"write --{key} {least} or more")])
-    chosen = screen.with_variables(labs.load_lab(arguments.lab), arguments.env)
-    sizes = screen.MEBIBYTES[nixlprobe.memory_of(chosen)]
-    wanted = screen.reads(
-        sizes if arguments.mib is None else screen.whole_numbers(arguments.mib, "mib"),
-        screen.PIECES if arguments.pieces is None else screen.whole_numbers(arguments.pieces, "pieces"),
-        screen.whole_numbers(arguments.at_once, "at-once"),
+    chosen = scatter.with_variables(labs.load_lab(arguments.lab), arguments.env)
+    sizes = scatter.MEBIBYTES[nixlprobe.memory_of(chosen)]
+    wanted = scatter.reads(
+        sizes if arguments.mib is None else scatter.whole_numbers(arguments.mib, "mib"),
+        scatter.PIECES if arguments.pieces is None else scatter.whole_numbers(arguments.pieces, "pieces"),
+        scatter.whole_numbers(arguments.at_once, "at-once"),
     )
     if arguments.json:
-        screen.require_writable(arguments.json)
+        scatter.require_writable(arguments.json)
     try:
-        found = screen.run(chosen, wanted, arguments.repeats, arguments.threads)
+        found = scatter.run(chosen, wanted, arguments.repeats, arguments.threads)
     except ConfigError:
         raise
     except LabError as error:
@@ -319,7 +319,7 @@ def _scatter(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     print("\n".join(found.lines()))
     if arguments.json:
-        screen.write(arguments.json, found)
+        scatter.write(arguments.json, found)
     if found.wrong:
         print("\n".join(found.wrong), file=sys.stderr)
     return MISSING if found.wrong else 0

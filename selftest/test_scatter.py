@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from disagglab import screen
 from disagglab.__main__ import main
+from disagglab.cli import scatter
+from disagglab.cli.scatter import Screen
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import TransportSection
 from disagglab.errors import ConfigError
@@ -21,7 +22,6 @@ from disagglab.measure.oracles import nixlprobe
 from disagglab.measure.oracles.nixlprobe import Read
 from disagglab.predict import scattered_reads
 from disagglab.predict.scattered_reads import Point, ScatterFit, fit
-from disagglab.screen import Screen
 
 MIB = 2**20
 LATENCY_S, PER_PIECE_S, BYTES_PER_S = 0.002, 3e-6, 300e9
@@ -178,7 +178,7 @@ def test_settings_of_the_lab_reach_the_probe() -> None:
     """GPUs, memory and threads are those of the servers; given variables replace the lab's."""
     lab = load_lab("two-h200")
     lab = lab.model_copy(update={"transport": TransportSection(kv_buffer_device="cuda", trace=True)})
-    env = nixlprobe.environment(screen.with_variables(lab, ["UCX_TLS=tcp", "UCX_X=a=b"]), lab.decode[0])
+    env = nixlprobe.environment(scatter.with_variables(lab, ["UCX_TLS=tcp", "UCX_X=a=b"]), lab.decode[0])
     assert env == {"CUDA_VISIBLE_DEVICES": "1", "UCX_TLS": "tcp", "UCX_X": "a=b"}
     assert nixlprobe.memory_of(lab) == "VRAM"
     assert nixlprobe.connector_threads(lab) == nixlprobe.CONNECTOR_THREADS
@@ -199,9 +199,9 @@ def test_wrong_rows_are_named_and_a_table_shows_all() -> None:
 
 def test_reads_are_every_combination() -> None:
     """Sizes by pieces by reads at once."""
-    assert len(screen.reads((4, 16), (1, 128), (1, 16))) == 8
+    assert len(scatter.reads((4, 16), (1, 128), (1, 16))) == 8
     with pytest.raises(ConfigError, match="do not divide"):
-        screen.reads((1,), (3,), (1,))
+        scatter.reads((1,), (3,), (1,))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_wrong_command_line_starts_nothing(
     argv: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line on stderr, exit status 2."""
-    monkeypatch.setattr(screen, "run", lambda *_: pytest.fail("something was started"))
+    monkeypatch.setattr(scatter, "run", lambda *_: pytest.fail("something was started"))
     try:
         status = main(["scatter", *argv])
     except SystemExit as stop:
@@ -238,8 +238,8 @@ def test_the_check_of_a_file_leaves_no_trace(tmp_path: Path) -> None:
     """A file that is there keeps its content; one that is not there is not made."""
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     kept.write_text("{}")
-    screen.require_writable(kept)
-    screen.require_writable(new)
+    scatter.require_writable(kept)
+    scatter.require_writable(new)
     assert kept.read_text() == "{}"
     assert not new.exists()
 
@@ -254,7 +254,7 @@ def test_a_file_takes_the_whole_screen(
         asked.append(arguments)
         return Screen("embedded", {}, "command", [row(Read(MIB), [1.0, 1.0], equal=False)], None)
 
-    monkeypatch.setattr(screen, "run", run)
+    monkeypatch.setattr(scatter, "run", run)
     path = tmp_path / "screen.json"
     options = ["--env", "UCX_A=1", "UCX_B=2", "--env", "UCX_C=3", "--at-once", "1,2", "--json", str(path)]
     assert main(["scatter", "--lab", "embedded", *options]) == 1
