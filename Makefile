@@ -62,7 +62,7 @@ lint: setup  ## ruff and mypy
 	.venv/bin/mypy
 
 setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also one for servers of that version; DYNAMO=1: for Dynamo
-	@python="$(PYTHON)"; "$$python" -m disagglab.install.setup $(if $(VLLM),--vllm "$(VLLM)")$(if $(DYNAMO), --dynamo) || { \
+	@python="$(PYTHON)"; "$$python" -m disagglab.install $(if $(VLLM),--vllm "$(VLLM)")$(if $(DYNAMO), --dynamo) || { \
 		status=$$?; [ $$status -lt 126 ] || { \
 		echo "set-up: $$python does not run" >&2; \
 		echo "    mend: apt-get install python3 python3-venv, or name one: make $(MAKECMDGOALS) PYTHON=PATH" >&2; }; \

@@ -1,7 +1,7 @@
 """The break-even model: its limits, its formulas beside the steps that they sum up, and what is fitted to it.
 
 Oracles: values worked out by hand from round speeds; laws that hold for any speeds (parts add up, a slower
-link never helps, capacity is never gained); and disagglab/predict/simulation.py, which knows no queueing theory.
+link never helps, capacity is never gained); and predict/simulation.py, which knows no queueing theory.
 """
 
 from __future__ import annotations

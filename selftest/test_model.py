@@ -172,7 +172,7 @@ def test_a_missing_model_names_where_and_how(
 
 
 def test_a_remote_host_is_asked_by_program(tmp_path: Path) -> None:
-    """``python -m disagglab.hosts.weights``: the folders as JSON, or an error with its mend on standard error."""
+    """Run as a program: the folders as JSON, or an error with its mend on standard error."""
     for name in ("weights", "words"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(CONFIG))

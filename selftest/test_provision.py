@@ -487,7 +487,7 @@ def test_a_bare_host_is_provisioned_once_and_then_left_alone(
         str(home / "disagg-lab"),
         sys.executable,
         "-m",
-        "disagglab.install.setup",
+        "disagglab.install",
         "--vllm",
         "0.31.0",
     ]

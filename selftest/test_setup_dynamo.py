@@ -183,7 +183,7 @@ def test_proof_holds_dynamo_against_its_own_pins(
         info.mkdir()
         head = f"Metadata-Version: 2.1\nName: {name}\nVersion: {alter.get(name) or version}\n"
         (info / "METADATA").write_text(head + asks * (name == "ai_dynamo"))
-    modules = ["torch", "vllm", "nixl_cu13/_api", "disagglab/vllm_plugin"]
+    modules = ["torch", "vllm", "nixl_cu13/_api", "disagglab/serving/vllm_plugin"]
     for module in [*modules, "dynamo/frontend/main", "dynamo/llm", "dynamo/runtime"]:
         if alter.get(module, "") is not None:
             file = tmp_path / f"{module}.py"
@@ -235,7 +235,7 @@ def test_makefile_asks_for_dynamo_where_it_is_needed_and_nowhere_else() -> None:
         argv = ["make", "--dry-run", "PYTHON=python3", *arguments]
         return subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout
 
-    asked = {goal: "disagglab.install.setup  --dynamo" in shown(*goal.split()) for goal in
+    asked = {goal: "disagglab.install  --dynamo" in shown(*goal.split()) for goal in
              ("setup DYNAMO=1", "lab-dynamo", "test-dynamo", "setup", "lab", "test")}  # fmt: skip
     assert asked == {
         "setup DYNAMO=1": True,

@@ -278,8 +278,8 @@ def test_makefile_passes_the_version_on(tmp_path: Path) -> None:
         argv = ["make", "--dry-run", "PYTHON=python3", *arguments]
         return subprocess.run(argv, cwd=ROOT, env=environ, capture_output=True, text=True, check=True).stdout
 
-    assert '-m disagglab.install.setup --vllm "0.30.0" ||' in shown("setup", "VLLM=0.30.0")
-    assert '-m disagglab.install.setup --vllm "0.30.0" ||' in shown("selftest", "VLLM=0.30.0")
+    assert '-m disagglab.install --vllm "0.30.0" ||' in shown("setup", "VLLM=0.30.0")
+    assert '-m disagglab.install --vllm "0.30.0" ||' in shown("selftest", "VLLM=0.30.0")
     assert 'lock.py "uv" --vllm "0.30.0"' in shown("lock", "VLLM=0.30.0")
     assert "--vllm" not in shown("setup") + shown("lock")
 

@@ -1,7 +1,7 @@
 """What a host does for a session: owns its processes, holds its ports, answers questions about itself.
 
 On this machine :class:`Deputy` is called directly. On a remote host the same file is the program at the far
-end of an SSH channel (disagglab/hosts/remote.py): one JSON object a line on standard input asks for a method, one
+end of an SSH channel (hosts/remote.py): one JSON object a line on standard input asks for a method, one
 line on standard output answers. Every process it starts has a supervisor of its own as its child, so when the
 channel closes, or nothing is heard for ``heartbeat_s``, the deputy ends and each supervisor ends its tree.
 

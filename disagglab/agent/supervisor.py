@@ -12,7 +12,7 @@ is left.
 
 How nothing escapes: the supervisor is a child subreaper, so an orphaned grandchild becomes its child; the
 command asks the kernel for SIGKILL should the supervisor be killed (PR_SET_PDEATHSIG); and a lease file lets
-the next session find what a killed supervisor could not end (disagglab/agent/leftovers.py). A process is a pid *and* a
+the next session find what a killed supervisor could not end (agent/leftovers.py). A process is a pid *and* a
 start time, never a name.
 
 Events on standard output, one JSON object a line: ``started`` or ``refused``, then ``done``.

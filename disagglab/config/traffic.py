@@ -1,6 +1,6 @@
 """What several people say to one service, over several turns each, and in which order they say it.
 
-The text is real (disagglab/config/dialogues.toml): twelve sites ask a systems support desk. Every conversation
+The text is real (config/dialogues.toml): twelve sites ask a systems support desk. Every conversation
 begins with a system prompt, the same for all or each site's own, so that a prefix cache can share it or not.
 
 :func:`sketch` gives the prompts in token ids before anything ran, with stand-ins for the answers; a forecast

@@ -2,7 +2,7 @@
 
 Figures are the growth of the servers' own counters. Three accounts have to agree before an arm is believed:
 the counters, what the answers say of themselves (``usage``), and, for requests one at a time, a replay of the
-real token ids on a model of each server's cache (disagglab/kv/prefixcache.py). A router's own counters show that
+real token ids on a model of each server's cache (kv/prefixcache.py). A router's own counters show that
 it chose by what it claims to choose by, and nothing else.
 """
 

@@ -57,7 +57,7 @@ def said(size: Size, order_seed: int) -> Dialogue:
 
 
 def hold(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Arm:
-    """One dialogue on one arm, with proof by the servers' counters; see :func:`disagglab.experiments.routing.run_arm`.
+    """One dialogue on one arm, with proof by the servers' counters; see :func:`.routing.run_arm`.
 
     Disaggregated, hits are those of the prefill servers, since only they save computing; bytes and tokens are
     proved as for any run (:func:`disagglab.measure.ledger.prove`).

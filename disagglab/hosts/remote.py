@@ -27,8 +27,9 @@ from disagglab.config.schema import HostSection
 from disagglab.errors import LabError, StartError
 from disagglab.hosts.host import Host
 from disagglab.hosts.ssh import LOST, Connection
+from disagglab.paths import ROOT
 
-MODULES = ("__init__", "deputy", "errors", "lease", "port", "process", "supervisor")
+SHIPPED = ("__init__.py", "errors.py", "agent/*.py")  # of the package: what a host needs to own processes
 MAIN = "import sys\nfrom disagglab.agent.deputy import main\nsys.exit(main())\n"
 SEARCH_PATH = 'PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"; export PATH'
 CALL_LIMIT_S = 120.0  # ending a process takes 45 s at most (disagglab/agent/process.py)
@@ -52,8 +53,8 @@ echo "$f"
 @functools.cache
 def bundle() -> tuple[str, bytes]:
     """The deputy's source files as a tar archive, and a digest of it; the same bytes every time."""
-    here = Path(__file__).parent
-    files = {f"disagglab/{name}.py": (here / f"{name}.py").read_bytes() for name in MODULES}
+    found = sorted(path for pattern in SHIPPED for path in (ROOT / "disagglab").glob(pattern))
+    files = {str(path.relative_to(ROOT)): path.read_bytes() for path in found}
     files["__main__.py"] = MAIN.encode()
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:

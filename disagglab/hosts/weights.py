@@ -1,7 +1,7 @@
 """Finds the folder a model is loaded from; makes it when a package ships the model in another format.
 
-Run as a program on a remote host: ``python -m disagglab.hosts.weights MODEL LAB``, with the [model] section as JSON
-and the name of the lab file for messages; prints one JSON object, ``folder`` and ``other_tokenizer``.
+Run as a program on a remote host: ``python -m disagglab.hosts.weights MODEL LAB``, with the [model] section
+as JSON and the name of the lab file for messages; prints one JSON object, ``folder`` and ``other_tokenizer``.
 """
 
 from __future__ import annotations

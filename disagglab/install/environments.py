@@ -166,7 +166,7 @@ class Plan:
     def keys(self, root: str = "") -> dict[str, str]:
         """Hashes of what the environment follows from. ``own`` alone may change without a new environment.
 
-        ``root``: the folder that it lies in, where it is another host's (disagglab/hosts/provision/provision.py).
+        ``root``: the folder that it lies in, where it is another host's (hosts/provision/provision.py).
         """
         locks = [self.requirements / "torch-cpu.txt", self.lock]
         locks += [] if self.vllm else [self.requirements / "model.txt"]

@@ -1,6 +1,6 @@
 """Makes ``.venv``: chooses the platform, installs the pinned packages, proves that they import.
 
-    python3 -m disagglab.install.setup [--vllm X.Y.Z] [--dynamo]
+    python3 -m disagglab.install [--vllm X.Y.Z] [--dynamo]
 
 With ``--vllm`` also ``.venvs/vllm-X.Y.Z``, which holds what servers of another vLLM version need, and of the
 suite only ``disagglab`` itself. With ``--dynamo`` also an environment for Dynamo on top of ``.venv``. What an
@@ -289,7 +289,7 @@ def bring_up(plan: Plan, tell: Callable[[str], None]) -> None:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Set up; 0 when all is complete, 2 with one message when it cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m disagglab.install.setup", description="Makes .venv.")
+    parser = argparse.ArgumentParser(prog="python -m disagglab.install", description="Makes .venv.")
     parser.add_argument(
         "--vllm", default="", metavar="X.Y.Z", help="also .venvs/vllm-X.Y.Z, for servers of that version"
     )
@@ -316,7 +316,3 @@ def main(argv: Sequence[str] = ()) -> int:
         print("set-up: interrupted; the next one starts over", file=sys.stderr, flush=True)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

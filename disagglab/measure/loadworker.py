@@ -1,8 +1,8 @@
 """Runs ``vllm bench serve`` jobs in one process, because starting it costs 7 s of imports each time.
 
-Run as a program: ``python -m disagglab.measure.loadworker``. A file ``N.job`` in TMPDIR holds the options of one
-``vllm bench serve`` as JSON; ``N.answer`` appears with its result, as vLLM computed it, and how busy this
-process was meanwhile. N counts from 1. Files, because they work alike on this machine and over SSH.
+Run as a program: ``python -m disagglab.measure.loadworker``. A file ``N.job`` in TMPDIR holds the options of
+one ``vllm bench serve`` as JSON; ``N.answer`` appears with its result, as vLLM computed it, and how busy
+this process was meanwhile. N counts from 1. Files, because they work alike on this machine and over SSH.
 """
 
 from __future__ import annotations

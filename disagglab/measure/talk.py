@@ -1,6 +1,6 @@
 """Holds a dialogue with a service, request by request in its order; an error is data and not the end.
 
-Unlike disagglab/measure/conversation.py, where each user goes on as soon as an answer is there, the order of the
+Unlike measure/conversation.py, where each user goes on as soon as an answer is there, the order of the
 requests is given, since what a cache still holds depends on it. A place is given, as soon as it is free, to
 the first request in the order whose conversation has none under way. So one that waits for its own
 conversation's earlier turn lets those behind it pass, and with one place the order is exact.

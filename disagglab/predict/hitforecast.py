@@ -1,6 +1,6 @@
 """Which share of the prompts' tokens servers find in their prefix caches, before anything has run.
 
-Requests are replayed one at a time on models of the servers' caches (:mod:`disagglab.kv.prefixcache`), placed as
+Requests are replayed one at a time on models of the servers' caches (kv/prefixcache.py), placed as
 a strategy would place them (:mod:`disagglab.predict.strategies`).
 """
 

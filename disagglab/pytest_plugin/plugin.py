@@ -1,4 +1,4 @@
-"""The pytest plugin: options, markers, the run's folder, the report. Fixtures: disagglab/pytest_plugin/fixtures.py."""
+"""The pytest plugin: options, markers, the run's folder, the report. Fixtures: pytest_plugin/fixtures.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from disagglab.config.labs import load_lab, on_workloads, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.hosts import release
-from disagglab.paths import REPORTS
+from disagglab.paths import REPORTS, ROOT
 from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, report, resume
 from disagglab.results.recorder import VIRTUAL_CLOCK
@@ -25,7 +25,6 @@ from disagglab.results.report import Claim
 from disagglab.results.run_folder import Store, new_run_id
 
 SESSION = pytest.StashKey[Session]()
-from disagglab.paths import ROOT
 
 DEFAULT_ROUNDS = 3
 LISTINGS = (

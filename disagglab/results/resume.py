@@ -197,7 +197,7 @@ def _runs(folder: Path, session: str) -> Iterator[KeptRun]:
 
 
 def read_run(path: Path) -> Run:
-    """A run as :meth:`disagglab.results.run_folder.Store.add_run` wrote it; with its counters if they lie beside it.
+    """A run as :meth:`.run_folder.Store.add_run` wrote it; with its counters if they lie beside it.
 
     Who answered (``Reading.processes``) and at which address is not kept.
 

@@ -117,7 +117,7 @@ def require_metrics(behaviour: Behaviour, needed: Sequence[str]) -> None:
         }
         listed = ", ".join(f"{name} (there is {now[0]})" for name, now in close.items())
         raise InvalidRun(
-            f"vLLM {behaviour.version} exposes no {listed}; METRICS in disagglab/measure/ledger.py is what is needed"
+            f"vLLM {behaviour.version} exposes no {listed}; METRICS in measure/ledger.py is what is needed"
         )
 
 

@@ -1,7 +1,7 @@
 """One node alone: the bar that every other topology has to clear.
 
 Oracles: the server's own counters must agree with the client on requests and tokens before a time is believed
-(disagglab/measure/ledger.py), and a request's parts must add up to its whole. Relations between measurements are
+(measure/ledger.py), and a request's parts must add up to its whole. Relations between measurements are
 asserted with wide factors (they hold by construction of the hardware); absolute times are recorded, never
 asserted.
 """

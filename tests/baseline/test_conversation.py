@@ -1,7 +1,7 @@
 """Conversations: each turn sends the whole history again, and the server has most of it in its prefix cache.
 
 Oracle: the token ids that the server saw and made, which say exactly what two prompts have in common
-(held_tokens in disagglab/measure/conversation.py), against the server's own counters of prompt tokens by source. No
+(held_tokens in measure/conversation.py), against the server's own counters of prompt tokens by source. No
 text is tokenized by the client. Times are recorded only.
 """
 

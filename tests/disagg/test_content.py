@@ -1,6 +1,6 @@
 """What came out is what one server alone would have said, and what another implementation says.
 
-Tie policy (disagglab/measure/same_answer.py): answers are compared token by token up to their first divergence; where
+Tie policy (measure/same_answer.py): answers are compared token by token up to their first divergence; where
 the single server's gap between its two best tokens is below GAP_NATS there, either choice is right and the
 rest is not compared. A divergence at a wider gap fails, and so does a probe set of which too little could
 be compared. The last tests show that the same check catches another prompt's KV cache.

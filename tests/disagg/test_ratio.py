@@ -158,7 +158,7 @@ def test_every_pair_says_the_same(
 ) -> None:
     """Greedy answers are the single server's, token for token up to a near tie, whichever pair served.
 
-    The rule for near ties is that of the content tests (disagglab/measure/same_answer.py). The answer of one pair is no
+    The rule for near ties is that of the content tests (measure/same_answer.py). The answer of one pair is no
     proof for another: each has its own link, handshake and block tables.
     """
     if lab.model.load_format == "dummy":

@@ -3,7 +3,7 @@
 Servers of ``vllm serve`` with the engine options of Dynamo's workers stand beside these, so the arms differ
 in who routes and in which program runs the engine; and in that Dynamo's aggregated workers load no KV
 connector.
-Rounds, pairs, proofs and verdicts are those of the module disagg (disagglab/experiments/comparison.py): every run is held
+Rounds, pairs, proofs and verdicts are those of the module disagg (comparison.py): every run is held
 against the servers' counters, an invalid one is kept, shown and never aggregated, and a failed request makes
 its run invalid. Then all arms hold conversations, because only there is a cache worth choosing a server by.
 

@@ -6,7 +6,7 @@ the tests are about what was seen.
 
 The oracles are on both sides of the frontend, and none is the frontend's word: what the client received,
 token by token; the workers' own counters; etcd's watch for when a key came and went, and its lease for when
-it may. Greedy answers are compared up to a tie, as disagglab/measure/same_answer.py has it: a stream that goes on
+it may. Greedy answers are compared up to a tie, as measure/same_answer.py has it: a stream that goes on
 elsewhere is computed in other batches there, which rounds differently.
 """
 

@@ -85,7 +85,8 @@ def test_three_ledgers_agree(
         "ratio",
         arm="disaggregated",
         what="requests",
-        note=f"at most {link_counters.most(book.kv_bytes, 1, last.mtu) / book.kv_bytes:.3f} at an MTU of {last.mtu} B",
+        note=f"at most {link_counters.most(book.kv_bytes, 1, last.mtu) / book.kv_bytes:.3f}"
+        f" at an MTU of {last.mtu} B",
     )
 
 

@@ -1,7 +1,7 @@
 """Hit rates of routing strategies: predicted first, then measured from the engines' own counters.
 
 Two equal servers, each with a cache that is too small for everything that is said and large enough for half
-of it. The oracle is threefold, and in each arm all three have to agree (disagglab/experiments/routing.py): growth of
+of it. The oracle is threefold, and in each arm all three have to agree (experiments/routing.py): growth of
 ``vllm:prefix_cache_hits_total``, the sum of ``usage.cached_tokens``, and a replay of the real token ids on a
 model of each server's cache, request by request. The prediction knows less: it takes the questions, stand-ins
 for the answers, the size of the caches and the rule of the strategy, and is on disk before the first request.

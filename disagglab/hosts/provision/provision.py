@@ -1,6 +1,6 @@
 """Environments on the hosts of a lab, made over SSH: ``python -m disagglab provision --lab LAB``.
 
-A host gets the suite's files, and its own Python runs set-up there (disagglab/install/setup.py), with the locks that
+A host gets the suite's files, and its own Python runs set-up there (install/setup.py), with the locks that
 are used here. docs/provision.md says what that needs.
 """
 
@@ -195,7 +195,7 @@ def _platform(want: Wanted, host: HostSection) -> dict[str, str]:
 
 def set_up_command(want: Wanted, host: HostSection, root: str) -> list[str]:
     """What makes the environments on a host, in the folder ``root`` there."""
-    program = [host.python, "-m", "disagglab.install.setup"]
+    program = [host.python, "-m", "disagglab.install"]
     servers = ["--vllm", want.version] if want.makes_servers(host) else []
     return ["sh", "-c", 'cd "$1" && shift && exec "$@"', "sh", root, *program, *servers]
 

@@ -79,7 +79,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Pins:
-    """The pins of one step that a host needs. ``fallback_index``: see :class:`disagglab.install.environments.Step`."""
+    """The pins of one step that a host needs. ``fallback_index``: see ``Step`` in install."""
 
     what: str
     requirements: tuple[Requirement, ...]

@@ -1,8 +1,8 @@
 """Reads memory of another process with NIXL, as one piece or scattered, checks it, and tells how fast it was.
 
-Two programs. ``python -m disagglab.measure.oracles.nixlprobe own POOL_BYTES SEED`` holds a patterned pool in host memory
-(``--memory DRAM``) or on the first GPU that it sees (``VRAM``) and prints one JSON object that says where.
-``python -m disagglab.measure.oracles.nixlprobe read OFFER POOL_BYTES SEED READS REPEATS`` reads parts of it, with that object
+Two programs, each after ``python -m disagglab.measure.oracles.nixlprobe``. ``own POOL_BYTES SEED`` holds a
+patterned pool in host memory (``--memory DRAM``) or on the first GPU that it sees (``VRAM``) and prints one
+JSON object that says where. ``read OFFER POOL_BYTES SEED READS REPEATS`` reads parts of it, with that object
 in the file OFFER, into scattered slots of a pool of its own, and prints one JSON object a read. Calls, agent
 and order of steps are those of vLLM's NixlConnector (base_worker.py, pull_worker.py): descriptors of the
 whole pool are prepared once, a read names the numbers of those it wants. The environment (UCX_TLS …) and the

@@ -1,6 +1,8 @@
 """Greedy tokens by transformers: an oracle that shares no code path with vLLM. Run as a program:
 
-python -m disagglab.measure.oracles.transformers_greedy MODEL_FOLDER DTYPE OUTPUT_TOKENS PROMPT_TOKEN_IDS (a JSON list)
+    python -m disagglab.measure.oracles.transformers_greedy MODEL_FOLDER DTYPE OUTPUT_TOKENS PROMPT_TOKEN_IDS
+
+with the ids as a JSON list.
 """
 
 from __future__ import annotations

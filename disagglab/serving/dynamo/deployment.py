@@ -1,6 +1,6 @@
 """A deployment of NVIDIA Dynamo: workers on the lab's nodes that come and go, frontends in front of them.
 
-Other than :class:`disagglab.serving.topology.Deployment` it may grow and shrink while a frontend serves, because what
+Other than :class:`serving.topology.Deployment` it may grow and shrink while a frontend serves, because what
 joins its parts is the registry and not a list of addresses in a command.
 """
 
@@ -146,7 +146,7 @@ class DynamoDeployment:
         """Return when every worker is ready, runs the lab's vLLM and has its key in etcd.
 
         Raises:
-            StartError: see :func:`disagglab.serving.boot.wait_ready`; if another vLLM runs, or a key is missing.
+            StartError: see :func:`serving.boot.wait_ready`; if another vLLM runs, or a key is missing.
         """
         fresh = [worker for worker in self.workers if worker.ready_s is None]
         boot.wait_ready(fresh, self.lab, line)

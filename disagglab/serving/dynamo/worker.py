@@ -1,4 +1,4 @@
-"""``python -m disagglab.serving.dynamo.worker``: ``python -m dynamo.vllm``, also where there is no torchvision.
+"""Run as a program it is ``python -m dynamo.vllm``, also where there is no torchvision.
 
 Whatever model it serves, Dynamo's worker imports a module of transformers for models that see, which imports
 torchvision (dynamo/vllm/multimodal_utils/models/qwen.py). PyPI has no torchvision for a CPU build of torch;
