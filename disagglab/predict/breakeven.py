@@ -194,7 +194,7 @@ def queue_s(rate_per_s: float, each_s: float, shared_s: float = 0.0, arrivals_sc
     Khinchine), Kingman's approximation otherwise. Above 0: all who wait are served together, in shared + each
     x how many they are, and are done at the same time. That is a gated reservation system (D. Bertsekas, R.
     Gallager, Data Networks, 3.5.2) with a reservation only where somebody waits; an approximation that
-    selftest/test_breakeven.py holds against the steps themselves.
+    selftest/predict/test_breakeven.py holds against the steps themselves.
 
     Args:
         arrivals_scv: squared coefficient of variation of the gaps between arrivals: 1 for a Poisson process,

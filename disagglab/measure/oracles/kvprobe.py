@@ -1,9 +1,9 @@
 """vLLM's own accounting of a model's KV cache, without weights and without a server.
 
 Run as a program in a node's environment: ``python -m disagglab.measure.oracles.kvprobe JOBS.json`` with a
-list of jobs; prints one JSON object a job. vLLM builds the model of each ``config.json`` on PyTorch's meta device, which
-allocates nothing, asks every attention layer for its KV cache spec, groups them, and divides the memory
-budget into blocks: the same functions that a starting server calls.
+list of jobs; prints one JSON object a job. vLLM builds the model of each ``config.json`` on PyTorch's meta
+device, which allocates nothing, asks every attention layer for its KV cache spec, groups them, and divides
+the memory budget into blocks: the same functions that a starting server calls.
 """
 
 from __future__ import annotations

@@ -29,12 +29,12 @@ from disagglab.experiments.comparison import (
     verdict_rows,
     warm_up_of,
 )
+from disagglab.paths import ROOT
 from disagglab.results import resume
 from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
 
-ROOT = Path(__file__).resolve().parent.parent
 LAB = load_lab("embedded")
 NAMES = list(dict.fromkeys(gate.workload for gate in LAB.gates))
 ARMS = (*TOPOLOGIES, SINGLE_AGAIN)

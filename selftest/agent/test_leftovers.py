@@ -22,6 +22,7 @@ from disagglab.agent import leftovers
 from disagglab.agent.process import OwnedProcess
 from disagglab.agent.supervisor import Process, identify
 from disagglab.errors import StartError
+from disagglab.paths import ROOT
 
 if TYPE_CHECKING:
     from conftest import Standins
@@ -39,7 +40,6 @@ if os.fork() == 0:
 pathlib.Path("child").write_text(f"{os.getpid()}\\n")
 time.sleep(300)
 """
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 60
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 

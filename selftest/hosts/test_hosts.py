@@ -29,6 +29,7 @@ from disagglab.hosts import hosts, release
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.weights import Model
+from disagglab.paths import ROOT
 
 if TYPE_CHECKING:
     from conftest import SshServer, Standins
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
 TRY_LOCK = "from disagglab.agent.leftovers import exclusive\nwith exclusive(): pass"
 CORE = min(os.sched_getaffinity(0))
-ROOT = Path(__file__).resolve().parent.parent
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
 GIB = 2**30
 LIMIT_S = 60

@@ -18,6 +18,7 @@ import pytest
 from disagglab.errors import StartError
 from disagglab.hosts import remote
 from disagglab.hosts.ssh import Connection, target
+from disagglab.paths import ROOT
 
 if TYPE_CHECKING:
     from conftest import Remote, SshServer, Standins
@@ -79,13 +80,13 @@ def test_the_deputys_files_are_placed_once(remote_host: Remote, sshd: SshServer)
     connection.close()
     remote_host()
     assert (folder / digest).stat().st_mtime_ns == stamp
-    assert (folder / digest / "disagglab" / "deputy.py").read_bytes() == Path(remote.__file__).with_name(
-        "deputy.py"
-    ).read_bytes()
+    there = folder / digest / "disagglab" / "agent" / "deputy.py"
+    assert there.read_bytes() == (ROOT / "disagglab" / "agent" / "deputy.py").read_bytes()
     shown = (
         subprocess.run(["tar", "-t"], input=archive, capture_output=True, check=True).stdout.decode().split()
     )
-    assert shown == [*(f"disagglab/{name}.py" for name in remote.MODULES), "__main__.py"]
+    agent = (f"disagglab/agent/{path.name}" for path in (ROOT / "disagglab" / "agent").glob("*.py"))
+    assert shown == [*sorted([*agent, "disagglab/__init__.py", "disagglab/errors.py"]), "__main__.py"]
 
 
 def test_the_command_is_quoted(remote_host: Remote, tmp_path: Path) -> None:

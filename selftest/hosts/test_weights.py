@@ -18,8 +18,8 @@ from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError
 from disagglab.hosts import weights
+from disagglab.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 60
 CONFIG = {"max_position_embeddings": 8192}
 CONVERTER = """

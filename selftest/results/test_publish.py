@@ -16,12 +16,12 @@ import pytest
 
 from disagglab.__main__ import main
 from disagglab.errors import ConfigError
+from disagglab.paths import ROOT
 from disagglab.results import archive, publish
 from disagglab.results.publish import check, left, make, places, replaced
 from disagglab.results.records import FigureRow, Plot, Record, VerdictRow
 from disagglab.results.run_folder import Store
 
-ROOT = Path(__file__).resolve().parent.parent
 RUN_ID = "20261122-053423-a773"
 REPOSITORY, VENV, HOST = "/scratch/u17/lab", "/scratch/u17/envs/venv", "blade07"
 MODEL = f"{REPOSITORY}/labs/models/llama"

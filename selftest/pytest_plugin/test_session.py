@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from disagglab.paths import ROOT
 from disagglab.results.run_folder import new_run_id
 
-ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 90
 
 

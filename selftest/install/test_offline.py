@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from disagglab.config.labs import load_lab
+from disagglab.paths import ROOT
 from disagglab.serving import vllm_plugin
 
-ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "offline"
 LIMIT_S = 60
 

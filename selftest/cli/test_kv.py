@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from disagglab.__main__ import main
+from disagglab.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "kv" / "configs"
 MAMBA = str(CONFIGS / "state-spaces--mamba-130m-hf.json")
 PEAK_LIMIT_KB = 100_000  # arithmetic on a JSON file; an interpreter with argparse takes a fifth of this
 START_DEADLINE_S = 60.0  # for a start of Python that takes a fraction of a second
