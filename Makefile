@@ -56,10 +56,11 @@ test-dynamo: setup  ## module dynamo in short form; a test skipped because etcd 
 selftest: setup  ## the tests that need no server
 	$(PYTEST) selftest $(ARGS)
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy, and the contract of the rooms: what may import what (pyproject.toml)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
 
 setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also one for servers of that version; DYNAMO=1: for Dynamo
 	@python="$(PYTHON)"; "$$python" -m disagglab.install $(if $(VLLM),--vllm "$(VLLM)")$(if $(DYNAMO), --dynamo) || { \

@@ -2,7 +2,7 @@
 
 The formulas of predict/breakeven.py hold in equilibrium, and a run of seconds never gets there: it begins
 with idle nodes. Here the same engine is advanced from step to step through the very arrivals of a run. That
-also checks the formulas (selftest/predict/test_breakeven.py): both say the same of a run that is long. And it tells
+also checks the formulas (a selftest): both say the same of a run that is long. And it tells
 what each request gets, of which the formulas know the mean only.
 """
 

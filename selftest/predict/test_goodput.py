@@ -53,7 +53,7 @@ def forecast(prompt: int, output: int, load: float, slo: SloSection = BOTH) -> F
 def test_each_request_of_a_replica_by_hand() -> None:
     """A second prompt stops the first request's decode: its TPOT is 0.31 s, that of the other 0.11 s.
 
-    Worked out in selftest/predict/test_breakeven.py: three tokens each; the first has its token at 0.5 s, a step
+    Worked out in test_breakeven.py: three tokens each; the first has its token at 0.5 s, a step
     until 0.61 s, and its last at 1.12 s with the second prompt. That one came at 0.55 s and ends at 1.34 s.
     The request of the other replica is alone.
     """
