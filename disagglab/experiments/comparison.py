@@ -14,10 +14,11 @@ from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine, require_meaning
-from disagglab.results.metrics import METRICS, comparable, figures, saturated
+from disagglab.results.metrics import figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
+from disagglab.stats.metric import METRICS
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 
 WARM_UP_ROUND = -1
@@ -56,7 +57,7 @@ class Comparison:
 
         def value(run: Run) -> float | None:
             found = figures(run, self.slo, stream)[metric]
-            return None if found is None else comparable(metric, found, len(run.ttft_s))
+            return None if found is None else METRICS[metric].comparable(found, len(run.ttft_s))
 
         rounds = {run.round: value(run) for run in self.valid(workload, baseline)}
         pairs = []
@@ -151,11 +152,11 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
         streams = ["", MAIN, STEADY] if workload.steady else [""]
         for arm in dict.fromkeys(run.topology for run in comparison.runs):
             for stream in streams:
-                for metric, (unit, better) in METRICS.items():
-                    values = comparison.values(workload.name, arm, metric, stream)
-                    if values and not (stream and metric in ("slo_attainment", "goodput_per_s")):
-                        name = f"{metric} ({stream})" if stream else metric
-                        found = (workload.name, arm, name, unit, better, tuple(values))
+                for metric in METRICS.values():
+                    values = comparison.values(workload.name, arm, metric.name, stream)
+                    if values:
+                        name = f"{metric.name} ({stream})" if stream else metric.name
+                        found = (workload.name, arm, name, metric.unit, metric.better, tuple(values))
                         rows.append(FigureRow(*found, workload.definition))
     return rows
 
@@ -188,7 +189,7 @@ def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     """
     families = [_pairs(comparison, gate, gate.baseline or LIMIT, DISAGGREGATED) for gate in lab.gates]
     p_values = [
-        gate_p(pairs, METRICS[gate.metric][1], gate.margin, gate.want)
+        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want)
         for gate, pairs in zip(lab.gates, families, strict=True)
     ]
     rows = [
@@ -211,7 +212,7 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     asked = [(gate, kind) for gate in _by_figure(lab) for kind in (SINGLE, DISAGGREGATED)]
     families = [_pairs(comparison, gate, f"{kind}@{other}", kind) for gate, kind in asked]
     verdicts = [
-        judge(pairs, METRICS[gate.metric][1], gate.margin)
+        judge(pairs, METRICS[gate.metric].better, gate.margin)
         for (gate, _), pairs in zip(asked, families, strict=True)
     ]
     adjusted = holm([verdict.p for verdict in verdicts])
@@ -249,7 +250,7 @@ def pair_rows(
     pairs = [comparison.pairs(g.workload, left, right, g.metric, g.stream) for g, left, right in asked]
     own = [gate.model_copy(update={"baseline": None, "limit": None}) for gate, _, _ in asked]
     verdicts = [
-        judge(each, METRICS[g.metric][1], g.margin) for (g, _, _), each in zip(asked, pairs, strict=True)
+        judge(each, METRICS[g.metric].better, g.margin) for (g, _, _), each in zip(asked, pairs, strict=True)
     ]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
@@ -306,14 +307,14 @@ def _row(
     baseline: str = "",
     candidate: str = DISAGGREGATED,
 ) -> VerdictRow:
-    unit, better = METRICS[gate.metric]
+    metric = METRICS[gate.metric]
     baseline = baseline or gate.baseline or LIMIT
     values = {
         arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in (baseline, candidate)
     }
     if gate.limit is not None:
         values[LIMIT] = [gate.limit]
-    verdict = judge(pairs, better, gate.margin)
+    verdict = judge(pairs, metric.better, gate.margin)
     identical = comparison.pairs(gate.workload, SINGLE, SINGLE_AGAIN, gate.metric, gate.stream)
     late = sum(comparison.saturated(gate.workload, arm) for arm in values)
     reason = verdict.reason
@@ -331,7 +332,7 @@ def _row(
         verdict,
         workload=gate.workload,
         metric=gate.figure,
-        unit=unit,
+        unit=metric.unit,
         candidate=candidate,
         baseline=baseline,
         candidate_value=sum(values[candidate]) / len(values[candidate]),

@@ -23,11 +23,11 @@ from disagglab.measure import ledger
 from disagglab.measure.bench import CLIENT_BOUND
 from disagglab.measure.ledger import FOUND, QUERIED
 from disagglab.measure.talk import Spoken, talk
-from disagglab.results.metrics import percentile
 from disagglab.results.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
-from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
+from disagglab.stats.metric import Direction, percentile
+from disagglab.stats.verdict import Verdict, holm, judge, noise_floor
 
 CONVERSATIONS = "conversations"  # in the place of a workload's name
 MARGIN = 0.05
@@ -166,7 +166,7 @@ def value(arm: Arm, figure: str) -> float:
     """One of FIGURES, of one arm in one round.
 
     A share of n tokens is (k + 1/2) / (n + 1), so that its logarithm exists; see
-    :func:`disagglab.results.metrics.comparable`.
+    :meth:`disagglab.stats.metric.Metric.comparable`.
 
     Raises:
         InvalidRun: if there is no turn.

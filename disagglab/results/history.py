@@ -15,7 +15,7 @@ from disagglab.errors import ConfigError, Problem
 from disagglab.results import report
 from disagglab.results.archive import Archive, HistoryRun
 from disagglab.stats.changepoint import MIN_VALUES, ChangePoint, find
-from disagglab.stats.verdict import Direction
+from disagglab.stats.metric import Direction
 
 HEADER = (
     *("lab", "model", "fingerprint", "workload", "arm", "metric", "unit", "runs", "rounds"),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from disagglab.agent.supervisor import Process
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.stats.verdict import Direction, Verdict
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import Verdict
 
 
 @dataclass(frozen=True)

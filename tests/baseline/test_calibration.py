@@ -28,13 +28,13 @@ from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.conversation import Conversation, Transcript, converse
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import Topology
+from disagglab.stats.metric import percentile
 from disagglab.stats.verdict import judge
 
 SEED = 26_001

@@ -12,10 +12,10 @@ import pytest
 
 from disagglab.config.schema import GateSection, Lab
 from disagglab.experiments.comparison import Comparison, figure_rows
-from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
+from disagglab.stats.metric import METRICS
 
 ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 
@@ -31,7 +31,7 @@ def test_gated_figure_of_each_arm(
     """
     if gate.limit is not None and arm != DISAGGREGATED:
         pytest.skip(f"NO-SUCH-FIGURE: {gate.metric} is a figure of disaggregated serving alone")
-    unit, better = METRICS[gate.metric]
+    metric = METRICS[gate.metric]
     values = comparison.values(gate.workload, arm, gate.metric, gate.stream)
     assert values, f"{gate.workload} has too few samples a run for {gate.figure}; raise its requests"
     per_token = gate.metric == "output_tokens_per_s"
@@ -40,8 +40,8 @@ def test_gated_figure_of_each_arm(
         metric=gate.figure,
         workload=gate.workload,
         arm=arm,
-        unit="s per token" if per_token else unit,
-        better="lower" if per_token else better,
+        unit="s per token" if per_token else metric.unit,
+        better="lower" if per_token else metric.better,
         command=comparison.valid(gate.workload, arm)[0].command,
     )
 
@@ -61,7 +61,7 @@ def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, rec
         record.plot(
             f"{gate.figure}, {gate.workload}",
             "round",
-            METRICS[gate.metric][0],
+            METRICS[gate.metric].unit,
             {arm: (list(range(1, len(values) + 1)), values) for arm, values in by_arm.items()},
             style="points",
             caption="One point a run; within a round all topologies got the same prompts.",

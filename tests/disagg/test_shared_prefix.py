@@ -12,10 +12,10 @@ from disagglab.experiments.comparison import measure
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
-from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import Topology
+from disagglab.stats.metric import percentile
 
 SEED = 62_000
 

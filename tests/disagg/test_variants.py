@@ -38,7 +38,8 @@ from disagglab.results.run_folder import Store
 from disagglab.serving import transfer_log
 from disagglab.serving.topology import Topology
 from disagglab.serving.transfer_log import Traced
-from disagglab.stats.verdict import Direction, holm, judge
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import holm, judge
 
 SEED = 83_000
 MARGIN = 0.05

@@ -31,7 +31,8 @@ from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.topology import Deployment
-from disagglab.stats.verdict import Direction, judge
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import judge
 
 SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"
