@@ -18,6 +18,7 @@ from disagglab.experiments.talkcomparison import (
     THROUGHPUT,
     values,
 )
+from disagglab.results.gate import GateState, State
 from disagglab.results.records import VerdictRow
 from disagglab.serving.topology import DISAGGREGATED, SINGLE
 from disagglab.stats.verdict import Verdict, judge
@@ -125,7 +126,7 @@ def expectation_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
             baseline=tagged(one.baseline),
             candidate_value=statistics.fmean(right for _, right in pairs),
             baseline_value=statistics.fmean(left for left, _ in pairs),
-            gate=f"expected {low:+.0%} to {high:+.0%}: {standing(one, verdict)}",
+            gate=GateState(State.EXPECTED, about=f"{low:+.0%} to {high:+.0%}", answer=standing(one, verdict)),
             reason=f"expected: {one.said}; {verdict.reason}",
         )
         rows.append(row)

@@ -14,6 +14,7 @@ from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine, require_meaning
+from disagglab.results.gate import GateState, State
 from disagglab.results.metrics import figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
@@ -203,7 +204,7 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     """One row a gated figure and topology that both releases were measured on, the lab's release against
     ``other``; then the A/A pairs.
 
-    ``gate`` begins with "worse" where an enforced gate finds the lab's release worse, after Holm; what is
+    ``gate`` is WORSE where the lab's release is found worse, after Holm, and enforced as its gate is; what is
     undecided says so.
 
     Raises:
@@ -220,22 +221,22 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     for (gate, kind), pairs, verdict, p in zip(asked, families, verdicts, adjusted, strict=True):
         row = _row(comparison, gate, pairs, p, f"{kind}@{other}", kind)
         if verdict.outcome in ("better", "equivalent"):
-            state = "no regression"
+            state = GateState(State.NO_REGRESSION)
         elif verdict.outcome == "worse" and p <= 1 - CONFIDENCE:
-            state = "worse" if gate.enforce else "found worse (not enforced)"
+            state = GateState(State.WORSE, enforced=gate.enforce)
         else:
-            state = "undecided" + (", underpowered" if verdict.underpowered else "")
+            state = GateState(State.UNDECIDED, underpowered=verdict.underpowered)
         rows.append(dataclasses.replace(row, gate=state))
     return [*rows, *_identical_arms(comparison, lab)]
 
 
 def variant_rows(comparison: Comparison, lab: Lab, variants: Sequence[str]) -> list[VerdictRow]:
     """One row a gated figure and variant (``disaggregated@tcp``), against the lab's own settings."""
-    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], "variant")
+    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], State.VARIANT)
 
 
 def pair_rows(
-    comparison: Comparison, lab: Lab, arms: Sequence[tuple[str, str]], state: str
+    comparison: Comparison, lab: Lab, arms: Sequence[tuple[str, str]], state: State
 ) -> list[VerdictRow]:
     """One row a gated figure and pair of arms (baseline, candidate) that both have it.
 
@@ -256,14 +257,14 @@ def pair_rows(
     rows = []
     for (_, baseline, arm), gate, each, p in zip(asked, own, pairs, adjusted, strict=True):
         row = _row(comparison, gate, each, p, baseline, arm)
-        rows.append(dataclasses.replace(row, gate=state))
+        rows.append(dataclasses.replace(row, gate=GateState(state)))
     return rows
 
 
 def undecided_workloads(comparison: Comparison, lab: Lab) -> set[str]:
     """Workloads with a gate that is neither met nor refuted yet: more rounds may decide it."""
     rows = verdict_rows(comparison, lab)[: len(lab.gates)]
-    return {row.workload for row in rows if row.outcome == "undecided" and not row.gate.startswith("met")}
+    return {row.workload for row in rows if row.outcome == "undecided" and row.gate.state is not State.MET}
 
 
 def _pairs(
@@ -322,12 +323,11 @@ def _row(
         counted = sum(len(comparison.valid(gate.workload, arm)) for arm in values)
         reason += f"; saturated: {late} of {counted} runs fell behind their arrivals"
     if p_adjusted is None:
-        state = "A/A: identical arms"
+        state = GateState(State.IDENTICAL)
     else:
-        state = f"{'met' if passes(verdict, gate.want, p_adjusted) else 'not met'}: wants {gate.want}"
-        if not state.startswith("met") and verdict.outcome == "undecided" and verdict.underpowered:
-            state += ", underpowered"
-        state += "" if gate.enforce else " (not enforced)"
+        met = passes(verdict, gate.want, p_adjusted)
+        lacking = not met and verdict.outcome == "undecided" and verdict.underpowered
+        state = GateState(State.MET if met else State.NOT_MET, gate.want, gate.enforce, lacking)
     return VerdictRow.of(
         verdict,
         workload=gate.workload,

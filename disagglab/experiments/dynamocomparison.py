@@ -16,6 +16,7 @@ import dataclasses
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.experiments.comparison import Comparison, pair_rows, verdict_rows
+from disagglab.results.gate import State
 from disagglab.results.records import VerdictRow
 from disagglab.serving.dynamo import parts
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
@@ -69,7 +70,7 @@ def rows_of(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     asked = {(row.workload, row.metric, row.baseline, row.candidate) for row in gated}
     others = [
         row
-        for row in pair_rows(named, lab, PAIRS, "beside")
+        for row in pair_rows(named, lab, PAIRS, State.BESIDE)
         if (row.workload, row.metric, row.baseline, row.candidate) not in asked
     ]
     return [

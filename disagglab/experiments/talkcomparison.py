@@ -23,6 +23,7 @@ from disagglab.measure import ledger
 from disagglab.measure.bench import CLIENT_BOUND
 from disagglab.measure.ledger import FOUND, QUERIED
 from disagglab.measure.talk import Spoken, talk
+from disagglab.results.gate import GateState, State
 from disagglab.results.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
@@ -201,14 +202,14 @@ def talk_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
     verdicts = [judge(_paired(told, *row), FIGURES[row[0]][1], MARGIN) for row in asked]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = [
-        _row(told, row, verdict, "beside", p)
+        _row(told, row, verdict, GateState(State.BESIDE), p)
         for row, verdict, p in zip(asked, verdicts, adjusted, strict=True)
     ]
     for figure in FIGURES:
         if values(told, SINGLE_AGAIN, figure):
             identical = (figure, SINGLE, SINGLE_AGAIN)
             verdict = judge(_paired(told, *identical), FIGURES[figure][1], MARGIN)
-            rows.append(_row(told, identical, verdict, "A/A: identical arms", None))
+            rows.append(_row(told, identical, verdict, GateState(State.IDENTICAL), None))
     return rows
 
 
@@ -222,7 +223,7 @@ def _row(
     told: Mapping[str, Sequence[Arm]],
     asked: tuple[str, str, str],
     verdict: Verdict,
-    gate: str,
+    gate: GateState,
     p_adjusted: float | None,
 ) -> VerdictRow:
     figure, baseline, candidate = asked

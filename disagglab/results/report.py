@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from disagglab.config.schema import Lab
 from disagglab.results import plot
-from disagglab.results.records import Record, Run
+from disagglab.results.records import Record, Run, VerdictRow
 from disagglab.results.run_folder import Store
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -118,29 +118,31 @@ def _record(record: Record) -> Mapping[str, Any]:
     }
 
 
+def verdict_cells(v: VerdictRow) -> dict[str, str]:
+    """A verdict as text, by column."""
+    return {
+        "workload": v.workload,
+        "metric": v.metric,
+        "candidate": f"{v.candidate} {number(v.candidate_value)} {v.unit}",
+        "baseline": f"{v.baseline} {number(v.baseline_value)} {v.unit}",
+        "verdict": v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
+        "effect [95 % CI]": f"{percent(v.effect)} [{percent(v.low)}, {percent(v.high)}]",
+        "noise floor": "none" if v.noise_floor is None else percent(v.noise_floor).replace("+", "±"),
+        "rounds": str(v.rounds),
+        "gate": str(v.gate),
+    }
+
+
+VERDICT_COLUMNS = (
+    *("workload", "metric", "candidate", "baseline", "verdict", "effect [95 % CI]", "noise floor"),
+    *("rounds", "gate"),
+)
+
+
 def verdict_lines(store: Store) -> list[str]:
     """The verdicts as a plain text table for the terminal."""
-    rows = [
-        (
-            *("workload", "metric", "candidate", "baseline", "verdict", "effect [95 % CI]", "noise floor"),
-            *("rounds", "gate"),
-        )
-    ]
-    for v in store.verdicts:
-        rows.append(
-            (
-                v.workload,
-                v.metric,
-                f"{v.candidate} {number(v.candidate_value)} {v.unit}",
-                f"{v.baseline} {number(v.baseline_value)} {v.unit}",
-                v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
-                f"{percent(v.effect)} [{percent(v.low)}, {percent(v.high)}]",
-                "none" if v.noise_floor is None else percent(v.noise_floor).replace("+", "±"),
-                str(v.rounds),
-                v.gate,
-            )
-        )
-    return table_lines(rows)
+    cells = [verdict_cells(row) for row in store.verdicts]
+    return table_lines([VERDICT_COLUMNS, *([row[name] for name in VERDICT_COLUMNS] for row in cells)])
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:

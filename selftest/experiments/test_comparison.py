@@ -18,6 +18,7 @@ from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.experiments import comparison
 from disagglab.experiments.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.results.gate import State
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
@@ -95,7 +96,7 @@ def test_gates_become_verdicts(lab: Lab) -> None:
     assert [row.metric for row in rows] == [gate.figure for gate in lab.gates]
     assert rows[0].outcome == "better"
     assert rows[0].effect == pytest.approx(-0.5)
-    assert rows[0].gate.startswith("met")
+    assert rows[0].gate.state is State.MET
     assert rows[0].noise_floor is None, "no A/A pair was measured"
 
 
@@ -112,7 +113,7 @@ def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
     compared = [(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None]
     assert [(row.workload, row.metric) for row in identical] == compared
     assert {(row.candidate, row.baseline) for row in identical} == {(SINGLE_AGAIN, SINGLE)}
-    assert all(row.p_adjusted is None and row.gate.startswith("A/A") for row in identical)
+    assert all(row.p_adjusted is None and row.gate.state is State.IDENTICAL for row in identical)
     floors = {row.metric: row.noise_floor for row in gated}
     assert floors["itl_p99 (steady)"] == pytest.approx(floors["ttft_p50"])
     assert floors["ttft_p50"] is not None
@@ -224,7 +225,7 @@ def verdict_rows_by_figure(found: Comparison) -> dict[tuple[str, str], tuple[str
     """(outcome, gate) by candidate and figure."""
     rows = comparison.version_rows(found, LAB, "0.30.0")
     assert all(row.baseline == f"{row.candidate}@0.30.0" for row in rows)
-    return {(row.candidate, row.metric): (row.outcome, row.gate) for row in rows}
+    return {(row.candidate, row.metric): (row.outcome, str(row.gate)) for row in rows}
 
 
 def test_a_variant_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
@@ -238,7 +239,9 @@ def test_a_variant_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
     ]
     rows = comparison.variant_rows(Comparison(runs, lab.slo), lab, [arm])
     assert {(row.workload, row.metric) for row in rows} == {(g.workload, g.figure) for g in lab.gates}
-    assert {(row.candidate, row.baseline, row.gate) for row in rows} == {(arm, DISAGGREGATED, "variant")}
+    assert {(row.candidate, row.baseline, row.gate.state) for row in rows} == {
+        (arm, DISAGGREGATED, State.VARIANT)
+    }
     (slower,) = [row for row in rows if row.metric == "ttft_p50"]
     assert (slower.outcome, slower.rounds) == ("worse", 3)
     assert slower.effect == pytest.approx((2.0 * 2.1 * 1.9) ** (1 / 3) - 1)

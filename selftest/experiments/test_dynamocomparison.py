@@ -54,6 +54,7 @@ from disagglab.experiments.talkcomparison import (
     value,
 )
 from disagglab.measure.talk import Spoken, Talk
+from disagglab.results.gate import State
 from disagglab.results.records import ClientLoad, Ledger, Run
 from disagglab.serving.topology import (
     DISAGGREGATED,
@@ -153,7 +154,7 @@ def test_every_pair_of_arms_has_one_row() -> None:
     loss, _, win = rows[2:]
     assert (loss.outcome, loss.effect) == ("worse", pytest.approx(1 / 1.25 - 1)), "a loss is a verdict too"
     assert (win.outcome, win.effect) == ("better", pytest.approx(0.25))
-    assert all(row.gate == "beside" for row in rows[2:])
+    assert all(row.gate.state is State.BESIDE for row in rows[2:])
 
 
 def test_figures_of_a_dialogue() -> None:
@@ -181,7 +182,7 @@ def test_dialogues_are_judged_by_pairs_of_rounds() -> None:
     assert found[HIT_RATE, tagged(REPLICATED)].effect == pytest.approx(96.5 / 32.5 - 1)
     assert all(row.p_adjusted is not None and row.noise_floor is None for row in rows)
     again = {tagged(SINGLE): rounds("s", 1.0), tagged(SINGLE_AGAIN): rounds("t", 1.0)}
-    identical = [row for row in talk_rows({**told, **again}) if row.gate.startswith("A/A")]
+    identical = [row for row in talk_rows({**told, **again}) if row.gate.state is State.IDENTICAL]
     assert [(row.baseline, row.candidate) for row in identical] == [
         (tagged(SINGLE), tagged(SINGLE_AGAIN))
     ] * len(FIGURES)
@@ -300,9 +301,9 @@ def test_every_expectation_that_was_measured_has_a_row() -> None:
         (HIT_RATE, DYNAMO_KV, "limit"),
         (E2E, HITS, "turns that did not"),
     }
-    assert found[THROUGHPUT, DYNAMO_KV, DYNAMO_ROUND_ROBIN].gate == "expected +40% to +60%: confirmed"
-    assert found[E2E, DYNAMO_KV, tagged(SINGLE)].gate == "expected -28% to -18%: refuted"
-    assert found[HIT_RATE, DYNAMO_KV, "limit"].gate == "expected -7% to +13%: confirmed"
+    assert str(found[THROUGHPUT, DYNAMO_KV, DYNAMO_ROUND_ROBIN].gate) == "expected +40% to +60%: confirmed"
+    assert str(found[E2E, DYNAMO_KV, tagged(SINGLE)].gate) == "expected -28% to -18%: refuted"
+    assert str(found[HIT_RATE, DYNAMO_KV, "limit"].gate) == "expected -7% to +13%: confirmed"
     assert "150 ms of one node" in found[E2E, DYNAMO_KV, tagged(SINGLE)].reason
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from disagglab.config.schema import GateSection, Lab
 from disagglab.experiments.comparison import Comparison, figure_rows
+from disagglab.results.gate import State
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
@@ -101,7 +102,7 @@ def test_every_run_took_the_path_it_claims(comparison: Comparison) -> None:
 
 def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, lab: Lab) -> None:
     """Single against itself gives every gated figure an A/A row, and a noise floor beside it."""
-    identical = [row for row in store.verdicts if row.gate.startswith("A/A")]
+    identical = [row for row in store.verdicts if row.gate.state is State.IDENTICAL]
     compared = {(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None}
     assert {(row.workload, row.metric) for row in identical} == compared
     beside = [row for row in store.verdicts if (row.workload, row.metric) in compared]
@@ -111,11 +112,11 @@ def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, 
 
 def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> None:
     """Every gate that the lab file enforces is met; the others are reported."""
-    gated = [row for row in store.verdicts if row.gate.startswith(("met", "not met"))]
+    gated = [row for row in store.verdicts if row.gate.of_a_gate]
     failed = [
         row
         for gate, row in zip(lab.gates, gated, strict=True)
-        if gate.enforce and row.gate.startswith("not met")
+        if gate.enforce and row.gate.state is State.NOT_MET
     ]
     assert not failed, "\n".join(
         f"{row.workload} {row.metric}: {row.gate}; {row.outcome}, effect {row.effect:+.1%}"

@@ -24,6 +24,7 @@ from disagglab.predict import breakeven, breakeven_points, goodput
 from disagglab.predict.breakeven_points import Agreement, Budget
 from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
@@ -214,7 +215,7 @@ def verdict_row(
         baseline=REPLICATED,
         candidate_value=ours,
         baseline_value=theirs,
-        gate=f"predicted {kind}",
+        gate=GateState(State.PREDICTED, about=kind),
         reason=f"{verdict.reason}; SLO TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s; predicted ratio"
         f" {point.ratio:.2f}: {STANCES[stance]}",
         saturated=sum(chosen.comparison.saturated(point.name, arm) for arm in (REPLICATED, DISAGGREGATED)),

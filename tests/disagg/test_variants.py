@@ -32,6 +32,7 @@ from disagglab.measure.bench import LoadEngine
 from disagglab.measure.transfer_stats import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.predict import scattered_reads
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run, VerdictRow
 from disagglab.results.run_folder import Store
@@ -242,7 +243,7 @@ def verdicts(settings: Settings, values: dict[tuple[str, str], dict[str, list[fl
             baseline=own,
             candidate_value=statistics.fmean(values[arm, workload][name]),
             baseline_value=statistics.fmean(values[own, workload][name]),
-            gate="variant",
+            gate=GateState(State.VARIANT),
             p_adjusted=p,
         )
         for (arm, workload, name), verdict, p in zip(asked, judged, adjusted, strict=True)

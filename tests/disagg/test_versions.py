@@ -175,7 +175,7 @@ def test_figures_of_both_releases(
     rows = version_rows(found, lab, live.against)
     for row in rows:
         store.add(row)
-    worse = [row for row in rows if row.gate.startswith("worse")]
+    worse = [row for row in rows if row.gate.fails]
     assert not worse, "\n".join(
         f"{row.candidate} {row.workload} {row.metric}: {row.effect:+.1%} [{row.low:+.1%}, {row.high:+.1%}]"
         for row in worse

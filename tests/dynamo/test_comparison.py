@@ -57,6 +57,7 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.gate import State
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
@@ -306,11 +307,11 @@ def test_every_pair_has_a_verdict(measured: Comparison, beside: Beside, store: S
     whole = {one.definition for one in beside.lab.gated_workloads} <= {
         run.workload.definition for run in measured.runs
     }
-    gated = [row for row in kept if row.gate.startswith(("met", "not met"))]
+    gated = [row for row in kept if row.gate.of_a_gate]
     failed = [
         f"{row.workload} {row.metric}: {row.gate}; {row.outcome}, {row.effect:+.1%}"
         for gate, row in zip(beside.lab.gates, gated, strict=True)
-        if whole and gate.enforce and row.gate.startswith("not met")
+        if whole and gate.enforce and row.gate.state is State.NOT_MET
     ]
     assert not failed, "\n".join(failed)
 
@@ -363,11 +364,11 @@ def test_what_the_notebooks_expected(told: dict[str, list[Arm]], store: Store, r
         if {tagged(one.candidate), tagged(one.baseline)} <= measured
     }
 
-    rows = [row for row in store.verdicts if row.gate.startswith("expected")]
+    rows = [row for row in store.verdicts if row.gate.state is State.EXPECTED]
 
     assert asked
     assert asked <= {(row.metric, row.candidate, row.baseline) for row in rows}
-    assert all(row.gate.endswith(("confirmed", "refuted", "open")) for row in rows)
+    assert all(row.gate.answer in ("confirmed", "refuted", "open") for row in rows)
     for figure in (E2E, TTFT):
         for position, what in enumerate((MISSES, HITS)):
             values = [pair[position] for pair in hits_and_misses(told, figure)]

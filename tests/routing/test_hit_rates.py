@@ -26,6 +26,7 @@ from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast, replay
 from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
@@ -330,12 +331,14 @@ def row(
     """
     verdict = judge(pairs, better, MARGIN)
     if better == "higher":
-        said, met, missed = "claim", verdict.low >= 0, verdict.high < 0
+        said, met, missed = "", verdict.low >= 0, verdict.high < 0
     else:
-        said = f"claim of -{CLAIMED_REDUCTION:.0%}".replace("%", " %")
+        said = f"-{CLAIMED_REDUCTION:.0%}".replace("%", " %")
         met, missed = verdict.high <= -CLAIMED_REDUCTION, verdict.low > -CLAIMED_REDUCTION
     found = "met" if met else "not met" if missed else "open"
-    state = f"{said}: {found}" if verdict.rounds > 1 else "claim: no verdict from one round"
+    state = GateState(State.CLAIM, about=said, answer=found)
+    if verdict.rounds == 1:
+        state = GateState(State.CLAIM, answer="no verdict from one round")
     means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
     return VerdictRow.of(
         verdict,
