@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
-from disagglab.errors import InvalidRun, TransferError
+from disagglab.errors import InvalidRun
+from disagglab.experiments.rounds import WARM_UP_ROUND, Turn, runs, turns
 from disagglab.kv.shape import KvShape
-from disagglab.measure import ledger
-from disagglab.measure.bench import LoadEngine, require_meaning
+from disagglab.measure.bench import LoadEngine
+from disagglab.results.arm import Arm
 from disagglab.results.gate import GateState, State
 from disagglab.results.metrics import figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
@@ -22,7 +23,6 @@ from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topo
 from disagglab.stats.metric import METRICS
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 
-WARM_UP_ROUND = -1
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file
 
 
@@ -73,32 +73,6 @@ class Comparison:
         return sum(saturated(run) for run in self.valid(workload, topology))
 
 
-def measure(
-    engine: LoadEngine, topology: Topology, workload: Workload, seed: int, number: int, shape: KvShape
-) -> Run:
-    """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never
-    dropped.
-    """
-    run: Run | None = None
-    try:
-        before = ledger.read(topology)
-        run = engine.run(topology, workload, seed, number)
-        after = ledger.settle(topology, before, len(run.sent))
-        run = dataclasses.replace(run, readings=(before, after))
-        require_meaning(run)
-        sent = run.sent
-        if workload.shared_prefix_tokens:
-            sent = ledger.with_shared_prefix(
-                topology, before, after, sent, workload.shared_prefix_tokens, workload.most_under_way
-            )
-        book = ledger.prove(topology, before, after, sent, shape, topology.version)
-        return dataclasses.replace(run, ledger=book)
-    except (InvalidRun, TransferError) as error:
-        if run is None:
-            run = Run(topology.name, workload, seed, number, "", 0.0, None, (), (), (), (), ())
-        return dataclasses.replace(run, invalid=str(error))
-
-
 def run_rounds(
     engine: LoadEngine,
     topologies: Sequence[Topology],
@@ -114,9 +88,8 @@ def run_rounds(
 ) -> Comparison:
     """Warm every topology up, then measure all of them in every round.
 
-    Within a round all topologies get the same prompts; the order is mirrored every other round, so that slow
-    drift of the machine cancels; between rounds the prompts change. ``cap``: fixed beforehand; up to so many
-    rounds are made of the workloads that ``open_workloads`` names when the planned ones are over.
+    See :func:`disagglab.experiments.rounds.turns` for order and prompts. ``cap``: fixed beforehand; up to so
+    many rounds are made of the workloads that ``open_workloads`` names when the planned ones are over.
     ``earlier``: whole rounds of earlier sessions, numbered from 0 on for each workload; they come first and
     count among ``rounds``.
     """
@@ -126,23 +99,21 @@ def run_rounds(
         for one in workloads
     }
     warm_up = warm_up_of(workloads, max(topology.cycle for topology in topologies))
-    for topology in topologies:
-        progress(f"warm-up, {topology.name}")
-        run = measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape)
-        store.add_run(run)
+    first = [
+        Turn(WARM_UP_ROUND, rounds, topology, warm_up, random.getrandbits(31)) for topology in topologies
+    ]
+    for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
         if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
             comparison.runs.append(run)
-    for number in range(max(rounds, cap)):
-        order = list(topologies) if number % 2 == 0 else list(reversed(topologies))
+
+    def wanted(number: int) -> list[Workload]:
         lacking = [one for one in workloads if done[one.name] <= number]
         still_open = open_workloads(comparison) if lacking and number >= rounds else done
-        for workload in (one for one in lacking if one.name in still_open):
-            seed = random.getrandbits(31)
-            for topology in order:
-                progress(f"round {number + 1} of {max(rounds, number + 1)}, {workload.name}, {topology.name}")
-                run = measure(engine, topology, workload, seed, number, shape)
-                store.add_run(run)
-                comparison.runs.append(run)
+        return [one for one in lacking if one.name in still_open]
+
+    all_turns = turns(topologies, wanted, rounds, lambda *_: random.getrandbits(31), cap)
+    for run in runs(engine, all_turns, shape, store, progress):
+        comparison.runs.append(run)
     return comparison
 
 
@@ -211,7 +182,7 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
         InvalidRun: if a figure has no pair of valid runs.
     """
     asked = [(gate, kind) for gate in _by_figure(lab) for kind in (SINGLE, DISAGGREGATED)]
-    families = [_pairs(comparison, gate, f"{kind}@{other}", kind) for gate, kind in asked]
+    families = [_pairs(comparison, gate, str(Arm(kind, other)), kind) for gate, kind in asked]
     verdicts = [
         judge(pairs, METRICS[gate.metric].better, gate.margin)
         for (gate, _), pairs in zip(asked, families, strict=True)
@@ -219,7 +190,7 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
     for (gate, kind), pairs, verdict, p in zip(asked, families, verdicts, adjusted, strict=True):
-        row = _row(comparison, gate, pairs, p, f"{kind}@{other}", kind)
+        row = _row(comparison, gate, pairs, p, str(Arm(kind, other)), kind)
         if verdict.outcome in ("better", "equivalent"):
             state = GateState(State.NO_REGRESSION)
         elif verdict.outcome == "worse" and p <= 1 - CONFIDENCE:

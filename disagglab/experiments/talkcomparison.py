@@ -17,6 +17,7 @@ from disagglab.config.traffic import Dialogue, dialogue
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
 from disagglab.experiments.dynamocomparison import PAIRS, tagged
+from disagglab.experiments.rounds import turns
 from disagglab.experiments.routing import Arm, Size
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
@@ -155,11 +156,9 @@ def talk_rounds(
     for arm in arms:
         progress(f"warm-up, {arm.name}")
         told(arm, said(dataclasses.replace(size, conversations=arm.cycle, turns=1), 0))
-    for number in range(rounds):
-        seed = random.getrandbits(31)
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            progress(f"round {number + 1} of {rounds}, {arm.name}")
-            found[arm.name].append(told(arm, said(size, seed)))
+    for turn in turns(arms, lambda _: [size], rounds, lambda *_: random.getrandbits(31)):
+        progress(turn.said(turn.arm.name))
+        found[turn.arm.name].append(told(turn.arm, said(turn.subject, turn.seed)))
     return found
 
 

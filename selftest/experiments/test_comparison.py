@@ -16,8 +16,10 @@ from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments import comparison
+from disagglab.experiments import comparison, rounds
 from disagglab.experiments.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.experiments.rounds import WARM_UP_ROUND
+from disagglab.measure import run as one_run
 from disagglab.results.gate import State
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
@@ -65,14 +67,14 @@ def test_rounds_are_interleaved_and_mirrored(monkeypatch: pytest.MonkeyPatch, tm
         seen.append((number, topology.name, seed))
         return run(topology.name, workload, number)
 
-    monkeypatch.setattr(comparison, "measure", measure)
+    monkeypatch.setattr(rounds, "measure", measure)
     arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in TOPOLOGIES]
     store = Store.create(tmp_path, "run")
     none: Any = None
     found = run_rounds(none, arms, [LAB.workload("chat")], 2, store, none, lambda _: None)
     names = [(number, name) for number, name, _ in seen]
     assert names == [
-        *((comparison.WARM_UP_ROUND, name) for name in TOPOLOGIES),
+        *((WARM_UP_ROUND, name) for name in TOPOLOGIES),
         *((0, name) for name in TOPOLOGIES),
         *((1, name) for name in reversed(TOPOLOGIES)),
     ]
@@ -141,7 +143,7 @@ def test_a_family_of_gates_is_corrected(lab: Lab) -> None:
 
 def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Up to the cap, and of the open workloads only; without a cap never."""
-    monkeypatch.setattr(comparison, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
+    monkeypatch.setattr(rounds, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
     arms: list[Any] = [SimpleNamespace(name=SINGLE, cycle=1)]
     workloads = [LAB.workload("chat"), LAB.workload("one-user")]
     none: Any = None
@@ -182,13 +184,13 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: Any) -> None:
         raise InvalidRun("counters do not add up")
 
-    monkeypatch.setattr(comparison.ledger, "read", lambda _: None)
-    monkeypatch.setattr(comparison.ledger, "settle", lambda *_: None)
-    monkeypatch.setattr(comparison.ledger, "prove", refuse)
+    monkeypatch.setattr(one_run.ledger, "read", lambda _: None)
+    monkeypatch.setattr(one_run.ledger, "settle", lambda *_: None)
+    monkeypatch.setattr(one_run.ledger, "prove", refuse)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
     topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
     none: Any = None
-    measured = comparison.measure(engine, topology, workload, 1, 0, none)
+    measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid == "counters do not add up"
     assert measured.ttft_s == whole.ttft_s
 
@@ -303,12 +305,12 @@ def test_an_invalid_run_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> N
     workload = LAB.workload("long-prompts-into-steady-decode")
     whole = run(SINGLE, workload, 0)
     over = replace(whole, e2e_s=(0.1,) * len(whole.e2e_s), ttft_s=(0.05,) * len(whole.ttft_s))
-    monkeypatch.setattr(comparison.ledger, "read", lambda _: None)
-    monkeypatch.setattr(comparison.ledger, "settle", lambda *_: None)
+    monkeypatch.setattr(one_run.ledger, "read", lambda _: None)
+    monkeypatch.setattr(one_run.ledger, "settle", lambda *_: None)
     engine: Any = SimpleNamespace(run=lambda *_: over)
     topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
     none: Any = None
-    measured = comparison.measure(engine, topology, workload, 1, 0, none)
+    measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid is not None
     assert "while a steady request decoded" in measured.invalid
     assert measured.e2e_s == over.e2e_s

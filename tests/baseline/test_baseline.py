@@ -14,11 +14,11 @@ import pytest
 
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
-from disagglab.experiments.comparison import measure
 from disagglab.kv.shape import KvShape, blocks
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.kv_usage import peak_blocks
+from disagglab.measure.run import measure
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import figures, tpot_s
 from disagglab.results.recorder import Recorder

@@ -15,9 +15,11 @@ import pytest
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
-from disagglab.experiments.comparison import measure, warm_up_of
+from disagglab.experiments.comparison import warm_up_of
+from disagglab.experiments.rounds import mirrored
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
+from disagglab.measure.run import measure
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import figures, kept_rate, saturated
 from disagglab.results.recorder import Recorder
@@ -72,7 +74,7 @@ def sweep(
         runs: dict[str, dict[float, Run]] = {topology.kind: {} for topology in order}
         for number, share in enumerate(shares):
             rate = share * capacity
-            for topology in order if number % 2 == 0 else reversed(order):
+            for topology in mirrored(order, number):
                 done = run(topology, workload.at_rate(rate), SEED + 2 + number, f"{rate:.2f} requests/s")
                 runs[topology.kind][rate] = done
     return Sweep(capacity, runs)

@@ -21,6 +21,7 @@ import pytest
 from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
+from disagglab.experiments.rounds import mirrored
 from disagglab.experiments.routing import Arm, Size, run_arm
 from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast, replay
@@ -133,7 +134,7 @@ def loaded(workers: Deployment, live: Session, routing_size: Size) -> dict[str, 
     found = measure(workers, live, routing_size, LOADED, names, AT_ONCE)
     with live.uncaptured():
         for number in range(1, 1 if live.short else live.rounds):
-            for name in names if number % 2 == 0 else names[::-1]:
+            for name in mirrored(names, number):
                 one = said(routing_size, shared=False, seed=SEED + number)
                 found[name].arms.append(routed(workers, STRATEGIES[name], one, AT_ONCE))
     return found
