@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 
+from disagglab import waiting
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
 from disagglab.hosts.hosts import Hosts
@@ -290,9 +290,12 @@ def require_events(topology: Topology) -> None:
             prompt = openai.prompt_of(2 * size + 1, secrets.randbelow(40_000))
             openai.complete(frontend.url, on_worker(body(topology.served_name, prompt, 1), worker))
             prompts += 1
-            deadline = time.monotonic() + EVENT_WAIT_S
-            while _stored(frontend) <= before and time.monotonic() < deadline:
-                time.sleep(POLL_S)
+            _await_stored(frontend, before)
+
+
+def _await_stored(frontend: Frontend, before: float) -> None:
+    """Return when a frontend has heard of blocks stored since; after EVENT_WAIT_S in any case."""
+    waiting.last_answer(lambda: _stored(frontend) > before, EVENT_WAIT_S, POLL_S)
 
 
 def _stored(frontend: Frontend) -> float:
