@@ -26,6 +26,8 @@ Call = Callable[..., Any]  # method of Deputy, then its arguments
 class HostProcess:
     """A process that a host's deputy owns. ``log``: on this machine, kept up to date while it runs."""
 
+    recorded = False  # whether it was only noted and never started (hosts/recording.py)
+
     def __init__(self, host: Host, name: str, argv: Sequence[str], started: Mapping[str, Any]) -> None:
         self.host = host
         self.name = name

@@ -15,8 +15,8 @@ from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.results.records import ClientLoad, Run
+from disagglab.serving.service import read_tail
 from disagglab.serving.topology import Topology
-from disagglab.serving.vllm import read_tail
 
 JOB_DEADLINE_S = 1800.0  # with the imports of vLLM beside two booting servers
 POLL_S = 0.1
