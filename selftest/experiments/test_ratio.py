@@ -21,7 +21,7 @@ from disagglab.config.labs import load_lab, parse_lab
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.experiments import dry_run
-from disagglab.hosts import link_counters
+from disagglab.hosts import facts, link_counters
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.measure import ledger, transfer
@@ -303,7 +303,7 @@ def place(name: str, host: str, interface: str | None) -> tuple[Any, NodeSection
 
 def test_the_wire_of_several_nodes_is_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each link once, whoever shares it; a node without one leaves the sum unknown."""
-    monkeypatch.setattr(link_counters.facts, "network", lambda *_: {"MTU": "1500"})
+    monkeypatch.setattr(facts, "network", lambda *_: {"MTU": "1500"})
     two_hosts = link_counters.read_all([place("a", "h", "data0"), place("b", "i", "data0")])
     assert two_hosts is not None
     assert (two_hosts.node, two_hosts.received, two_hosts.sent) == ("a + b", 2000, 100)

@@ -26,7 +26,7 @@ from disagglab.results.records import Reading, Sent, Snapshot
 from disagglab.serving import prometheus, router, topology
 from disagglab.serving.router import Hearing, Router, router_argv
 from disagglab.serving.topology import REPLICATED, ROUTED, Deployment, Topology
-from disagglab.serving.vllm import EventSource, events_config
+from disagglab.serving.vllm import EventSource, VllmServer, events_config
 
 NO_ROUTER: Any = None
 COUNTERS = (
@@ -87,7 +87,7 @@ COUNTED = {
 }  # fmt: skip
 
 
-def proved(turns: tuple[Spoken, ...] = TOGETHER, **changes: float) -> Arm:
+def proved(turns: tuple[Spoken, ...] = TOGETHER, /, **changes: float) -> Arm:
     """The arm of these turns, if server a counts what it should, changed by ``changes``."""
     grown = {key: value + changes.get(name_of(key), 0) for key, value in COUNTED.items()}
     before, after = readings(a=grown, b={})
@@ -342,7 +342,7 @@ def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pyte
             raise StartError("no such program")
         return SimpleNamespace(stop=lambda: stopped.append(plan))
 
-    monkeypatch.setattr(topology.VllmServer, "start", start)
+    monkeypatch.setattr(VllmServer, "start", start)
     monkeypatch.setattr(topology, "plan_server", lambda _lab, node, *_: node.name)
     host = SimpleNamespace(reserve_port=lambda _: 1)
     hosts: Any = SimpleNamespace(of=lambda _: host, python_of=lambda *_: "/p", model_on=lambda *_: None)

@@ -21,7 +21,7 @@ from disagglab.hosts.ssh import Connection, target
 from disagglab.paths import ROOT
 
 if TYPE_CHECKING:
-    from conftest import Remote, SshServer, Standins
+    from selftest.conftest import Remote, SshServer, Standins
 
 
 def test_paths_there_begin_at_the_home_there(remote_host: Remote, sshd: SshServer) -> None:

@@ -61,7 +61,9 @@ def variant(name: str) -> dict[str, Any]:
 def accounts(hosts: Hosts, lab: Lab) -> dict[str, Account]:
     """What vLLM makes of every config, from one program run."""
     configs = {name: modelconfig.shipped_config(name) for name in MODELS}
-    jobs = [{"name": name, "config": config, "tp": TP_SIZES} for name, config in configs.items()]
+    jobs: list[dict[str, Any]] = [
+        {"name": name, "config": config, "tp": TP_SIZES} for name, config in configs.items()
+    ]
     jobs += [{"name": f"{name}, fp8", "config": configs[name], "kv_dtype": "fp8"} for name in FP8]
     jobs += [{"name": f"{name}, no groups", "config": configs[name], "hybrid": False} for name in HYBRID]
     jobs += [{"name": name, "config": variant(name)} for name in VARIANTS]
