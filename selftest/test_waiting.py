@@ -17,8 +17,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     def sleep(seconds: float) -> None:
         now[0] += seconds
 
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(waiting.time, "sleep", sleep)
+    monkeypatch.setattr("disagglab.waiting.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("disagglab.waiting.time.sleep", sleep)
     return now
 
 

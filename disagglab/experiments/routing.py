@@ -18,6 +18,8 @@ from disagglab.config.schema import Lab, NodeSection
 from disagglab.config.traffic import Dialogue
 from disagglab.config.variant import GPU_SHARE
 from disagglab.errors import InvalidRun
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import Request
 from disagglab.measure import ledger
 from disagglab.measure.ledger import FINISHED, FOUND, QUERIED
@@ -27,7 +29,7 @@ from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Reading, Snapshot
 from disagglab.serving.prometheus import delta
 from disagglab.serving.router import Router
-from disagglab.serving.topology import Topology
+from disagglab.serving.topology import Deployment, Topology
 from disagglab.serving.vllm import VllmServer
 
 TAG = "@routing"
@@ -76,6 +78,21 @@ def workers_lab(lab: Lab, size: Size) -> Lab:
 def workers_nodes(lab: Lab) -> tuple[NodeSection, ...]:
     """Where the workers run."""
     return lab.nodes[:WORKERS]
+
+
+def workers(hosts: Hosts, lab: Lab, model: Model, size: Size) -> Deployment:
+    """Equal servers on the lab's first nodes, without a KV connector, with small caches and KV events; they
+    are not started yet.
+    """
+    return Deployment(
+        hosts,
+        workers_lab(lab, size),
+        model,
+        connector=False,
+        nodes=workers_nodes(lab),
+        tag=TAG,
+        events=True,
+    )
 
 
 @dataclass(frozen=True)

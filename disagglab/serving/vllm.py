@@ -303,7 +303,8 @@ class VllmServer(Service):
         Raises:
             StartError: if it is another one.
         """
-        release.require_served(self.name, self.url, version)
+        if not self.process.recorded:
+            release.require_served(self.name, self.url, version)
 
     def phase(self) -> str:
         """What the start is doing now, read from the log."""

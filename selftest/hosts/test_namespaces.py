@@ -89,6 +89,7 @@ class Pair:
     def make(self) -> Pair:
         """Make them, and connect."""
         sections = [HostSection(name=node.host, namespace=True, cpus=[CORE]) for node in NODES]
+        namespaces.require_programs()
         found, self.names = namespaces.make(self.local, sections, {node.host: node for node in NODES})
         self.sections = list(found.values())
         for section in self.sections:

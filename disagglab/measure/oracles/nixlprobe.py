@@ -184,19 +184,17 @@ def words(places: Any, seed: int) -> Any:
 
 def _offer(owner: HostProcess) -> str:
     """What the owner printed about its pool, once it has."""
-    offers: list[str] = []
 
-    def offered() -> bool:
+    def offers() -> list[str]:
         lines = owner.lines_so_far()
-        offers[:] = [line for line in lines if line.startswith('{"metadata"') and line.endswith("}")]
-        return bool(offers)
+        return [line for line in lines if line.startswith('{"metadata"') and line.endswith("}")]
 
     def without(_: bool) -> StartError:
         last = owner.lines_so_far()[-5:]
         return StartError(f"{owner.name} offers no memory; last lines of {owner.log}: {last}")
 
-    owner.await_that(offered, DEADLINE_S, without, POLL_S)
-    return offers[0]
+    owner.await_that(lambda: bool(offers()), DEADLINE_S, without, POLL_S)
+    return offers()[0]
 
 
 class _Pool:

@@ -41,6 +41,7 @@ from disagglab.serving.service import POLL_S, await_that
 from disagglab.serving.topology import DISAGGREGATED, ROUTED, Topology
 from disagglab.serving.vllm import require_memory
 
+WORKERS_TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"  # of the deployments that tests/dynamo shares
 FOUND_DEADLINE_S = 60.0  # for a worker's key, and for a frontend that finds it: 1 s where nothing else runs
 EVENT_WAIT_S = 1.0  # an event takes milliseconds
 EVENT_PROMPTS = 5
