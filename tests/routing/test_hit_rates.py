@@ -22,7 +22,7 @@ from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
 from disagglab.experiments.rounds import mirrored
-from disagglab.experiments.routing import Arm, Size, run_arm
+from disagglab.experiments.routing import Held, Size, run_arm
 from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast, replay
 from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
@@ -56,7 +56,7 @@ class Measured:
     """A strategy's forecast and its arms, one a round."""
 
     forecast: Forecast
-    arms: list[Arm]
+    arms: list[Held]
 
 
 def said(size: Size, shared: bool, seed: int = SEED) -> Dialogue:
@@ -78,7 +78,7 @@ def predict(workers: Deployment, one: Dialogue, strategy: Strategy) -> Forecast:
     return forecast(strategy, requests, len(workers.servers), *routing.cache_size(server.metrics()))
 
 
-def routed(workers: Deployment, strategy: Strategy, one: Dialogue, concurrency: int = 1) -> Arm:
+def routed(workers: Deployment, strategy: Strategy, one: Dialogue, concurrency: int = 1) -> Held:
     """One arm behind a router of its own."""
     with workers.routed(strategy) as topology:
         return run_arm(topology, one, strategy, concurrency=concurrency)
@@ -354,7 +354,7 @@ def row(
     )
 
 
-def without_limit(arm: Arm, block: int, one_server: bool = False) -> int:
+def without_limit(arm: Held, block: int, one_server: bool = False) -> int:
     """Tokens that the same ids would have found in caches that never run full.
 
     ``one_server``: all of them on one, which is the most that any placement can find; else each where it was.
