@@ -8,11 +8,11 @@ it chose by what it claims to choose by, and nothing else.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from disagglab import waiting
 from disagglab.config.checks import WORKERS
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.config.traffic import Dialogue
@@ -162,22 +162,23 @@ class Finisher:
         Raises:
             InvalidRun: if none has after 10 s, or more than one request was finished.
         """
-        deadline = time.monotonic() + SERVED_DEADLINE_S
-        while True:
-            now = {server.name: server.metrics() for server in self._servers}
-            grown = {name: round(delta(self._seen[name], now[name], FINISHED)) for name in now}
-            if sum(grown.values()) > 1:
-                raise InvalidRun(
-                    f"one request was answered, and servers finished {grown}; who else asks them?"
-                )
-            if sum(grown.values()) == 1:
-                self._seen = now
-                return next(name for name, count in grown.items() if count)
-            if time.monotonic() > deadline:
-                raise InvalidRun(
-                    f"a request was answered, and no server counts it within {SERVED_DEADLINE_S:g} s: {grown}"
-                )
-            time.sleep(POLL_S)
+        return waiting.until(
+            self._finished,
+            SERVED_DEADLINE_S,
+            lambda: InvalidRun(f"a request was answered, and no server counts it in {SERVED_DEADLINE_S:g} s"),
+            POLL_S,
+        )
+
+    def _finished(self) -> str:
+        """The server that has finished one request more; empty while none has."""
+        now = {server.name: server.metrics() for server in self._servers}
+        grown = {name: round(delta(self._seen[name], now[name], FINISHED)) for name in now}
+        if sum(grown.values()) > 1:
+            raise InvalidRun(f"one request was answered, and servers finished {grown}; who else asks them?")
+        if not any(grown.values()):
+            return ""
+        self._seen = now
+        return next(name for name, count in grown.items() if count)
 
 
 def lookups(router: Router) -> dict[str, int]:

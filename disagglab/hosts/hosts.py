@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from disagglab import waiting
 from disagglab.agent import leftovers
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab, NodeSection
@@ -203,12 +203,13 @@ def require_memory_back(host: Host) -> None:
     """
     before = int(host.about["memory_available"])
     wanted = before - max(MEMORY_SLACK * before, MEMORY_SLACK_BYTES)
-    deadline = time.monotonic() + MEMORY_DEADLINE_S
-    while (now := host.memory_available()) < wanted:
-        if time.monotonic() > deadline:
-            raise StartError(
-                f"{host.name}: {now / 2**30:.1f} GiB available after the session,"
-                f" {before / 2**30:.1f} before;"
-                " see what took it: ps aux --sort -rss"
-            )
-        time.sleep(POLL_S)
+    waiting.until(
+        lambda: host.memory_available() >= wanted,
+        MEMORY_DEADLINE_S,
+        lambda: StartError(
+            f"{host.name}: {host.memory_available() / 2**30:.1f} GiB available after the session,"
+            f" {before / 2**30:.1f} before;"
+            " see what took it: ps aux --sort -rss"
+        ),
+        POLL_S,
+    )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,15 +136,12 @@ def _has_own_network(process: HostProcess) -> bool:
 
 
 def _wait(process: HostProcess, condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + READY_DEADLINE_S
-    while not condition():
-        if not process.alive or time.monotonic() > deadline:
-            last = process.log.read_text(errors="replace").strip().splitlines()[-3:]
-            raise StartError(
-                f"{process.name} has not got {what}: {' | '.join(last) or 'no reason given'};"
-                f" log: {process.log}"
-            )
-        time.sleep(POLL_S)
+    def without(_: bool) -> StartError:
+        last = process.log.read_text(errors="replace").strip().splitlines()[-3:]
+        said = " | ".join(last) or "no reason given"
+        return StartError(f"{process.name} has not got {what}: {said}; log: {process.log}")
+
+    process.await_that(condition, READY_DEADLINE_S, without, POLL_S)
 
 
 def _reachable(host: HostSection, node: NodeSection, scratch: Path) -> HostSection:

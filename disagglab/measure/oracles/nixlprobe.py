@@ -184,15 +184,19 @@ def words(places: Any, seed: int) -> Any:
 
 def _offer(owner: HostProcess) -> str:
     """What the owner printed about its pool, once it has."""
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
+    offers: list[str] = []
+
+    def offered() -> bool:
         lines = owner.lines_so_far()
-        found = [line for line in lines if line.startswith('{"metadata"') and line.endswith("}")]
-        if found:
-            return found[0]
-        if not owner.alive or time.monotonic() > deadline:
-            raise StartError(f"{owner.name} offers no memory; last lines of {owner.log}: {lines[-5:]}")
-        time.sleep(POLL_S)
+        offers[:] = [line for line in lines if line.startswith('{"metadata"') and line.endswith("}")]
+        return bool(offers)
+
+    def without(_: bool) -> StartError:
+        last = owner.lines_so_far()[-5:]
+        return StartError(f"{owner.name} offers no memory; last lines of {owner.log}: {last}")
+
+    owner.await_that(offered, DEADLINE_S, without, POLL_S)
+    return offers[0]
 
 
 class _Pool:
