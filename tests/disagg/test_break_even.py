@@ -6,8 +6,8 @@ oracle is the load: open-loop runs of both topologies at points of the map, in t
 ledger, judged by the intervals of all other verdicts.
 
 A run of seconds never reaches the equilibrium that the map describes. So each point is also predicted step by
-step for the very arrivals of its runs (simulation.py). Where that agrees with what was measured and the
-map does not, the run was too short for the map; where neither does, a speed or the model is wrong.
+step for the very arrivals of its runs (predict/simulation.py). Where that agrees with what was measured and
+the map does not, the run was too short for the map; where neither does, a speed or the model is wrong.
 """
 
 from __future__ import annotations
