@@ -188,5 +188,5 @@ def test_rdma_speed_between_the_nodes_is_measured(
         assert value / 1e9 >= DEGRADED_SHARE * part[rail.client_device], (
             f"{rail.client_device} carries {value / 1e9:.1f} Gbit/s, its part of cable and PCIe is"
             f" {part[rail.client_device]:.0f}; restart both hosts with the cable plugged in;"
-            " docs/links.md"
+            " docs/explanation/links.md"
         )
