@@ -1,5 +1,6 @@
 """Where two nodes answer sooner as prefill and decode than as replicas, predicted from a lab file alone: the
-map that ``python -m disagglab predict`` prints, with what it assumes. docs/break-even.md explains both.
+map that ``python -m disagglab predict`` prints, with what it assumes. docs/explanation/break-even.md explains
+both.
 """
 
 from __future__ import annotations

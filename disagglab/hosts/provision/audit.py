@@ -1,7 +1,7 @@
 """What a host of a lab should hold to take part, beside what it holds: machine, Python, files, environments.
 
 A host's own Python is asked, by one program that needs nothing there and changes nothing; all judgement is
-here, by the checks and the stamps of set-up (disagglab/install/requirements.py, environment.py).
+here, by the checks and the stamps of set-up (disagglab/install/requirements.py, environments.py).
 """
 
 from __future__ import annotations
