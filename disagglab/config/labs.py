@@ -1,7 +1,7 @@
 """Lab files: which nodes, which model, which settings. Read into frozen models; every mistake is reported at
 once.
 
-docs/lab-file.md is the reference of the keys; the field descriptions here are its source.
+docs/reference/lab-file.md is the reference of the keys; the field descriptions here are its source.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sections of a lab file as frozen models. docs/lab-file.md is made from the field descriptions here."""
+"""The sections of a lab file as frozen models. docs/reference/lab-file.md is made from their descriptions."""
 
 from __future__ import annotations
 

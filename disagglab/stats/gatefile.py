@@ -48,7 +48,7 @@ def read(path: Path) -> GateFile:
         raise _problem(path, "(whole file)", str(error.strerror or error), "name a gate file") from error
     except (ValueError, RecursionError) as error:
         raise _problem(
-            path, "(whole file)", f"not JSON: {error}", "see docs/metrics.md for an example"
+            path, "(whole file)", f"not JSON: {error}", "see docs/reference/metrics.md for an example"
         ) from error
     if not isinstance(raw, Mapping):
         raise _problem(path, "(whole file)", "not an object", f"give {', '.join(KEYS)}")

@@ -1,6 +1,6 @@
 """The arithmetic beside vLLM's own accounting, for every attention family that it can build here.
 
-Two oracles that share no code: kv/attention.py and kvlayout.py read ``config.json``; vLLM builds the
+Two oracles that share no code: kv/attention.py and kv/layout.py read ``config.json``; vLLM builds the
 whole model (without memory: on PyTorch's meta device), asks each attention layer for its KV cache spec,
 groups them and divides a memory budget into blocks, with the functions that a starting server calls.
 Equality is exact.
