@@ -1,7 +1,7 @@
 """Goodput under an objective: each request of a replay, limits, and which points are chosen.
 
 Oracles: requests worked out by hand from round speeds; the means that the same replay gives; the definition
-in disagglab/results/metrics.py; and a made cluster in which one arm must win.
+in disagglab/stats/metric.py; and a made cluster in which one arm must win.
 """
 
 from __future__ import annotations
