@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from disagglab.config.workload import Workload, load_workload
 from disagglab.errors import ConfigError, Problem
-from disagglab.stats.metric import GATED
+from disagglab.stats.metric import GATED, of_stream
 from disagglab.variables import DELAY_VARIABLE, TRACE_VARIABLE
 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
@@ -239,7 +239,7 @@ class GateSection(Section):
     @property
     def figure(self) -> str:
         """The figure as reports name it."""
-        return f"{self.metric} ({self.stream})" if self.stream else self.metric
+        return of_stream(self.metric, self.stream)
 
 
 class VariantSection(Section):

@@ -20,7 +20,7 @@ from disagglab.results.metrics import figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
-from disagglab.stats.metric import METRICS
+from disagglab.stats.metric import METRICS, of_stream
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file
@@ -127,7 +127,7 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
                 for metric in METRICS.values():
                     values = comparison.values(workload.name, arm, metric.name, stream)
                     if values:
-                        name = f"{metric.name} ({stream})" if stream else metric.name
+                        name = of_stream(metric.name, stream)
                         found = (workload.name, arm, name, metric.unit, metric.better, tuple(values))
                         rows.append(FigureRow(*found, workload.definition))
     return rows

@@ -42,17 +42,17 @@ def _hit_rate(held: Held) -> float:
 
 
 _OF_A_DIALOGUE: tuple[Metric[Held], ...] = (
-    Metric(HIT_RATE, "share of prompt tokens", "higher", "prompt tokens found in prefix caches", _hit_rate),
+    Metric(HIT_RATE, "share of prompt tokens", "higher", _hit_rate),
     Metric(
-        TTFT, "s", "lower", "TTFT, median",
+        TTFT, "s", "lower",
         lambda held: percentile([turn.ttft_s for turn in held.talk.turns], 50),
     ),
     Metric(
-        E2E, "s", "lower", "E2E, mean",
+        E2E, "s", "lower",
         lambda held: statistics.fmean(turn.e2e_s for turn in held.talk.turns),
     ),
     Metric(
-        THROUGHPUT, "tokens/s", "higher", "output tokens per second",
+        THROUGHPUT, "tokens/s", "higher",
         lambda held: sum(turn.output_tokens for turn in held.talk.turns) / held.talk.duration_s,
     ),
 )  # fmt: skip

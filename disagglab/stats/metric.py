@@ -20,18 +20,17 @@ PERCENTILE_SAMPLES = {50: 1, 90: 10, 95: 20, 99: 100}  # fewer samples than this
 
 @dataclass(frozen=True)
 class Metric(Generic[Of]):
-    """One metric. ``better``: which values are; ``label``: for people.
+    """One metric. ``better``: which values are. ``formula``: gives None where there are too few samples, or
+    nothing to measure.
 
-    ``formula``: gives None where there are too few samples, or nothing to measure. ``by_stream``: whether one
-    stream of a workload has it, else all requests only. ``needs_slo``: whether it counts requests that met
-    the lab's objective. ``needs_transfer``: whether only arms in which KV moves have it. ``share``: whether
-    it is k of n requests. ``gated``: whether a gate may ask for it.
+    ``by_stream``: whether one stream of a workload has it, else all requests only. ``needs_slo``: whether it
+    counts requests that met the lab's objective. ``needs_transfer``: whether only arms in which KV moves have
+    it. ``share``: whether it is k of n requests. ``gated``: whether a gate may ask for it.
     """
 
     name: str
     unit: str
     better: Direction
-    label: str
     formula: Callable[[Of], float | None]
     by_stream: bool = True
     needs_slo: bool = False
@@ -78,6 +77,11 @@ def percentile(samples: Sequence[float], p: int) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
+def of_stream(name: str, stream: str) -> str:
+    """What files and tables call a metric of one stream; of all requests, its name."""
+    return f"{name} ({stream})" if stream else name
+
+
 def _attainment(run: Answers) -> float | None:
     return None if run.good is None else run.good / len(run.ttft_s)
 
@@ -91,26 +95,26 @@ def _transfer_share(run: Answers) -> float | None:
 
 
 _OF_A_RUN: tuple[Metric[Answers], ...] = (
-    Metric("ttft_p50", "s", "lower", "TTFT, median", lambda run: percentile(run.ttft_s, 50)),
-    Metric("tpot_p50", "s", "lower", "TPOT, median", lambda run: percentile(run.tpot_s, 50)),
-    Metric("itl_p50", "s", "lower", "ITL, median", lambda run: percentile(run.gaps_s, 50), gated=False),
-    Metric("itl_p99", "s", "lower", "ITL, p99", lambda run: percentile(run.gaps_s, 99)),
-    Metric("e2e_p50", "s", "lower", "E2E, median", lambda run: percentile(run.e2e_s, 50)),
+    Metric("ttft_p50", "s", "lower", lambda run: percentile(run.ttft_s, 50)),
+    Metric("tpot_p50", "s", "lower", lambda run: percentile(run.tpot_s, 50)),
+    Metric("itl_p50", "s", "lower", lambda run: percentile(run.gaps_s, 50), gated=False),
+    Metric("itl_p99", "s", "lower", lambda run: percentile(run.gaps_s, 99)),
+    Metric("e2e_p50", "s", "lower", lambda run: percentile(run.e2e_s, 50)),
     Metric(
-        "output_tokens_per_s", "tokens/s", "higher", "output tokens per second",
+        "output_tokens_per_s", "tokens/s", "higher",
         lambda run: sum(run.output_tokens) / run.duration_s,
     ),
     Metric(
-        "slo_attainment", "share of sent", "higher", "good requests, of those sent", _attainment,
+        "slo_attainment", "share of sent", "higher", _attainment,
         by_stream=False, needs_slo=True, share=True,
     ),
     Metric(
-        "goodput_per_s", "requests/s", "higher", "good requests per second", _goodput,
+        "goodput_per_s", "requests/s", "higher", _goodput,
         by_stream=False, needs_slo=True,
         gated=False,  # between runs of equal arrivals the attainment tells the same
     ),
     Metric(
-        "transfer_share_of_ttft", "share of TTFT", "lower", "KV transfer, share of TTFT", _transfer_share,
+        "transfer_share_of_ttft", "share of TTFT", "lower", _transfer_share,
         by_stream=False, needs_transfer=True,
     ),
 )  # fmt: skip
