@@ -16,7 +16,7 @@ GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SI
 
 if TYPE_CHECKING:
     GatedMetric = str
-else:  # the names, so that a refusal and docs/lab-file.md list them
+else:  # the names, so that a refusal and docs/reference/lab-file.md list them
     GatedMetric = Literal[GATED]
 
 
