@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from disagglab.errors import ConfigError, Problem
-from disagglab.stats.verdict import Direction, Verdict, judge
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import Verdict, judge
 
 KEYS = ("metric", "better", "margin", "pairs")
 

@@ -18,10 +18,10 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import SINGLE, Topology
+from disagglab.stats.metric import METRICS
 from disagglab.stats.verdict import Verdict, judge
 
 FACTOR = 1.2
@@ -61,7 +61,7 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
 
 def verdict_on(found: Comparison) -> Verdict:
     """Slowed against single."""
-    return judge(found.pairs(WORKLOAD, SINGLE, SLOWED, METRIC), METRICS[METRIC][1], MARGIN)
+    return judge(found.pairs(WORKLOAD, SINGLE, SLOWED, METRIC), METRICS[METRIC].better, MARGIN)
 
 
 def test_a_slowdown_of_a_fifth_is_caught(

@@ -20,7 +20,7 @@ from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
-from disagglab.experiments.routing import Arm, Size, run_arm
+from disagglab.experiments.routing import Held, Size, run_arm
 from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
@@ -53,7 +53,7 @@ class Measured:
     """
 
     forecast: Forecast
-    arm: Arm
+    arm: Held
     cache: tuple[int, int]
     router_hits: float
 
