@@ -18,6 +18,7 @@ from disagglab.config import variant
 from disagglab.config.labs import parse_lab, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
+from disagglab.problems import problems_of
 from disagglab.results.records import Reading, Run, Snapshot
 from disagglab.results.run_folder import META, Store
 
@@ -208,12 +209,7 @@ def read_run(path: Path) -> Run:
     try:
         run = TypeAdapter(Run).validate_python(dict(raw))
     except ValidationError as error:
-        raise ConfigError(
-            [
-                Problem(str(path), ".".join(map(str, row["loc"])) or "(whole file)", row["msg"], DELETE)
-                for row in error.errors()
-            ]
-        ) from error
+        raise ConfigError(problems_of(error, str(path), mend=DELETE)) from error
     lengths = {key: len(getattr(run, key)) for key in PER_REQUEST}
     if len(set(lengths.values())) > 1:
         wrong = "as many values as requests are wanted; " + ", ".join(f"{k}: {n}" for k, n in lengths.items())
