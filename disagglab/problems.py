@@ -29,8 +29,13 @@ def problems_of(
         mend: in place of a mend for each mistake, where nobody writes such a file by hand.
     """
     found: dict[str, Problem] = {}
-    for detail in error.errors():
+    details = error.errors()
+    for detail in details:
         loc = detail["loc"]
+        if detail["type"] == "too_short" and any(
+            each["loc"][: len(loc)] == loc != each["loc"] for each in details
+        ):
+            continue  # too few because those inside are wrong
         several = loc[-1:] and loc[-1] in PLAIN
         if several:
             loc = loc[:-1]

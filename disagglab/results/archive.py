@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from disagglab import jsonfile
 from disagglab.errors import ConfigError, Problem
 from disagglab.results.records import FigureRow
 from disagglab.results.run_folder import META
@@ -112,15 +113,7 @@ def _meta(path: Path) -> Mapping[str, Any]:
     mend = "mend the file, or move the run folder away"
     if not path.exists() and not (path.parent / FIGURES).exists():
         return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([Problem(str(path), "(whole file)", reason(error), mend)]) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError([Problem(str(path), "(whole file)", f"not JSON: {error}", mend)]) from error
-    if not isinstance(raw, Mapping):
-        raise ConfigError([Problem(str(path), "(whole file)", "not an object", mend)])
-    return raw
+    return jsonfile.read(path, mend)
 
 
 def reason(error: OSError) -> str:
