@@ -56,11 +56,12 @@ test-dynamo: setup  ## module dynamo in short form; a test skipped because etcd 
 selftest: setup  ## the tests that need no server
 	$(PYTEST) selftest $(ARGS)
 
-lint: setup  ## ruff, mypy, and the contract of the rooms: what may import what (pyproject.toml)
+lint: setup  ## ruff, mypy, the contract of the rooms, and imports beside dependencies (pyproject.toml)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache
+	.venv/bin/deptry .
 
 setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also one for servers of that version; DYNAMO=1: for Dynamo
 	@python="$(PYTHON)"; "$$python" -m disagglab.install $(if $(VLLM),--vllm "$(VLLM)")$(if $(DYNAMO), --dynamo) || { \

@@ -4,7 +4,8 @@
 #     offline/pack.sh OUT [MIB]
 #
 # Writes OUT/part.00, part.01, …, each at most MIB (default 55) MiB, OUT/tokenizer.tar and OUT/SHA256SUMS. Needs pip,
-# unzip, xz and network, no GPU; the wheels are those of the host, whatever this machine is. docs/offline.md is its page.
+# unzip, xz and network, no GPU; the wheels are those of the host, whatever this machine is. docs/how-to/offline.md is
+# its page.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "${1:?usage: offline/pack.sh OUT [MIB]}"

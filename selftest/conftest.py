@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ import pytest
 from disagglab.config.schema import HostSection
 from disagglab.errors import StartError
 from disagglab.hosts import namespaces
+from disagglab.hosts.host import HostProcess
 from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
 
@@ -44,6 +46,29 @@ with OwnedProcess("standin", sys.argv[2:], os.environ, log, scratch, "run", grac
     (folder / "owning").touch()
     time.sleep(300)
 """
+
+
+class NotedProcess(HostProcess):
+    """A process of no host: it lives or not, and notes how it was ended."""
+
+    def __init__(self, log: Path, lives: bool) -> None:
+        host: Any = SimpleNamespace(logs=log.parent)
+        super().__init__(host, log.stem, (), {"pid": 1, "start_ticks": 1, "scratch": ""})
+        self.lives = lives
+        self.was_ended: list[str] = []
+
+    @property
+    def alive(self) -> bool:
+        return self.lives
+
+    def kill(self) -> None:
+        self.was_ended.append("kill")
+
+    def ask_to_stop(self) -> None:
+        self.was_ended.append("ask")
+
+    def stop(self) -> None:
+        self.was_ended.append("stop")
 
 
 class Standins:
@@ -346,3 +371,9 @@ def may_make_hosts() -> None:
     argv = [*namespaces.UNSHARE, "true"]
     if (tried := subprocess.run(argv, capture_output=True, text=True)).returncode != 0:
         pytest.skip(f"NO-MADE-HOSTS: {tried.stderr.strip()}")
+
+
+@pytest.fixture
+def noted_process() -> Callable[[Path, bool], NotedProcess]:
+    """Makes processes of no host: a log, and whether it lives."""
+    return NotedProcess

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from disagglab import waiting
 from disagglab.agent.supervisor import (
     TRACKER_S,
     Process,
@@ -129,15 +130,22 @@ def _end_session(leader: Process, path: Path) -> tuple[int, ...]:
         return ()
     pids = tuple(process.pid for process in members)
     shm = shared_memory(members)
-    deadline = time.monotonic() + END_DEADLINE_S
     patience = time.monotonic() + TRACKER_S
-    while members := session_members(leader.pid, leader.start_ticks):
+
+    def killed() -> bool:
+        nonlocal members
+        members = session_members(leader.pid, leader.start_ticks)
         for process in members:
             if time.monotonic() > patience or not is_resource_tracker(process):
                 send(process, signal.SIGKILL)
-        if time.monotonic() > deadline:
-            raise StartError(f"{path}: {members} do not end; look at them with ps -fp PID")
-        time.sleep(POLL_S)
+        return not members
+
+    waiting.until(
+        killed,
+        END_DEADLINE_S,
+        lambda: StartError(f"{path}: {members} do not end; look at them with ps -fp PID"),
+        POLL_S,
+    )
     remove_shared_memory(shm)
     return pids
 
@@ -150,11 +158,16 @@ def wait_for_orphaned_supervisors(deadline_s: float = END_DEADLINE_S) -> None:
     Raises:
         StartError: if one does not finish; the message names its lease.
     """
-    deadline = time.monotonic() + deadline_s
-    while waiting := [path for path in folder().glob("*.json") if _is_orphaned(path)]:
-        if time.monotonic() > deadline:
-            raise StartError(f"{waiting[0]}: its supervisor has lost its owner and does not end")
-        time.sleep(POLL_S)
+
+    def orphaned() -> list[Path]:
+        return [path for path in folder().glob("*.json") if _is_orphaned(path)]
+
+    waiting.until(
+        lambda: not orphaned(),
+        deadline_s,
+        lambda: StartError(f"{orphaned()[:1]}: its supervisor has lost its owner and does not end"),
+        POLL_S,
+    )
 
 
 def _is_orphaned(path: Path) -> bool:

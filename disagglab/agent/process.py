@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from disagglab import waiting
 from disagglab.agent import leftovers, supervisor
 from disagglab.agent.supervisor import Process, Spec
 from disagglab.errors import LabError, StartError
@@ -135,11 +136,12 @@ class OwnedProcess:
             LabError: if it ends with another status than 0 or exceeds ``limit_s``; the message holds its last
             lines.
         """
-        deadline = time.monotonic() + limit_s
-        while self.alive and time.monotonic() < deadline:
+
+        def over() -> bool:
             tick()
-            time.sleep(WAIT_POLL_S)
-        late = self.alive
+            return not self.alive
+
+        late = not waiting.last_answer(over, limit_s, WAIT_POLL_S)
         self.stop()
         lines = self.log.read_text(errors="replace").splitlines()
         if late or self.ended is None or self.ended["code"] != 0:

@@ -1,7 +1,7 @@
 """The speeds of a lab, measured one at a time while nothing else runs: what every prediction is made from.
 
 A prompt alone on a node, steps of one to many sequences on all nodes at once, and the same prompts through
-prefill and decode nodes. docs/break-even.md says what is fitted to them.
+prefill and decode nodes. docs/explanation/break-even.md says what is fitted to them.
 """
 
 from __future__ import annotations

@@ -1,74 +1,52 @@
 """The dry run of a session: every command that it would run on every host, as one would type it.
 
-``pytest --plan --lab LAB``. The commands come from the very functions that a session calls; what only a
-running host can tell is a word in capitals. Nothing is started, and nothing is connected to.
+``disagglab plan --lab LAB``, ``pytest --plan --lab LAB``. The session's own code runs, on hosts that only
+note what they are asked (hosts/recording.py); what only a running host can tell is a word in capitals.
+Nothing is started, connected to or written.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
 
 from disagglab.config import variant
 from disagglab.config.labs import with_release
-from disagglab.config.schema import HostSection, Lab, NodeSection, VariantSection
+from disagglab.config.schema import Lab, VariantSection
 from disagglab.experiments import routing
-from disagglab.hosts import facts, namespaces, release, remote, shaping
-from disagglab.hosts.host import HostProcess
-from disagglab.hosts.ssh import Target, target
+from disagglab.hosts import linkspeed, shaping
+from disagglab.hosts.recording import RUN, WORDS, NothingRan, RecordingHosts
 from disagglab.hosts.weights import PACKAGE_PREFIX, Model
-from disagglab.measure.bench import HASH_SEED, bench_options
+from disagglab.install.environments import dynamo_python
+from disagglab.measure.bench import HASH_SEED, LoadEngine, bench_options
+from disagglab.measure.oracles import kvprobe, nixlprobe
+from disagglab.paths import ROOT
 from disagglab.predict.strategies import STRATEGIES
-from disagglab.serving.router import Hearing, Router, router_argv
-from disagglab.serving.topology import DISAGGREGATED, REPLICATED, ROUTED, SINGLE, TOPOLOGIES, Topology
-from disagglab.serving.vllm import ServerPlan, VllmServer, plan_server
+from disagglab.progress import ProgressLine
+from disagglab.serving.dynamo import etcd, nats
+from disagglab.serving.dynamo.deployment import PAIR_TAG, WORKERS_TAG, DynamoDeployment
+from disagglab.serving.dynamo.parts import AGGREGATED, KV, ROUND_ROBIN, Planes
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Deployment, Topology
 
-LOCAL = "local"
-WORDS = {
-    "RUN": "digits that differ from session to session",
-    "SALT": "the same from load run to load run",
-    "SEED": "the round's seed",
-    "TRACES": "folder of the trace files: in the run's folder, or in the load engine's SCRATCH",
-    "SCRATCH": "a folder that is removed with its process",
-    "IF": "the interface that the answer before it names",
-    "PID-HOST": "pid of the process that holds a made host",
-}
-NOBODY = cast(HostProcess, None)  # stands where a process would be
 SHAPED_BIT_S = 1e9
+PROBE = nixlprobe.Read(2**20)
+PROBE_REPEATS = 5
+LIMIT_S = 60.0  # nothing takes any time
+SPEED_S = 5  # of a measurement of the link
 
 
 @dataclass(frozen=True)
-class Deployed:
-    """Servers and routers of one vLLM version, none of them running. ``tag``: see topology.Deployment.
+class Stage:
+    """A deployment of the session and the topologies that are made of it. ``what``: for a heading."""
 
-    ``what``: what sets them apart, for a comment.
-    """
-
-    lab: Lab
-    tag: str
-    connector: bool
-    servers: tuple[VllmServer, ...]
+    what: str
+    deployment: Deployment
     topologies: tuple[Topology, ...]
-    what: str = ""
-
-
-class Ports:
-    """The ports that a session takes where the whole range is free: the lowest, by host and address."""
-
-    def __init__(self, lab: Lab) -> None:
-        self._first = lab.ports.first
-        self._taken: dict[tuple[str, str], int] = {}
-
-    def reserve(self, host: str, address: str) -> int:
-        """The next one."""
-        taken = self._taken.get((host, address), 0)
-        self._taken[host, address] = taken + 1
-        return self._first + taken
+    compared: bool = True
 
 
 def lines(
@@ -84,136 +62,167 @@ def lines(
     Raises:
         StartError: if ~/.ssh/config cannot be read.
     """
-    deployments = deploy(lab, against, dedicated, variants)
-    names = dict.fromkeys([LOCAL, *lab.host_names])
+    hosts = rehearse(lab, against, dedicated, variants)
     found = list(_head(lab))
-    for name in names:
-        found += ["", *_host(lab, name, deployments)]
+    for name, sheet in hosts.sheets.items():
+        nodes = lab.nodes_on(name)
+        parts = [f"{node.role} node {node.name}" for node in nodes]
+        parts += ["routers and load engine"] if lab.controller.host == name else []
+        found += ["", f"# ===== {name}: {', '.join(parts) or 'runs pytest'}", *sheet.lines]
     return found
 
 
-def deploy(
+def rehearse(
     lab: Lab, against: str = "", dedicated: bool = False, variants: Sequence[VariantSection] = ()
-) -> tuple[Deployed, ...]:
+) -> RecordingHosts:
+    """Go through a session on hosts that only take notes; return them with what they noted."""
+    hosts = RecordingHosts(lab)
+    hosts.open()
+    hosts.heading("environments, and facts (by testinfra)")
+    hosts.survey()
+    model = model_of(lab)
+    hosts.heading("load engine: `vllm bench serve`, kept imported in one process; models, tokenizer")
+    tokenizer = hosts.on_controller(model).tokenizer
+    LoadEngine(hosts.controller, tokenizer, lab.controller.cpus, Path("TRACES")).start()
+    stages = deploy(hosts, lab, against, dedicated, variants)
+    for stage in stages:
+        if stage.compared:
+            _load(hosts, lab, stage, tokenizer)
+    _route(hosts, lab, model)
+    _dynamo(hosts, lab, model)
+    _probe(hosts, lab)
+    return hosts
+
+
+def deploy(
+    hosts: RecordingHosts,
+    lab: Lab,
+    against: str = "",
+    dedicated: bool = False,
+    variants: Sequence[VariantSection] = (),
+) -> tuple[Stage, ...]:
     """The deployments of a session in the order in which they start."""
-    ports = Ports(lab)
-    found = [_deployed(lab, ports, "", True, TOPOLOGIES)]
+    model = model_of(lab)
+    found = [_stage(hosts, Deployment(hosts, lab, model), TOPOLOGIES, "servers and routers")]
     for one in variants:
-        found.append(_deployed(variant.changed(lab, one), ports, f"@{one.name}", True, (DISAGGREGATED,)))
+        beside = Deployment(hosts, variant.changed(lab, one), model, tag=f"@{one.name}")
+        found.append(_stage(hosts, beside, (DISAGGREGATED,), f"[[variant]] {one.name}"))
     if dedicated:
-        found.append(_deployed(lab, ports, "", False, (SINGLE, REPLICATED)))
+        plain = Deployment(hosts, lab, model, connector=False)
+        found.append(_stage(hosts, plain, (SINGLE, REPLICATED), "without connector (--dedicated)", False))
     if against:
-        other = with_release(lab, against)
-        found.append(_deployed(other, ports, f"@{against}", True, (SINGLE, DISAGGREGATED)))
-    return (*found, _workers(lab, ports))
+        other = Deployment(hosts, with_release(lab, against), model, tag=f"@{against}")
+        found.append(_stage(hosts, other, (SINGLE, DISAGGREGATED), "--against"))
+    return tuple(found)
 
 
-def _deployed(lab: Lab, ports: Ports, tag: str, connector: bool, kinds: Sequence[str]) -> Deployed:
-    model = _model(lab)
-    name = f"{model.name}-RUN"
-    servers = []
-    for node in lab.nodes:
-        port = ports.reserve(node.host, node.address)
-        side_channel = ports.reserve(node.host, node.kv_address) if connector else None
-        python = server_python(lab, node)
-        servers.append(
-            VllmServer(plan_server(lab, node, model, name, port, side_channel, python, tag), NOBODY)
+def _stage(
+    hosts: RecordingHosts, deployed: Deployment, kinds: Sequence[str], what: str, compared: bool = True
+) -> Stage:
+    """Start a deployment and its routers."""
+    title = f"{what}: vLLM {deployed.lab.vllm.version}"
+    hosts.heading(title)
+    deployed.served_name = f"{deployed.model.name}-{RUN}"
+    deployed.start(_nowhere())
+    topologies = tuple(deployed.topology(kind) for kind in kinds)
+    return Stage(title, deployed, topologies, compared)
+
+
+def _load(hosts: RecordingHosts, lab: Lab, stage: Stage, tokenizer: Path | None) -> None:
+    """The load engine's jobs on one stage."""
+    hosts.heading(f"jobs of the load engine in each round: {stage.what}")
+    sheet = hosts.sheets[lab.controller.host]
+    for workload in lab.gated_workloads:
+        traces = Path("TRACES", f"{workload.name}.SEED.{workload.total_requests}.jsonl")
+        for topology in stage.topologies:
+            options = bench_options(topology, workload, traces, tokenizer or Path("MODEL"), "SALT")
+            sheet.note(f"{workload.name} on {topology.name}")
+            sheet.command(f"PYTHONHASHSEED={HASH_SEED} vllm bench serve {shlex.join(options)}")
+
+
+def _route(hosts: RecordingHosts, lab: Lab, model: Model) -> None:
+    """As tests/routing has them: equal plain servers, and a router of each strategy in turn."""
+    hosts.heading(f"tests/routing (with --short {routing.SHORT.blocks} blocks): one router at a time")
+    deployed = routing.workers(hosts, lab, model, routing.FULL)
+    deployed.served_name = f"{model.name}-{RUN}"
+    deployed.start(_nowhere())
+    for strategy in STRATEGIES.values():
+        with deployed.routed(strategy):
+            pass
+
+
+def _dynamo(hosts: RecordingHosts, lab: Lab, model: Model) -> None:
+    """As tests/dynamo has them: the two stores, equal workers, and a pair."""
+    elsewhere = [host.name for host in hosts.all if not host.is_local]
+    if elsewhere:
+        hosts.heading("tests/dynamo")
+        hosts.sheets["local"].note(f"nothing: Dynamo runs on one host alone, and this lab has {elsewhere}")
+        return
+    python = str(dynamo_python(ROOT))
+    hosts.heading("tests/dynamo: etcd, NATS")
+    registry = etcd.start_etcd(hosts.controller, lab, etcd.find_etcd(hosts.controller))
+    nats.start_nats(hosts.controller, lab, nats.find_nats(hosts.controller, str(Path(python).parent)))
+    planes = Planes(etcd=registry.url)
+    small = routing.workers_lab(lab, routing.FULL)
+    for own, mode, nodes, tag in (
+        (small, AGGREGATED, routing.workers_nodes(lab), WORKERS_TAG),
+        (lab, DISAGGREGATED, (lab.prefill[0], lab.decode[0]), PAIR_TAG),
+    ):
+        hosts.heading(f"tests/dynamo: {mode} workers, frontends in turn")
+        deployed = DynamoDeployment(hosts, own, model, python, planes, mode, nodes=nodes, tag=tag)
+        deployed.namespace, deployed.served_name = f"lab-{RUN}", f"{model.name}-{RUN}"
+        deployed.start(_nowhere())
+        for router_mode in (ROUND_ROBIN, KV) if mode == AGGREGATED else (KV,):
+            with deployed.routed(router_mode):
+                pass
+
+
+def _probe(hosts: RecordingHosts, lab: Lab) -> None:
+    """What single tests ask of nodes and link."""
+    prefill, decode = lab.prefill[0], lab.decode[0]
+    node, server = lab.nodes[0], hosts.of(decode)
+    jobs = [{"name": lab.model.id, "config": {"of": lab.model.id}}]
+    asked: dict[str, Callable[[], object]] = {
+        "tests/kvcache: vLLM's own accounting": lambda: kvprobe.ask(
+            hosts.of(node), hosts.python_of(node, lab.vllm.version), jobs, LIMIT_S
+        ),
+        "tests/environment: NIXL between the nodes": lambda: nixlprobe.between_nodes(
+            hosts, lab, "nixlprobe", [PROBE], PROBE_REPEATS, LIMIT_S
+        ),
+    }
+    if prefill.kv_address != decode.kv_address:
+        asked["tests/environment: TCP between the nodes"] = lambda: linkspeed.measure_iperf3(
+            server,
+            hosts.of(prefill),
+            decode.kv_address,
+            server.reserve_port(decode.kv_address),
+            SPEED_S,
+            client_address=prefill.kv_address,
+            server_cpus=decode.cpus,
+            client_cpus=prefill.cpus,
         )
-    topologies = tuple(_topology(lab, ports, kind, tag, tuple(servers)) for kind in kinds)
-    what = "" if connector else ", without connector (--dedicated)"
-    return Deployed(lab, tag, connector, tuple(servers), topologies, what)
+    for heading, ask in asked.items():
+        hosts.heading(heading)
+        with contextlib.suppress(NothingRan):
+            ask()
+    made = [host.name for host in lab.hosts if host.namespace]
+    hosts.heading("tests/disagg/test_link_rates.py: rate of the link, here 1 Gbit/s; afterwards lifted")
+    for shaped in lab.nodes:
+        if shaped.host in made:
+            for rate in (SHAPED_BIT_S, None):
+                hosts.sheets[shaped.host].command(shlex.join(shaping.command(shaped, rate)))
 
 
-def _workers(own: Lab, ports: Ports) -> Deployed:
-    """As the fixture ``workers`` has them: two plain servers, and a router of each strategy in turn."""
-    lab = routing.workers_lab(own, routing.FULL)
-    model = _model(lab)
-    name = f"{model.name}-RUN"
-    plans = []
-    for node in routing.workers_nodes(lab):
-        port, events = (ports.reserve(node.host, node.address) for _ in range(2))
-        python = server_python(lab, node)
-        plans.append(plan_server(lab, node, model, name, port, None, python, routing.TAG, events))
-    servers = tuple(VllmServer(plan, NOBODY) for plan in plans)
-    sources = tuple(plan.event_source for plan in plans if plan.event_source)
-    hearing = Hearing(sources, lab.block_size, name)
-    controller = lab.controller
-    port, metrics = (ports.reserve(controller.host, controller.address) for _ in range(2))
-    url = f"http://{controller.address}:{port}"
-    topologies = []
-    for number, strategy in enumerate(STRATEGIES.values(), start=1):
-        argv = router_argv(
-            lab,
-            suite_python(lab, controller.host),
-            port,
-            metrics,
-            [server.url for server in servers],
-            [],
-            [],
-            strategy,
-            hearing if strategy.events else None,
-        )
-        router = Router(f"{strategy.name}{routing.TAG}-{number}", url, tuple(argv), NOBODY)
-        topologies.append(Topology(strategy.name, ROUTED, lab.vllm.version, router, servers))
-    what = f", for tests/routing (with --short {routing.SHORT.blocks} blocks)"
-    return Deployed(lab, routing.TAG, False, servers, tuple(topologies), what)
-
-
-def _topology(lab: Lab, ports: Ports, kind: str, tag: str, servers: tuple[VllmServer, ...]) -> Topology:
-    """As topology.Deployment routes it."""
-    prefill = tuple(server for server in servers if server.plan.node.role == "prefill")
-    decode = tuple(server for server in servers if server.plan.node.role == "decode")
-    split = kind == DISAGGREGATED
-    workers = () if split else prefill[:1] if kind == SINGLE else servers
-    controller = lab.controller
-    port, metrics = (ports.reserve(controller.host, controller.address) for _ in range(2))
-    argv = router_argv(
-        lab,
-        suite_python(lab, controller.host),
-        port,
-        metrics,
-        [server.url for server in workers],
-        [server.url for server in prefill],
-        [server.url for server in decode],
-    )
-    router = Router(kind + tag, f"http://{controller.address}:{port}", tuple(argv), NOBODY)
-    taking_part = servers if split else workers
-    return Topology(
-        kind + tag,
-        kind,
-        lab.vllm.version,
-        router,
-        taking_part,
-        prefill if split else (),
-        decode if split else (),
-    )
-
-
-def _model(lab: Lab) -> Model:
+def model_of(lab: Lab) -> Model:
     """The lab's model by its id: its folder differs from host to host, and is looked up there."""
     source = lab.model.id.removeprefix(PACKAGE_PREFIX)
     tokenizer = Path(lab.model.tokenizer) if lab.model.tokenizer else None
     return Model(PurePosixPath(source).name, Path(lab.model.id), {}, tokenizer)
 
 
-def _section(lab: Lab, name: str) -> HostSection | None:
-    return next((host for host in lab.hosts if host.name == name), None)
-
-
-def suite_python(lab: Lab, host: str) -> str:
-    """As Hosts has it; relative paths start at the home of the account there."""
-    section = _section(lab, host)
-    if section is None or section.namespace:
-        return sys.executable
-    return release.suite_python_there(section)
-
-
-def server_python(lab: Lab, node: NodeSection) -> str:
-    """As Hosts.python_of has it."""
-    section = _section(lab, node.host)
-    if section is None or section.namespace:
-        return release.python_of(lab)
-    return release.python_there(section, lab.vllm.version)
+def _nowhere() -> ProgressLine:
+    """A progress line that nobody sees."""
+    return ProgressLine("plan", stream=io.StringIO())
 
 
 def _head(lab: Lab) -> Iterator[str]:
@@ -224,198 +233,4 @@ def _head(lab: Lab) -> Iterator[str]:
     yield "# Relative paths on a remote host start at the account's home. Words in capitals:"
     for word, meaning in WORDS.items():
         yield f"#   {word}: {meaning}"
-    yield "# Not shown: what single tests add (NIXL probe, link speed, KV accounting, reference model)."
-
-
-def _host(lab: Lab, name: str, deployments: Sequence[Deployed]) -> Iterator[str]:
-    section = _section(lab, name)
-    nodes = lab.nodes_on(name)
-    parts = [f"{node.role} node {node.name}" for node in nodes]
-    parts += ["routers and load engine"] if lab.controller.host == name else []
-    yield f"# ===== {name}: {', '.join(parts) or 'runs pytest'}"
-    if section is None:
-        yield "# this machine: pytest starts each process below through a supervisor of its own"
-        yield "# reaping: leases of earlier sessions are read, and what still lives of them is ended"
-        yield from _made(lab)
-    else:
-        yield from _connection(lab, section, nodes)
-    if nodes or lab.controller.host == name:
-        yield from _versions(lab, nodes)
-        yield from _facts(lab, name, nodes)
-    yield from _lookups(lab, section, nodes)
-    for deployed in deployments:
-        yield from _servers(deployed, name)
-    if lab.controller.host == name:
-        for deployed in deployments:
-            yield from _routers(deployed)
-        yield from _load(lab, deployments)
-    if section is not None and section.namespace:
-        yield "# rate of the link in tests/disagg/test_link_rates.py, here 1 Gbit/s; afterwards lifted"
-        for node in nodes:
-            yield shlex.join(shaping.command(node, SHAPED_BIT_S))
-            yield shlex.join(shaping.command(node, None))
-
-
-def _made(lab: Lab) -> Iterator[str]:
-    """What makes the hosts that are made on this machine."""
-    made = [host for host in lab.hosts if host.namespace]
-    if not made:
-        return
-    nodes = [lab.nodes_on(host.name)[0] for host in made]
-    for host in made:
-        yield f"# made host {host.name}: namespaces and an SSH server{_bound(host.cpus)}"
-        yield shlex.join(
-            [*namespaces.UNSHARE, "sh", "-c", namespaces.BOOT, "sh", host.name, "/usr/sbin/sshd"]
-        )
-    yield "# their links"
-    for line in namespaces.outer_script(nodes, cast(Sequence[int], [f"PID-{host.name}" for host in made])):
-        yield f"ip {line}"
-    for host, node in zip(made, nodes, strict=True):
-        for line in namespaces.inner_script(node):
-            yield f"nsenter --net=/proc/PID-{host.name}/ns/net -- ip {line}"
-
-
-def _connection(lab: Lab, section: HostSection, nodes: Sequence[NodeSection]) -> Iterator[str]:
-    if section.namespace:
-        update = {
-            "address": nodes[0].address,
-            "port": namespaces.SSH_PORT,
-            "user": "root",
-            "key_file": "SCRATCH/client_key",
-            "known_hosts": "SCRATCH/known_hosts",
-        }
-        section = section.model_copy(update=update)
-    yield "# connection (by paramiko; what one would type), and the deputy's files on its standard input"
-    ssh = ssh_command(lab, section)
-    digest, archive = remote.bundle()
-    yield f"{ssh} {shlex.quote(remote.INSTALL.format(digest=digest))} < DEPUTY.tar   # {len(archive):,} B"
-    folder = '"${XDG_STATE_HOME:-$HOME/.local/state}"/disagglab/deputy/' + digest
-    command = f"{remote.SEARCH_PATH}; exec {shlex.quote(section.python)} -E -s -S {folder}"
-    yield "# the deputy: owns every process below, and ends them when the connection ends, or when it has"
-    yield f"# heard nothing for {section.heartbeat_s:g} s"
-    yield f"{ssh} {shlex.quote(command)}"
-    first = {
-        "run_id": "RUN",
-        "ports": [lab.ports.first, lab.ports.last],
-        "heartbeat_s": section.heartbeat_s,
-        "exclusive": True,
-    }
-    yield "# what it is told first: this session; and to end what earlier ones left (reaping)"
-    yield f"#   {json.dumps({'id': 0, **first})}"
-    yield f"#   {json.dumps({'id': 1, 'method': 'reap', 'args': []})}"
-
-
-def ssh_command(lab: Lab, section: HostSection) -> str:
-    """How one would log in to a host by hand, with what the lab file and ~/.ssh/config say."""
-    where = target(section)
-    words = ["ssh", "-p", str(where.port)]
-    words += [word for key in where.keys for word in ("-i", key)]
-    words += ["-o", f"UserKnownHostsFile={' '.join(where.known_hosts)}"]
-    words += ["-o", "StrictHostKeyChecking=yes", "-o", f"ConnectTimeout={where.connect_s:g}"]
-    hops: list[Target] = []
-    hop = section.jump
-    while hop is not None:
-        through = _section(lab, hop)
-        assert through is not None  # the lab file was checked
-        hops.insert(0, target(through))
-        hop = through.jump
-    if hops:
-        words += ["-J", ",".join(f"{one.user}@{one.address}:{one.port}" for one in hops)]
-    return shlex.join([*words, f"{where.user}@{where.address}"])
-
-
-def _versions(lab: Lab, nodes: Sequence[NodeSection]) -> Iterator[str]:
-    """As Hosts.require_environments asks."""
-    for node in nodes:
-        yield f"# whether the environment of {node.name} holds vLLM {lab.vllm.version}"
-        yield shlex.join([server_python(lab, node), "-c", release.ASK])
-
-
-def _facts(lab: Lab, name: str, nodes: Sequence[NodeSection]) -> Iterator[str]:
-    python = server_python(lab, nodes[0]) if nodes else suite_python(lab, name)
-    yield "# facts (by testinfra)"
-    yield from fact_commands(name, nodes, python)
-
-
-def fact_commands(name: str, nodes: Sequence[NodeSection], python: str) -> list[str]:
-    """The commands of facts.collect, noted by a host that answers just enough for all to be asked."""
-    from testinfra.backend.base import BaseBackend
-    from testinfra.host import Host
-
-    noted: list[str] = []
-    addresses = [{"ifname": "IF", "mtu": 0, "addr_info": [{"local": node.kv_address} for node in nodes]}]
-    answers = {
-        "uname -s": "Linux",
-        "/proc/meminfo": "MemTotal: 0 kB\nMemAvailable: 0 kB\n",
-        "importlib.metadata": "{}",
-        "libcuda": '{"modules": [], "gpus": [], "error": ""}',
-        "ip -json": json.dumps(addresses),
-    }
-
-    class Backend(BaseBackend):  # type: ignore[misc]
-        """Notes commands instead of running them."""
-
-        NAME = "plan"
-
-        def run(self, command: str, *args: str, **_: Any) -> Any:
-            text = self.get_command(command, *args)
-            if text not in noted:
-                noted.append(text)
-            said = next((answer for part, answer in answers.items() if part in text), "")
-            return self.result(0, text.encode(), said.encode(), b"")
-
-    try:
-        facts.collect(Host(Backend(name)), name, nodes, python)
-    except (ValueError, LookupError) as error:  # a fact that is no fact without a real answer
-        noted.append(f"# and what follows from the answer to that ({error})")
-    return noted
-
-
-def _lookups(lab: Lab, section: HostSection | None, nodes: Sequence[NodeSection]) -> Iterator[str]:
-    """Where the model lies, asked on a host that does not share this machine's files."""
-    if section is None or section.namespace:
-        return
-    python = (
-        server_python(lab, nodes[0]) if nodes and section.environments else suite_python(lab, section.name)
-    )
-    argv = [python, "-m", "disagglab.hosts.weights", lab.model.model_dump_json(), lab.file]
-    yield "# where the model lies there"
-    yield f"HF_HUB_OFFLINE=1 {shlex.join(argv)}"
-
-
-def _servers(deployed: Deployed, host: str) -> Iterator[str]:
-    for server in deployed.servers:
-        plan: ServerPlan = server.plan
-        if plan.node.host == host:
-            version = deployed.lab.vllm.version
-            yield f"# server {plan.process_name}: vLLM {version}{deployed.what}{_bound(plan.node.cpus)}"
-            yield plan.command
-
-
-def _routers(deployed: Deployed) -> Iterator[str]:
-    for topology in deployed.topologies:
-        kind = ", one at a time" if topology.kind == ROUTED else "" if deployed.connector else ", dedicated"
-        yield f"# router: {topology.name}{kind}{_bound(deployed.lab.controller.cpus)}"
-        yield f"NO_COLOR=1 {topology.router.command}"
-
-
-def _load(lab: Lab, deployments: Sequence[Deployed]) -> Iterator[str]:
-    cpus = lab.controller.cpus
-    yield f"# load engine: `vllm bench serve`, kept imported in one process{_bound(cpus)}"
-    worker = [suite_python(lab, lab.controller.host), "-m", "disagglab.measure.loadworker"]
-    yield f"HF_HUB_OFFLINE=1 PYTHONHASHSEED={HASH_SEED} {shlex.join(worker)}"
-    workloads = lab.gated_workloads
-    if workloads:
-        yield "# its jobs, each round on each topology: the workloads that the gates name"
-    tokenizer = _model(lab).tokenizer
-    for workload in workloads:
-        traces = Path("TRACES", f"{workload.name}.SEED.{workload.total_requests}.jsonl")
-        for deployed in deployments:
-            for topology in deployed.topologies if deployed.connector else ():
-                options = bench_options(topology, workload, traces, tokenizer, "SALT")
-                yield f"# {workload.name} on {topology.name}"
-                yield f"PYTHONHASHSEED={HASH_SEED} vllm bench serve {shlex.join(options)}"
-
-
-def _bound(cpus: Sequence[int]) -> str:
-    return f", bound to cores {','.join(map(str, cpus))}" if cpus else ""
+    yield "# Not shown: what is asked of servers over HTTP, and what single tests break or slow down."

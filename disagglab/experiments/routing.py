@@ -8,16 +8,18 @@ it chose by what it claims to choose by, and nothing else.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from disagglab import waiting
 from disagglab.config.checks import WORKERS
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.config.traffic import Dialogue
 from disagglab.config.variant import GPU_SHARE
 from disagglab.errors import InvalidRun
+from disagglab.hosts.hosts import Hosts
+from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import Request
 from disagglab.measure import ledger
 from disagglab.measure.ledger import FINISHED, FOUND, QUERIED
@@ -27,7 +29,7 @@ from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Reading, Snapshot
 from disagglab.serving.prometheus import delta
 from disagglab.serving.router import Router
-from disagglab.serving.topology import Topology
+from disagglab.serving.topology import Deployment, Topology
 from disagglab.serving.vllm import VllmServer
 
 TAG = "@routing"
@@ -76,6 +78,21 @@ def workers_lab(lab: Lab, size: Size) -> Lab:
 def workers_nodes(lab: Lab) -> tuple[NodeSection, ...]:
     """Where the workers run."""
     return lab.nodes[:WORKERS]
+
+
+def workers(hosts: Hosts, lab: Lab, model: Model, size: Size) -> Deployment:
+    """Equal servers on the lab's first nodes, without a KV connector, with small caches and KV events; they
+    are not started yet.
+    """
+    return Deployment(
+        hosts,
+        workers_lab(lab, size),
+        model,
+        connector=False,
+        nodes=workers_nodes(lab),
+        tag=TAG,
+        events=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -162,22 +179,23 @@ class Finisher:
         Raises:
             InvalidRun: if none has after 10 s, or more than one request was finished.
         """
-        deadline = time.monotonic() + SERVED_DEADLINE_S
-        while True:
-            now = {server.name: server.metrics() for server in self._servers}
-            grown = {name: round(delta(self._seen[name], now[name], FINISHED)) for name in now}
-            if sum(grown.values()) > 1:
-                raise InvalidRun(
-                    f"one request was answered, and servers finished {grown}; who else asks them?"
-                )
-            if sum(grown.values()) == 1:
-                self._seen = now
-                return next(name for name, count in grown.items() if count)
-            if time.monotonic() > deadline:
-                raise InvalidRun(
-                    f"a request was answered, and no server counts it within {SERVED_DEADLINE_S:g} s: {grown}"
-                )
-            time.sleep(POLL_S)
+        return waiting.until(
+            self._finished,
+            SERVED_DEADLINE_S,
+            lambda: InvalidRun(f"a request was answered, and no server counts it in {SERVED_DEADLINE_S:g} s"),
+            POLL_S,
+        )
+
+    def _finished(self) -> str:
+        """The server that has finished one request more; empty while none has."""
+        now = {server.name: server.metrics() for server in self._servers}
+        grown = {name: round(delta(self._seen[name], now[name], FINISHED)) for name in now}
+        if sum(grown.values()) > 1:
+            raise InvalidRun(f"one request was answered, and servers finished {grown}; who else asks them?")
+        if not any(grown.values()):
+            return ""
+        self._seen = now
+        return next(name for name, count in grown.items() if count)
 
 
 def lookups(router: Router) -> dict[str, int]:

@@ -24,7 +24,7 @@ from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import Change, EtcdClient
 from disagglab.serving.dynamo.parts import Worker, body
 from disagglab.serving.openai import COMPLETIONS, Completion, Stream, prompt_of
-from disagglab.serving.vllm import POLL_S
+from disagglab.serving.service import POLL_S
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # longer than any answer here; only a failing test waits so long
 KEPT_BYTES = 4096  # of the end of an answer: an error of Dynamo's frontend has 100 bytes

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import shlex
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from disagglab import waiting
 from disagglab.agent.deputy import Deputy
 from disagglab.agent.supervisor import Process
 from disagglab.errors import LabError
@@ -25,6 +25,8 @@ Call = Callable[..., Any]  # method of Deputy, then its arguments
 
 class HostProcess:
     """A process that a host's deputy owns. ``log``: on this machine, kept up to date while it runs."""
+
+    recorded = False  # whether it was only noted and never started (hosts/recording.py)
 
     def __init__(self, host: Host, name: str, argv: Sequence[str], started: Mapping[str, Any]) -> None:
         self.host = host
@@ -68,6 +70,31 @@ class HostProcess:
         self.host.follow(self.name)
         return self.log.read_text(errors="replace").splitlines()
 
+    def await_that(
+        self,
+        condition: Callable[[], bool],
+        limit_s: float,
+        without: Callable[[bool], Exception],
+        poll_s: float = WAIT_POLL_S,
+    ) -> None:
+        """Return when a condition holds that this process is to bring about.
+
+        Args:
+            without: makes the error; it is told whether the process still runs.
+
+        Raises:
+            Exception: what ``without`` makes, after ``limit_s`` or as soon as the process has ended.
+        """
+
+        def holds() -> bool:
+            if condition():
+                return True
+            if not self.alive:
+                raise without(False)
+            return False
+
+        waiting.until(holds, limit_s, lambda: without(True), poll_s)
+
     def wait(self, limit_s: float, tick: Callable[[], None] = lambda: None) -> list[str]:
         """Wait until the command has ended by itself; return the lines of its log. ``tick`` is called
         meanwhile.
@@ -76,10 +103,12 @@ class HostProcess:
             LabError: if it ends with another status than 0 or exceeds ``limit_s``; the message holds its last
             lines.
         """
-        deadline = time.monotonic() + limit_s
-        while (running := self.alive) and time.monotonic() < deadline:
+
+        def over() -> bool:
             tick()
-            time.sleep(WAIT_POLL_S)
+            return not self.alive
+
+        running = not waiting.last_answer(over, limit_s, WAIT_POLL_S)
         self.stop()
         lines = self.log.read_text(errors="replace").splitlines()
         if running or self.ended is None or self.ended["code"] != 0:

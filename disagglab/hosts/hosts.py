@@ -6,15 +6,15 @@ import contextlib
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from disagglab import waiting
 from disagglab.agent import leftovers
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab, NodeSection
 from disagglab.errors import StartError
-from disagglab.hosts import namespaces, release
+from disagglab.hosts import facts, namespaces, release
 from disagglab.hosts.host import Host, local_host
 from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
@@ -56,20 +56,35 @@ class Hosts:
         Raises:
             StartError: if a host cannot be reached or made, or runs another session.
         """
-        self._stack.enter_context(leftovers.exclusive())
-        self.local = local_host(self._run_id, self._ports, self._logs, sys.executable)
+        self._stack.enter_context(self._alone())
+        self.local = self._here()
         self._hosts["local"] = self.local
         self._reap(self.local)
         made = [host for host in self.lab.hosts if host.namespace]
         if made:
             nodes = {host.name: self.lab.nodes_on(host.name)[0] for host in made}
-            found, self._holders = namespaces.make(self.local, made, nodes)
+            found, self._holders = self._make(made, nodes)
             self.sections.update(found)
         for name in self.lab.host_names:
             if name != "local":
                 self._hosts[name] = self._connect(name)
                 self._reap(self._hosts[name])
         return self
+
+    def _alone(self) -> contextlib.AbstractContextManager[object]:
+        """What keeps a second session off this machine."""
+        return leftovers.exclusive()
+
+    def _here(self) -> Host:
+        """This machine."""
+        return local_host(self._run_id, self._ports, self._logs, sys.executable)
+
+    def _make(
+        self, made: Sequence[HostSection], nodes: Mapping[str, NodeSection]
+    ) -> tuple[dict[str, HostSection], list[str]]:
+        """Make the hosts that are made here; see :func:`namespaces.make`."""
+        namespaces.require_programs()
+        return namespaces.make(self.local, made, nodes)
 
     def _reap(self, host: Host) -> None:
         self.reaped += [{"host": host.name, **row} for row in host.reap()]
@@ -84,8 +99,14 @@ class Hosts:
 
     def _connect(self, name: str) -> RemoteHost:
         section = self.sections[name]
-        host = RemoteHost(section, self._connection(name), self._run_id, self._ports, self._logs)
-        if section.namespace:  # it shares our files
+        return self._sharing(
+            RemoteHost(section, self._connection(name), self._run_id, self._ports, self._logs)
+        )
+
+    @staticmethod
+    def _sharing(host: RemoteHost) -> RemoteHost:
+        """A host; one that was made here has our files."""
+        if host.section.namespace:
             host.folder, host.suite_python = str(ROOT), sys.executable
         return host
 
@@ -127,6 +148,20 @@ class Hosts:
                 raise StartError(
                     f"{node.name}: {python} on {node.host} holds {holds}, not {version}; make it: {mend}"
                 )
+
+    def survey(self) -> dict[str, dict[str, str]]:
+        """Refuse wrong environments, then read the facts of every host and its nodes, by title.
+
+        Raises:
+            StartError: see :meth:`require_environments`.
+        """
+        self.require_environments()
+        found: dict[str, dict[str, str]] = {}
+        for host in self.all:
+            nodes = self.lab.nodes_on(host.name)
+            python = self.python_of(nodes[0], self.lab.vllm.version) if nodes else host.suite_python
+            found.update(facts.collect(host.facts, host.name, nodes, python))
+        return found
 
     def model_on(self, node: NodeSection, model: Model, python: str) -> Model:
         """The lab's model as it lies on a node's host, found there by ``python``.
@@ -203,12 +238,13 @@ def require_memory_back(host: Host) -> None:
     """
     before = int(host.about["memory_available"])
     wanted = before - max(MEMORY_SLACK * before, MEMORY_SLACK_BYTES)
-    deadline = time.monotonic() + MEMORY_DEADLINE_S
-    while (now := host.memory_available()) < wanted:
-        if time.monotonic() > deadline:
-            raise StartError(
-                f"{host.name}: {now / 2**30:.1f} GiB available after the session,"
-                f" {before / 2**30:.1f} before;"
-                " see what took it: ps aux --sort -rss"
-            )
-        time.sleep(POLL_S)
+    waiting.until(
+        lambda: host.memory_available() >= wanted,
+        MEMORY_DEADLINE_S,
+        lambda: StartError(
+            f"{host.name}: {host.memory_available() / 2**30:.1f} GiB available after the session,"
+            f" {before / 2**30:.1f} before;"
+            " see what took it: ps aux --sort -rss"
+        ),
+        POLL_S,
+    )

@@ -10,11 +10,11 @@ import functools
 import json
 import re
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from disagglab import waiting
 from disagglab.errors import InvalidRun, StartError
 from disagglab.hosts.rdma import Device, roce_v2_addresses
 
@@ -29,6 +29,7 @@ MARGIN_S = 60.0  # beyond the measured time: connecting, memory registration, pr
 POLL_S = 0.05
 TAIL_LINES = 5
 LISTENING = "Server listening"  # in iperf3's output since 3.0
+NEVER_LISTENED = "ended before it listened"
 TCP_LISTEN = "0A"  # state of a socket in /proc/net/tcp
 
 
@@ -250,9 +251,9 @@ def measure_ib_write_bw(
             argv = ib_write_bw(rail.client_device, rail.client_gid, port, duration_s, address)
             clients.append(client_host.start(f"ib-write-bw-client-{port}", argv, {}))
             processes.append(clients[-1])
-        deadline = time.monotonic() + duration_s + MARGIN_S
-        while any(client.alive for client in clients) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+        waiting.last_answer(
+            lambda: not any(client.alive for client in clients), duration_s + MARGIN_S, POLL_S
+        )
     finally:
         for process in reversed(processes):
             process.stop()
@@ -263,14 +264,15 @@ def measure_ib_write_bw(
 
 
 def _wait_until_it_listens(server: HostProcess, listening: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while not listening():
-        alive = server.alive
-        if not alive or time.monotonic() > deadline:
-            how = f"does not listen after {START_LIMIT_S:g} s" if alive else "ended before it listened"
-            command = shlex.join(server.argv)
-            raise StartError(f"{server.name} {how}; command: {command}; it said: {_tail(_said(server))}")
-        time.sleep(POLL_S)
+    server.await_that(
+        listening,
+        START_LIMIT_S,
+        lambda alive: StartError(
+            f"{server.name} {f'does not listen after {START_LIMIT_S:g} s' if alive else NEVER_LISTENED};"
+            f" command: {shlex.join(server.argv)}; it said: {_tail(_said(server))}"
+        ),
+        POLL_S,
+    )
 
 
 def _port_listens(host: Host, port: int) -> bool:

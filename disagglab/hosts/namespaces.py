@@ -13,9 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from disagglab.agent.port import accepts
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
     from disagglab.hosts.host import Host, HostProcess
 
 CONTROL_INTERFACE = "control0"
+PREFIX = "made-host-"  # of the names of the processes that hold them
+SSHD = "/usr/sbin/sshd"
 SSH_PORT = 22  # of a network namespace of its own, where nobody else listens
 READY_DEADLINE_S = 20.0
 NETWORK_LIMIT_S = 30.0
@@ -85,24 +85,23 @@ def make(
         them, which have to be ended last.
 
     Raises:
-        StartError: if they cannot be made; without root, mostly.
+        StartError: if they cannot be made; see :func:`require_programs` before.
     """
-    require_programs()
     started = [_hold(local, host) for host in hosts]
     for process in started:
         _wait(process, functools.partial(_has_own_network, process), "a network namespace of its own")
     ends = [nodes[host.name] for host in hosts]
     pids = [process.pid for process in started]
-    outer = _write(local.logs, "made-hosts", outer_script(ends, pids))
-    local.run("made-hosts-links", ["ip", "-batch", str(outer)], {}, NETWORK_LIMIT_S)
+    outer = _write(local, "made-hosts", outer_script(ends, pids))
+    local.run("made-hosts-links", ["ip", "-batch", outer], {}, NETWORK_LIMIT_S)
     found = {}
     for host, node, process in zip(hosts, ends, started, strict=True):
-        inner = _write(local.logs, f"made-host-{host.name}", inner_script(node))
+        inner = _write(local, f"{PREFIX}{host.name}", inner_script(node))
         enter = ["nsenter", f"--net=/proc/{process.pid}/ns/net", "--"]
-        name = f"made-host-{host.name}-addresses"
-        local.run(name, [*enter, "ip", "-batch", str(inner)], {}, NETWORK_LIMIT_S)
+        name = f"{PREFIX}{host.name}-addresses"
+        local.run(name, [*enter, "ip", "-batch", inner], {}, NETWORK_LIMIT_S)
         _wait(process, functools.partial(accepts, node.address, SSH_PORT), "an SSH server that answers")
-        found[host.name] = _reachable(host, node, Path(process.scratch))
+        found[host.name] = _reachable(local, host, node, process.scratch)
     return found, [process.name for process in started]
 
 
@@ -125,8 +124,8 @@ def require_programs() -> None:
 def _hold(local: Host, host: HostSection) -> HostProcess:
     """Start the process that holds a host's namespaces and is its SSH server."""
     path = f"{os.environ.get('PATH', '')}:{SEARCH_PATH}"
-    argv = [*UNSHARE, "sh", "-c", BOOT, "sh", host.name, str(shutil.which("sshd", path=path))]
-    return local.start(f"made-host-{host.name}", argv, {"PATH": path}, host.cpus, grace_s=GRACE_S)
+    argv = [*UNSHARE, "sh", "-c", BOOT, "sh", host.name, shutil.which("sshd", path=path) or SSHD]
+    return local.start(f"{PREFIX}{host.name}", argv, {"PATH": path}, host.cpus, grace_s=GRACE_S)
 
 
 def _has_own_network(process: HostProcess) -> bool:
@@ -137,29 +136,26 @@ def _has_own_network(process: HostProcess) -> bool:
 
 
 def _wait(process: HostProcess, condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + READY_DEADLINE_S
-    while not condition():
-        if not process.alive or time.monotonic() > deadline:
-            last = process.log.read_text(errors="replace").strip().splitlines()[-3:]
-            raise StartError(
-                f"{process.name} has not got {what}: {' | '.join(last) or 'no reason given'};"
-                f" log: {process.log}"
-            )
-        time.sleep(POLL_S)
+    def without(_: bool) -> StartError:
+        last = process.log.read_text(errors="replace").strip().splitlines()[-3:]
+        said = " | ".join(last) or "no reason given"
+        return StartError(f"{process.name} has not got {what}: {said}; log: {process.log}")
+
+    process.await_that(condition, READY_DEADLINE_S, without, POLL_S)
 
 
-def _reachable(host: HostSection, node: NodeSection, scratch: Path) -> HostSection:
+def _reachable(local: Host, host: HostSection, node: NodeSection, scratch: str) -> HostSection:
     """The host with what an SSH client needs, taken from the files that it made when it booted."""
-    public = (scratch / "host_key.pub").read_text()
-    known = scratch / "known_hosts"
-    known.write_text(f"{node.address} {public}")
+    public = local.read_text(f"{scratch}/host_key.pub")
+    known = f"{scratch}/known_hosts"
+    local.write_text(known, f"{node.address} {public}")
     return host.model_copy(
         update={
             "address": node.address,
             "port": SSH_PORT,
             "user": "root",
-            "key_file": str(scratch / "client_key"),
-            "known_hosts": str(known),
+            "key_file": f"{scratch}/client_key",
+            "known_hosts": known,
         }
     )
 
@@ -195,8 +191,8 @@ def inner_script(node: NodeSection) -> list[str]:
     ]
 
 
-def _write(folder: Path, name: str, lines: Sequence[str]) -> Path:
-    """Keep a batch beside the logs, where a reader finds what was run."""
-    path = folder / f"{name}.ip"
-    path.write_text("\n".join(lines) + "\n")
+def _write(local: Host, name: str, lines: Sequence[str]) -> str:
+    """Keep a batch beside the logs, where a reader finds what was run; its path."""
+    path = str(local.logs / f"{name}.ip")
+    local.write_text(path, "\n".join(lines) + "\n")
     return path

@@ -29,7 +29,12 @@ from disagglab.hosts.host import Host
 from disagglab.hosts.ssh import LOST, Connection
 from disagglab.paths import ROOT
 
-SHIPPED = ("__init__.py", "errors.py", "agent/*.py")  # of the package: what a host needs to own processes
+SHIPPED = (
+    "__init__.py",
+    "errors.py",
+    "waiting.py",
+    "agent/*.py",
+)  # of the package: what a host needs to own processes
 MAIN = "import sys\nfrom disagglab.agent.deputy import main\nsys.exit(main())\n"
 SEARCH_PATH = 'PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"; export PATH'
 CALL_LIMIT_S = 120.0  # ending a process takes 45 s at most (disagglab/agent/process.py)

@@ -8,7 +8,7 @@ environment should be is in disagglab/install/environments.py.
 
 Standard library alone, also in what it imports, because it runs before anything is installed, possibly on a
 Python that is too old for the rest. The Makefile calls it before every target; when nothing has changed it
-returns at once. docs/install.md says what is installed and why.
+returns at once. docs/how-to/install.md says what is installed and why.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def failure(plan: Plan, what: str, result: Result) -> SetupError:
     elif NOT_FOUND in result.output:
         mend = (
             "the registry that pip is configured with lacks this pin: name one that has it in "
-            f"PIP_EXTRA_INDEX_URL, or a folder of wheels in PIP_FIND_LINKS (docs/install.md), {again}"
+            f"PIP_EXTRA_INDEX_URL, or a folder of wheels in PIP_FIND_LINKS (docs/how-to/install.md), {again}"
         )
     else:
         mend = f"see the last lines below, {again}; {plan.clean} starts from nothing"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
+from disagglab import text
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv import attention, modelconfig, shape
 from disagglab.kv import layout as kv_layout
@@ -79,9 +80,11 @@ class KvTable:
         if self.transfer_s is not None and self.link_bytes_per_s is not None:
             rate = f"ms at {self.link_bytes_per_s * BITS / 1e9:g} Gbit/s"
             rows.append(("transfer time, at least", f"{self.transfer_s * 1e3:,.3f}", rate))
-        width, digits = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+        names, values, units = zip(*rows, strict=True)
+        aligned = text.column(values, right=True)
+        figures = [f"{value} {unit}" for value, unit in zip(aligned, units, strict=True)]
         head = f"{self.model}: {self.layers} layers with a KV cache, {self.dtype}"
-        return [head, *(f"  {name:<{width}}  {value:>{digits}} {unit}" for name, value, unit in rows)]
+        return [head, *(f"  {line}" for line in text.table(list(zip(names, figures, strict=True))))]
 
 
 def table(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import secrets
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from disagglab import waiting
 from disagglab.config.arrivals import MAIN, STEADY, arrivals, write
 from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.results.records import ClientLoad, Run
+from disagglab.serving.service import read_tail
 from disagglab.serving.topology import Topology
-from disagglab.serving.vllm import read_tail
 
 JOB_DEADLINE_S = 1800.0  # with the imports of vLLM beside two booting servers
 POLL_S = 0.1
@@ -83,14 +83,22 @@ class LoadEngine:
         self._jobs += 1
         job = f"{self._process.scratch}/{self._jobs}"
         self._host.write_text(f"{job}.job", json.dumps(options))
-        started = time.monotonic()
-        while not self._host.exists(f"{job}.answer"):
-            if not self._process.alive:
-                tail = "\n".join(read_tail(self._process.log, 20))
-                raise InvalidRun(f"the load engine died; last lines of {self._process.log}:\n{tail}")
-            if time.monotonic() - started > JOB_DEADLINE_S:
-                raise InvalidRun(f"the load engine gave no answer within {JOB_DEADLINE_S:g} s")
-            time.sleep(POLL_S)
+        process = self._process
+
+        def answered() -> bool:
+            if self._host.exists(f"{job}.answer"):
+                return True
+            if not process.alive:
+                tail = "\n".join(read_tail(process.log, 20))
+                raise InvalidRun(f"the load engine died; last lines of {process.log}:\n{tail}")
+            return False
+
+        waiting.until(
+            answered,
+            JOB_DEADLINE_S,
+            lambda: InvalidRun(f"the load engine gave no answer within {JOB_DEADLINE_S:g} s"),
+            POLL_S,
+        )
         answer: dict[str, Any] = json.loads(self._host.read_text(f"{job}.answer"))
         return answer
 

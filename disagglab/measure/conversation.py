@@ -5,8 +5,9 @@ holds the real answers. A conversation of text goes through the model's chat tem
 (``/v1/chat/completions``); one of token ids is appended id by id (``/v1/completions``), so that its prompts
 are known exactly. One turn each makes a closed loop of independent requests.
 
-Times are those of docs/metrics.md, taken by the parser of serving/openai.py. They are as good as the event
-loop is punctual, so its lag and the CPU share of the process are watched meanwhile (measure/client_lag.py).
+Times are those of docs/reference/metrics.md, taken by the parser of serving/openai.py. They are as good as
+the event loop is punctual, so its lag and the CPU share of the process are watched meanwhile
+(measure/client_lag.py).
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ counter that was reset makes the run invalid, and the router's word counts for n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from disagglab import waiting
 from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
@@ -98,19 +98,20 @@ def settle(topology: Topology, before: Reading, requests: int) -> Reading:
 
     A reading that has not caught up is returned all the same; :func:`prove` then says what is missing.
     """
-    deadline = time.monotonic() + SETTLE_DEADLINE_S
     finishing = topology.decode or topology.servers
-    while True:
+    after = before
+
+    def caught_up() -> bool:
+        nonlocal after
         after = read(topology)
         finished = sum(_delta(before, after, server.name, FINISHED) for server in finishing)
         idle = all(s.value(RUNNING) + s.value(WAITING) == 0 for s in after.snapshots.values())
         connected = (server for server in topology.servers if server.plan.connector)
         moved = sum(_delta(before, after, server.name, TRANSFERS) for server in connected)
-        if finished >= requests and idle and (not topology.decode or moved >= requests):
-            return after
-        if time.monotonic() > deadline:
-            return after
-        time.sleep(POLL_S)
+        return finished >= requests and idle and (not topology.decode or moved >= requests)
+
+    waiting.last_answer(caught_up, SETTLE_DEADLINE_S, POLL_S)
+    return after
 
 
 def _delta(before: Reading, after: Reading, server: str, name: str, **labels: str) -> float:

@@ -5,7 +5,7 @@ requests is given, since what a cache still holds depends on it. A place is give
 the first request in the order whose conversation has none under way. So one that waits for its own
 conversation's earlier turn lets those behind it pass, and with one place the order is exact.
 
-Times are those of docs/metrics.md, as in disagglab/measure/conversation.py.
+Times are those of docs/reference/metrics.md, as in disagglab/measure/conversation.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Where disaggregated serving answers sooner than as many replicas: the break-even map, from measured or
 assumed speeds.
 
-The model is a few lines of queueing theory on the speeds of one engine; docs/break-even.md derives each of
-them. An engine works in steps. A step costs something by itself (reading the weights), and more for each
-sequence that gets a token in it and for each prompt that is computed in it. All times are means.
+The model is a few lines of queueing theory on the speeds of one engine; docs/explanation/break-even.md
+derives each of them. An engine works in steps. A step costs something by itself (reading the weights), and
+more for each sequence that gets a token in it and for each prompt that is computed in it. All times are
+means.
 """
 
 from __future__ import annotations

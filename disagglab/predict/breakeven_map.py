@@ -1,5 +1,6 @@
 """Where two nodes answer sooner as prefill and decode than as replicas, predicted from a lab file alone: the
-map that ``python -m disagglab predict`` prints, with what it assumes. docs/break-even.md explains both.
+map that ``python -m disagglab predict`` prints, with what it assumes. docs/explanation/break-even.md explains
+both.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from disagglab import text
 from disagglab.config.schema import Lab, SpeedSection
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv import attention, modelconfig
@@ -78,12 +80,8 @@ class Prediction:
             for prompt in self.prompts:
                 row = (_shown(cells.get((prompt, output)), self.most_sequences) for output in self.outputs)
                 rows.append([f"{prompt:,}", *row])
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
             found += ["", f"load {load:g} of what the replicas can bear, lengths in tokens"]
-            found += [
-                "  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-                for row in rows
-            ]
+            found += [f"  {line}" for line in text.table(rows, right=range(len(rows[0])))]
         return [*found, "", "assumptions:", *(f"- {line}" for line in self.assumptions)]
 
 

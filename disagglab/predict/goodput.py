@@ -3,7 +3,8 @@ request, and at which points most clearly.
 
 A mean cannot tell it, because a limit divides requests, not means. So the break-even model is advanced step
 by step (predict/simulation.py) through arrivals that are drawn as the load draws them, each request is held
-against the limits, and what the seeds say is judged like rounds that were measured. docs/break-even.md.
+against the limits, and what the seeds say is judged like rounds that were measured.
+docs/explanation/break-even.md.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from disagglab import text
 from disagglab.kv.layout import KvLayout
 
 LEAST_POINTS = 4  # one more than there are constants
@@ -145,5 +146,4 @@ def lines(rows: Sequence[Mapping[str, Any]], found: ScatterFit | None) -> list[s
                 "" if said is None else f"{said * 1e3:.3f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+    return text.table(table, right=range(len(table[0])))

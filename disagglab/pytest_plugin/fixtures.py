@@ -22,7 +22,6 @@ from disagglab.experiments.comparison import (
     variant_rows,
     verdict_rows,
 )
-from disagglab.hosts import facts
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model, find
 from disagglab.kv import attention, modelconfig
@@ -89,11 +88,7 @@ def hosts(live: Session) -> Iterator[Hosts]:
             found.open()
         if found.reaped:
             live.store.write_meta(reaped=found.reaped)
-        found.require_environments()
-        for host in found.all:
-            nodes = live.lab.nodes_on(host.name)
-            python = found.python_of(nodes[0], live.lab.vllm.version) if nodes else host.suite_python
-            live.store.facts.update(facts.collect(host.facts, host.name, nodes, python))
+        live.store.facts.update(found.survey())
         yield found
     finally:
         found.close()

@@ -26,7 +26,8 @@ from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient
 from disagglab.serving.dynamo.parts import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker
 from disagglab.serving.openai import Completion, prompt_of
-from disagglab.serving.vllm import POLL_S, require_memory
+from disagglab.serving.service import POLL_S
+from disagglab.serving.vllm import require_memory
 
 MIGRATIONS = 3  # --migration-limit of the second frontend
 LEASE_SHORT_S, LEASE_FULL_S = 10, 30  # the second is Dynamo's own

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from disagglab import text
 from disagglab.errors import ConfigError, Problem
-from disagglab.results import report
 from disagglab.results.archive import Archive, HistoryRun
 from disagglab.stats.changepoint import MIN_VALUES, ChangePoint, find
 from disagglab.stats.verdict import Direction
@@ -67,7 +67,7 @@ class Series:
     def rounds(self) -> str:
         """How many rounds the sessions had."""
         counts = [len(point.values) for point in self.points]
-        return report.number(min(counts)) + (f" to {max(counts)}" if max(counts) > min(counts) else "")
+        return text.number(min(counts)) + (f" to {max(counts)}" if max(counts) > min(counts) else "")
 
     def outcome(self, change: ChangePoint) -> str:
         """``better`` or ``worse``."""
@@ -142,8 +142,8 @@ def _judged(series: Series) -> Series:
 def change_text(series: Series, change: ChangePoint) -> str:
     """A change point as text: the first run of the new level, both levels, ratio - 1, outcome, p."""
     run_id = series.points[change.index].run.run_id
-    levels = f"{report.number(change.before)} → {report.number(change.after)}"
-    effect = f"{report.percent(change.change)} ({series.outcome(change)})"
+    levels = f"{text.number(change.before)} → {text.number(change.after)}"
+    effect = f"{text.percent(change.change)} ({series.outcome(change)})"
     return f"{run_id}: {levels}, {effect}, p {change.p:.2g}"
 
 
@@ -157,11 +157,11 @@ def lines(found: Sequence[Series]) -> list[str]:
             (
                 *(series.lab, series.model, "+".join(series.keys)),
                 *(series.workload, series.arm, series.metric, series.unit),
-                *(str(len(medians)), series.rounds, report.number(medians[0]), report.number(medians[-1])),
+                *(str(len(medians)), series.rounds, text.number(medians[0]), text.number(medians[-1])),
                 series.not_judged or last,
             )
         )
-    return report.table_lines(rows)
+    return text.table(rows)
 
 
 def summary(archive: Archive, found: Sequence[Series]) -> str:

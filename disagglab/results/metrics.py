@@ -1,4 +1,4 @@
-"""Run-level figures from per-request lists. docs/metrics.md defines each of them."""
+"""Run-level figures from per-request lists. docs/reference/metrics.md defines each of them."""
 
 from __future__ import annotations
 

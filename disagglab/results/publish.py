@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from disagglab import text
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import REPORTS
 from disagglab.results import plot, report
@@ -247,11 +248,11 @@ def _write(one: Finished, folder: Path, further: Mapping[str, str]) -> Mapping[s
     """Files of a session, cleaned; its ``run.json`` as it is written."""
     (folder / "plots").mkdir(parents=True)
     by = {**places(one.texts.values()), **further}
-    for name, text in one.texts.items():
+    for name, content in one.texts.items():
         for host in host_names(one.meta):
-            text = text.replace(f'"{FACT}": "{host}"', f'"{FACT}": "$HOST"')
-            text = text.replace(f"<td>{FACT}</td><td>{host}</td>", f"<td>{FACT}</td><td>$HOST</td>")
-        (folder / name).write_text(replaced(text.replace(DEAD_LINKS, NO_LINKS), by))
+            content = content.replace(f'"{FACT}": "{host}"', f'"{FACT}": "$HOST"')
+            content = content.replace(f"<td>{FACT}</td><td>{host}</td>", f"<td>{FACT}</td><td>$HOST</td>")
+        (folder / name).write_text(replaced(content.replace(DEAD_LINKS, NO_LINKS), by))
     meta: dict[str, Any] = {"run": one.run_id, **json.loads((folder / META).read_text())}
     (folder / META).write_text(json.dumps(meta, indent=1))
     for number, figure in enumerate(one.plots, 1):
@@ -350,17 +351,15 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield _line(*head, "noise floor", "gate")
     yield "|" + " --- |" * (len(head) + 2)
     for v in rows:
-        floor = v.get("noise_floor")
-        interval = f"{report.percent(v['effect'])} [{report.percent(v['low'])}, {report.percent(v['high'])}]"
         yield _line(
             v["workload"],
             v["metric"],
-            f"{v['candidate']} {report.number(v['candidate_value'])} {v['unit']}",
-            f"{v['baseline']} {report.number(v['baseline_value'])} {v['unit']}",
+            f"{v['candidate']} {text.number(v['candidate_value'])} {v['unit']}",
+            f"{v['baseline']} {text.number(v['baseline_value'])} {v['unit']}",
             v["outcome"] + (f" ({v['saturated']} runs saturated)" if v.get("saturated") else ""),
-            interval,
+            text.interval(v["effect"], v["low"], v["high"]),
             v["rounds"],
-            "none" if floor is None else report.percent(floor).replace("+", "±"),
+            text.margin(v.get("noise_floor")),
             v["gate"],
         )
 
@@ -373,8 +372,8 @@ def _values(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], 
     yield "|" + " --- |" * (len(keys) + 4)
     for row in rows:
         values = row["values"]
-        spread = f"{report.number(min(values))} to {report.number(max(values))}"
-        median = report.number(statistics.median(values))
+        spread = f"{text.number(min(values))} to {text.number(max(values))}"
+        median = text.number(statistics.median(values))
         yield _line(*(row.get(key, "") for key in keys), row["unit"], len(values), median, spread)
 
 

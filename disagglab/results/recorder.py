@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagglab.results.records import Plot, Record
@@ -66,7 +66,7 @@ class Recorder:
         title: str,
         x_label: str,
         y_label: str,
-        series: dict[str, tuple[Sequence[float], Sequence[float]]],
+        series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
         style: str = "line",
         caption: str = "",
         ticks: Sequence[str] = (),

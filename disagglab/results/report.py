@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markdown_it import MarkdownIt
 
+from disagglab import text
 from disagglab.config.schema import Lab
 from disagglab.results import plot
 from disagglab.results.records import Record, Run
@@ -43,20 +44,6 @@ class Module:
     tests: list[Claim] = field(default_factory=list)
 
 
-def number(value: float) -> str:
-    """A figure with four significant digits, large ones with separators and no exponent."""
-    if value != 0 and abs(value) < 0.001:
-        return f"{value:.3g}"
-    if abs(value) >= 10_000 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def percent(value: float) -> str:
-    """A relative difference as signed percent; an interval without limit reads ``unbounded``."""
-    return "unbounded" if value > 1e4 else f"{100 * value:+.1f} %"
-
-
 def lesson_html(readme: Path) -> str:
     """A module's README as HTML; raw HTML in it is escaped."""
     html: str = MarkdownIt("commonmark", {"html": False}).enable("table").render(readme.read_text())
@@ -68,7 +55,7 @@ def template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
     )
-    environment.filters.update(number=number, percent=percent)
+    environment.filters.update(number=text.number, percent=text.percent)
     return environment.get_template(name)
 
 
@@ -131,21 +118,13 @@ def verdict_lines(store: Store) -> list[str]:
             (
                 v.workload,
                 v.metric,
-                f"{v.candidate} {number(v.candidate_value)} {v.unit}",
-                f"{v.baseline} {number(v.baseline_value)} {v.unit}",
+                f"{v.candidate} {text.number(v.candidate_value)} {v.unit}",
+                f"{v.baseline} {text.number(v.baseline_value)} {v.unit}",
                 v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
-                f"{percent(v.effect)} [{percent(v.low)}, {percent(v.high)}]",
-                "none" if v.noise_floor is None else percent(v.noise_floor).replace("+", "±"),
+                text.interval(v.effect, v.low, v.high),
+                text.margin(v.noise_floor),
                 str(v.rounds),
                 v.gate,
             )
         )
-    return table_lines(rows)
-
-
-def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of equal length as lines with aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return text.table(rows)

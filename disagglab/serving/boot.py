@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
+from disagglab import waiting
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
 from disagglab.progress import ProgressLine
-from disagglab.serving.vllm import POLL_S, VllmServer, post_mortem
+from disagglab.serving.service import POLL_S
+from disagglab.serving.vllm import VllmServer, post_mortem
 
 CPU_PROGRESS_S = 0.05  # CPU time between two looks that counts as a sign of life
 
@@ -39,26 +42,35 @@ def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> N
             exceeds ``start_limit_s``, or when another process answers in its place.
     """
     watches = {server.name: _Watch(server) for server in servers}
-    while waiting := [server for server in servers if server.ready_s is None]:
-        for server in waiting:
-            if not server.process.alive:
-                raise StartError(f"{server.name} died while starting\n{post_mortem(server.process.log)}")
-            if server.is_ready():
-                server.ready_s = time.monotonic() - server.started
-                continue
-            watch = watches[server.name]
-            watch.look()
-            silent = time.monotonic() - watch.last_sign
-            if silent > lab.vllm.stall_s:
-                raise StartError(
-                    f"{server.name}: no log output, no CPU use for {silent:.0f} s (phase {server.phase()})\n"
-                    f"{post_mortem(server.process.log)}"
-                )
-            if time.monotonic() - server.started > lab.vllm.start_limit_s:
-                raise StartError(
-                    f"{server.name}: not ready after {lab.vllm.start_limit_s:.0f} s ([vllm] start_limit_s)\n"
-                    f"{post_mortem(server.process.log)}"
-                )
+
+    def all_ready() -> bool:
+        for server in servers:
+            if server.ready_s is None:
+                _look(server, watches[server.name], lab)
         line.show(", ".join(f"{s.name} {'ready' if s.ready_s is not None else s.phase()}" for s in servers))
-        time.sleep(POLL_S)
+        return all(server.ready_s is not None for server in servers)
+
+    waiting.last_answer(all_ready, math.inf, POLL_S)  # bounded for each server, by the lab file's limits
     line.done(", ".join(f"{server.name} ready after {server.ready_s:.0f} s" for server in servers))
+
+
+def _look(server: VllmServer, watch: _Watch, lab: Lab) -> None:
+    """Note that a server is ready; refuse to wait for one that is dead, silent or late."""
+    if not server.process.alive:
+        raise StartError(f"{server.name} died while starting\n{post_mortem(server.process.log)}")
+    took_s = time.monotonic() - server.started
+    if server.process.recorded or server.is_ready():
+        server.ready_s = took_s
+        return
+    watch.look()
+    silent_s = time.monotonic() - watch.last_sign
+    if silent_s > lab.vllm.stall_s:
+        raise StartError(
+            f"{server.name}: no log output, no CPU use for {silent_s:.0f} s (phase {server.phase()})\n"
+            f"{post_mortem(server.process.log)}"
+        )
+    if took_s > lab.vllm.start_limit_s:
+        raise StartError(
+            f"{server.name}: not ready after {lab.vllm.start_limit_s:.0f} s ([vllm] start_limit_s)\n"
+            f"{post_mortem(server.process.log)}"
+        )

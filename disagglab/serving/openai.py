@@ -1,9 +1,9 @@
 """A small streaming client for what the load engine cannot do: single requests, token ids, the handshake by
 hand. disagglab/measure/conversation.py holds conversations with it.
 
-Times follow docs/metrics.md: TTFT from just before the request is sent to the first chunk with a choice,
-chunk gaps between such chunks, end to end to the last of them. What it costs to make an HTTP client (44 ms
-on a small core, for the certificates that a secure connection would want) lies before that.
+Times follow docs/reference/metrics.md: TTFT from just before the request is sent to the first chunk with a
+choice, chunk gaps between such chunks, end to end to the last of them. What it costs to make an HTTP client
+(44 ms on a small core, for the certificates that a secure connection would want) lies before that.
 """
 
 from __future__ import annotations

@@ -14,16 +14,18 @@ from disagglab.hosts.host import Host, HostProcess
 from disagglab.predict.strategies import Strategy
 from disagglab.results.records import Snapshot
 from disagglab.serving.prometheus import scrape
-from disagglab.serving.vllm import HTTP_TIMEOUT_S, EventSource, VllmServer, await_process
+from disagglab.serving.service import HTTP_TIMEOUT_S, Service
+from disagglab.serving.vllm import EventSource, VllmServer
 
 READY_DEADLINE_S = 90.0  # ready after 1 to 2 s where nothing else runs
 
 
 @dataclass(frozen=True)
-class Router:
+class Router(Service):
     """A running router. ``url`` is what clients talk to.
 
     ``metrics_url``: base URL of its own metrics, which prove nothing about servers; empty: it has none.
+    ``serves``: the model that it has to list before it is ready.
     """
 
     name: str
@@ -31,11 +33,22 @@ class Router:
     argv: tuple[str, ...]
     process: HostProcess
     metrics_url: str = field(default="", kw_only=True)
+    serves: str = field(default="", kw_only=True)
 
     @property
     def command(self) -> str:
         """The command as one would type it."""
         return shlex.join(self.argv)
+
+    def is_ready(self) -> bool:
+        """Whether it lists this run's model."""
+        try:
+            answer = httpx.get(f"{self.url}/v1/models", timeout=HTTP_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200 and self.serves in [
+            row["id"] for row in answer.json().get("data", [])
+        ]
 
     def metrics(self) -> Snapshot:
         """Scrape its metrics now. vllm-router exposes a counter only when it has counted something.
@@ -146,23 +159,6 @@ def start_router(
     )
     process = host.start(f"router-{name}", argv, {"NO_COLOR": "1"}, lab.controller.cpus, [port, metrics_port])
     base, metrics_url = (f"http://{address}:{number}" for number in (port, metrics_port))
-    router = Router(name, base, tuple(argv), process, metrics_url=metrics_url)
-    try:
-        served_name = (*workers, *prefill, *decode)[0].plan.served_name
-        await_process(
-            process, lambda: _serves(router, served_name), f"router {name}", router.command, READY_DEADLINE_S
-        )
-    except BaseException:
-        process.stop()
-        raise
-    return router
-
-
-def _serves(router: Router, served_name: str) -> bool:
-    try:
-        answer = httpx.get(f"{router.url}/v1/models", timeout=HTTP_TIMEOUT_S)
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == 200 and any(
-        row["id"] == served_name for row in answer.json().get("data", [])
-    )
+    serves = (*workers, *prefill, *decode)[0].plan.served_name
+    router = Router(name, base, tuple(argv), process, metrics_url=metrics_url, serves=serves)
+    return router.brought_up(READY_DEADLINE_S)

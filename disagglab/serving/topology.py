@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.hosts import release
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.predict.strategies import Strategy
@@ -135,7 +134,7 @@ class Deployment:
         """
         boot.wait_ready(self.servers, self.lab, line)
         for server in self.servers:
-            release.require_served(server.name, server.url, self.lab.vllm.version)
+            server.require_release(self.lab.vllm.version)
         return self
 
     def topology(self, name: str) -> Topology:
@@ -201,7 +200,7 @@ class Deployment:
         try:
             yield Topology(strategy.name, kind, version, router, servers, tuple(prefill), tuple(decode))
         finally:
-            router.process.stop()
+            router.stop()
             self.hosts.router_ports.append(ports)
 
     def _hearing(self, sources: Sequence[EventSource] | None) -> Hearing:
@@ -216,10 +215,10 @@ class Deployment:
     def stop(self) -> None:
         """End routers and servers of this deployment."""
         for topology in self._topologies.values():
-            topology.router.process.stop()
+            topology.router.stop()
         self._topologies.clear()
         for server in self.servers:
-            server.process.stop()
+            server.stop()
         self.servers = ()
 
 

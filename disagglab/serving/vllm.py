@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,16 +16,15 @@ import httpx
 
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun, StartError
+from disagglab.hosts import release
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.hosts.weights import Model
 from disagglab.results.records import Snapshot
 from disagglab.serving.prometheus import scrape
+from disagglab.serving.service import HTTP_TIMEOUT_S, Service, read_tail
 from disagglab.variables import CPUS_VARIABLE
 
 LOG_TAIL_LINES = 40
-STARTED_TAIL_LINES = 20  # of a router, a store, a frontend
-POLL_S = 0.25
-HTTP_TIMEOUT_S = 5.0
 GIB = 2**30
 
 # What the log says when a phase begins, in order. The last entry that matched is the present phase.
@@ -234,8 +233,8 @@ def plan_engine(
 
 
 @dataclass
-class VllmServer:
-    """A running server. Build it with :meth:`start`, wait with :func:`wait_ready`."""
+class VllmServer(Service):
+    """A running server. Build it with :meth:`start`, wait with :func:`serving.boot.wait_ready`."""
 
     plan: ServerPlan
     process: HostProcess
@@ -265,6 +264,11 @@ class VllmServer:
         """Base URL, without ``/v1``."""
         return self.plan.url
 
+    @property
+    def command(self) -> str:
+        """The command as one would type it, environment first."""
+        return self.plan.command
+
     def metrics(self) -> Snapshot:
         """Scrape the server now."""
         return scrape(self.name, self.url)
@@ -292,6 +296,15 @@ class VllmServer:
                 f" see: ss -tlnp 'sport = :{self.plan.port}'"
             )
         return True
+
+    def require_release(self, version: str) -> None:
+        """Let the server itself say which vLLM release it is.
+
+        Raises:
+            StartError: if it is another one.
+        """
+        if not self.process.recorded:
+            release.require_served(self.name, self.url, version)
 
     def phase(self) -> str:
         """What the start is doing now, read from the log."""
@@ -323,43 +336,6 @@ def require_memory(host: Host, lab: Lab, servers: int) -> None:
             f"{have:.1f} GiB available on {host.name}, the lab wants {need:g} GiB before {servers} servers"
             f" start ([memory] floor_gib = {lab.memory.floor_gib:g} each); see: ps aux --sort -rss"
         )
-
-
-def await_process(
-    process: HostProcess,
-    ready: Callable[[], bool],
-    name: str,
-    command: str,
-    deadline_s: float,
-    lacks: Callable[[], str] = str,
-) -> None:
-    """Return when ``ready()`` says so, of a process that has nothing to tell meanwhile.
-
-    Args:
-        lacks: what is missing, for the message.
-
-    Raises:
-        StartError: if it ends before, or is not ready after ``deadline_s``, s. The message holds the end of
-            its log. The process is left to whoever started it.
-    """
-    deadline = time.monotonic() + deadline_s
-    while not ready():
-        if not process.alive or time.monotonic() > deadline:
-            state = f"is not ready after {deadline_s:g} s" if process.alive else "ended"
-            missing = f"; {text}" if (text := lacks()) else ""
-            tail = "\n".join(read_tail(process.log, STARTED_TAIL_LINES))
-            raise StartError(
-                f"{name} {state}{missing}; command: {command}\nlast lines of {process.log}:\n{tail}"
-            )
-        time.sleep(POLL_S)
-
-
-def read_tail(log: Path, lines: int) -> list[str]:
-    """The last ``lines`` lines of a log; empty if there is none."""
-    try:
-        return log.read_text(errors="replace").splitlines()[-lines:]
-    except FileNotFoundError:
-        return []
 
 
 def phase_of(lines: list[str]) -> str:

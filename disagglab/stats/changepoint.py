@@ -7,7 +7,7 @@ two neighbouring segments: two-sided, Student's t with a common variance, held a
 places where the two segments could have been split, because the place was chosen for being the most extreme
 one; a plain t test would forget that choice. Holm's correction is over the proposals of the series.
 
-Its selftest holds the rates of false alarms and of finds; docs/history.md has figures.
+Its selftest holds the rates of false alarms and of finds; docs/explanation/history.md has figures.
 """
 
 from __future__ import annotations

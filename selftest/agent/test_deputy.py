@@ -26,7 +26,7 @@ from disagglab.errors import InvalidRun, LabError, StartError, TransferError
 from disagglab.hosts.host import cores
 
 if TYPE_CHECKING:
-    from conftest import Standins
+    from selftest.conftest import Standins
 
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
 STUBBORN = ["sh", "-c", 'trap "" TERM; sleep 300 & echo $! > grandchild; echo $$ > child; wait']

@@ -26,7 +26,7 @@ from disagglab.agent.deputy import LOGS_KEPT
 from disagglab.hosts.remote import bundle
 
 if TYPE_CHECKING:
-    from conftest import Standins
+    from selftest.conftest import Standins
 
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
 PORTS = (20400, 20499)  # of no lab

@@ -25,7 +25,7 @@ from disagglab.errors import StartError
 from disagglab.paths import ROOT
 
 if TYPE_CHECKING:
-    from conftest import Standins
+    from selftest.conftest import Standins
 
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
 STUBBORN = ["sh", "-c", 'trap "" TERM; sleep 300 & echo $! > grandchild; echo $$ > child; wait']

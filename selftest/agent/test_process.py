@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -27,7 +27,7 @@ from disagglab.agent.process import OwnedProcess
 from disagglab.errors import StartError
 
 if TYPE_CHECKING:
-    from conftest import Standins
+    from selftest.conftest import Standins
 
 GRACE_S = 0.3
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
@@ -98,7 +98,7 @@ def own(state: Path, tmp_path: Path, standins: Standins) -> Iterator[Own]:
     """Makes owned processes that work in ``tmp_path``; stops them before stray stand-ins are killed."""
     made: list[OwnedProcess] = []
 
-    def make(argv: list[str], **options: object) -> OwnedProcess:
+    def make(argv: list[str], **options: Any) -> OwnedProcess:
         options = {"env": {"PATH": os.environ["PATH"]}, "grace_s": GRACE_S, **options}
         made.append(
             OwnedProcess(

@@ -82,9 +82,9 @@ def test_lengths_of_the_embedded_lab(smollm: Callable[[Messages], list[int]]) ->
         for system in made(shared_system=shared).systems:
             assert 195 <= len(smollm([{"role": "system", "content": system}])) - empty <= 210
     for message in (message for said in made().messages for message in said):
-        system = {"role": "system", "content": ""}
-        length = len(smollm([system, {"role": "user", "content": message}]))
-        assert 55 <= length - len(smollm([system, {"role": "user", "content": ""}])) <= 65, message
+        before = {"role": "system", "content": ""}
+        length = len(smollm([before, {"role": "user", "content": message}]))
+        assert 55 <= length - len(smollm([before, {"role": "user", "content": ""}])) <= 65, message
 
 
 def test_system_prompts_share_all_or_no_block(smollm: Callable[[Messages], list[int]]) -> None:

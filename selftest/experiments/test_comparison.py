@@ -18,6 +18,7 @@ from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.experiments import comparison
 from disagglab.experiments.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.measure import ledger
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
@@ -147,8 +148,13 @@ def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_
 
     def counts(cap: int, name: str) -> dict[str, int]:
         store = Store.create(tmp_path, name)
-        options = {"cap": cap, "open_workloads": lambda found: {"chat"} if len(found.runs) < 7 else set()}
-        found = run_rounds(none, arms, workloads, 2, store, none, lambda _: None, **options)
+
+        def still_open(found: Comparison) -> set[str]:
+            return {"chat"} if len(found.runs) < 7 else set()
+
+        found = run_rounds(
+            none, arms, workloads, 2, store, none, lambda _: None, cap=cap, open_workloads=still_open
+        )
         return {w.name: len(found.valid(w.name, SINGLE)) for w in workloads}
 
     assert counts(0, "none") == {"chat": 2, "one-user": 2}
@@ -181,9 +187,9 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: Any) -> None:
         raise InvalidRun("counters do not add up")
 
-    monkeypatch.setattr(comparison.ledger, "read", lambda _: None)
-    monkeypatch.setattr(comparison.ledger, "settle", lambda *_: None)
-    monkeypatch.setattr(comparison.ledger, "prove", refuse)
+    monkeypatch.setattr(ledger, "read", lambda _: None)
+    monkeypatch.setattr(ledger, "settle", lambda *_: None)
+    monkeypatch.setattr(ledger, "prove", refuse)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
     topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
     none: Any = None
@@ -274,7 +280,10 @@ def test_the_warm_up_fills_every_place() -> None:
 
 def test_counters_of_a_run_are_kept(tmp_path: Path) -> None:
     """Each server's samples before and after, beside the requests, named as Prometheus names them."""
-    samples = (("vllm:x_total", frozenset({("source", "a")}), 3.0), ("up", frozenset(), 1.0))
+    samples: tuple[tuple[str, frozenset[tuple[str, str]], float], ...] = (
+        ("vllm:x_total", frozenset({("source", "a")}), 3.0),
+        ("up", frozenset(), 1.0),
+    )
     reading = Reading({"a": Snapshot("a", "http://a/metrics", samples)}, {})
     store = Store.create(tmp_path, "run")
     store.add_run(replace(run(SINGLE, LAB.workload("chat"), 0), readings=(reading, reading)))
@@ -300,8 +309,8 @@ def test_an_invalid_run_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> N
     workload = LAB.workload("long-prompts-into-steady-decode")
     whole = run(SINGLE, workload, 0)
     over = replace(whole, e2e_s=(0.1,) * len(whole.e2e_s), ttft_s=(0.05,) * len(whole.ttft_s))
-    monkeypatch.setattr(comparison.ledger, "read", lambda _: None)
-    monkeypatch.setattr(comparison.ledger, "settle", lambda *_: None)
+    monkeypatch.setattr(ledger, "read", lambda _: None)
+    monkeypatch.setattr(ledger, "settle", lambda *_: None)
     engine: Any = SimpleNamespace(run=lambda *_: over)
     topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
     none: Any = None

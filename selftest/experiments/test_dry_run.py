@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
 import socket
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection, Lab
 from disagglab.experiments import dry_run, routing
-from disagglab.hosts import shaping, ssh
+from disagglab.hosts import recording, shaping, ssh
 from disagglab.hosts.namespaces import UNSHARE
+from disagglab.hosts.recording import RecordingHosts
 from disagglab.hosts.remote import bundle
+from disagglab.paths import LABS
 from disagglab.predict.strategies import STRATEGIES
+from disagglab.progress import ProgressLine
 from disagglab.serving.topology import TOPOLOGIES
 
-LABS = sorted(file.stem for file in Path("labs").glob("*.toml"))
+NAMES = sorted(file.stem for file in LABS.glob("*.toml"))
 
 
 @pytest.fixture(autouse=True)
@@ -39,24 +42,28 @@ def nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ssh, "USER_CONFIG", str(tmp_path / "config"))
 
 
-def without_workers(lines: Sequence[str]) -> list[str]:
-    """The lines less the servers and routers of tests/routing, which have tests of their own below."""
-    theirs = [
-        number
-        for number, line in enumerate(lines)
-        if line.startswith("#") and (routing.TAG in line or ", one at a time" in line)
-    ]
-    return [line for number, line in enumerate(lines) if number not in theirs and number - 1 not in theirs]
-
-
 def sections(lab: Lab, **options: Any) -> dict[str, list[str]]:
-    """The plan's lines by host, without the workers."""
+    """The plan's lines by host, less what single lessons start, which has tests of its own below."""
     found: dict[str, list[str]] = {"": []}
-    name = ""
-    for line in without_workers(dry_run.lines(lab, **options)):
+    name, lesson = "", False
+    for line in dry_run.lines(lab, **options):
         if line.startswith("# ===== "):
             name = line.removeprefix("# ===== ").partition(":")[0]
-        found.setdefault(name, []).append(line)
+        if line.startswith(("# ===== ", "# --- ")):
+            lesson = line.startswith("# --- tests/") and "link_rates" not in line
+        if not lesson:
+            found.setdefault(name, []).append(line)
+    return found
+
+
+def part(lab: Lab, heading: str) -> list[str]:
+    """The commands below one heading, all hosts together."""
+    found, inside = [], False
+    for line in dry_run.lines(lab):
+        if line.startswith(("# ===== ", "# --- ")):
+            inside = line.startswith(f"# --- {heading}")
+        elif inside and line and not line.startswith("#"):
+            found.append(line)
     return found
 
 
@@ -76,15 +83,14 @@ def option(line: str, name: str) -> str:
     return found[found.index(name) + 1]
 
 
-@pytest.mark.parametrize("name", LABS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_lab_has_a_plan_with_all_servers_routers_and_loads(name: str) -> None:
     lab = load_lab(name)
-    lines = [line for line in without_workers(dry_run.lines(lab)) if not line.startswith("#")]
+    lines = [line for found in sections(lab).values() for line in found if not line.startswith("#")]
     assert sum(" serve " in line and "entrypoints" in line for line in lines) == len(lab.nodes)
     assert sum("/vllm-router " in line for line in lines) == len(TOPOLOGIES)
     workloads = {gate.workload for gate in lab.gates}
     assert sum("vllm bench serve" in line for line in lines) == len(TOPOLOGIES) * len(workloads)
-    assert not any("what follows from the answer" in line for line in lines)
 
 
 def test_spark_needs_no_spark_and_says_what_runs_where() -> None:
@@ -118,50 +124,89 @@ def test_routers_lead_to_the_ports_that_the_servers_listen_on() -> None:
 
 
 def test_no_port_of_an_address_is_given_twice() -> None:
+    """Of the lab's own servers and routers and those of two releases, and as many as the lab check counts."""
     lab = load_lab("embedded")
-    deployed = dry_run.deploy(lab, "0.30.0", dedicated=True)
-    ports = [server.plan.port for one in deployed for server in one.servers]
-    for one_of in deployed:
-        alone = one_of.topologies[:1] if one_of.tag == routing.TAG else one_of.topologies
-        for topology in alone:
-            argv = topology.router.argv
-            ports += [int(argv[argv.index(name) + 1]) for name in ("--port", "--prometheus-port")]
-        for server in one_of.servers:
-            channel = server.plan.env.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
-            ports += [int(channel)] if channel else []
-            ports += [server.plan.events_port] if server.plan.events_port else []
+    hosts = RecordingHosts(lab)
+    hosts.open()
+    workers = routing.workers(hosts, lab, dry_run.model_of(lab), routing.FULL)
+    stages = dry_run.deploy(hosts, lab, "0.30.0", dedicated=True)
+    workers.start(ProgressLine("workers", stream=io.StringIO()))
+    with workers.routed(STRATEGIES["random"]) as routed:
+        topologies = [topology for stage in stages for topology in stage.topologies] + [routed]
+    ports = []
+    for server in [*workers.servers, *(one for stage in stages for one in stage.deployment.servers)]:
+        channel = server.plan.env.get("VLLM_NIXL_SIDE_CHANNEL_PORT")
+        ports += [server.plan.port, *([int(channel)] if channel else [])]
+        ports += [server.plan.events_port] if server.plan.events_port else []
+    for topology in topologies:
+        argv = topology.router.argv
+        ports += [int(argv[argv.index(name) + 1]) for name in ("--port", "--prometheus-port")]
     assert len(ports) == len(set(ports)) == ports_needed(2, 2)
     assert min(ports) == lab.ports.first
 
 
 def test_workers_publish_events_and_each_strategy_has_its_router() -> None:
     """The routers of the strategies follow one another, so they are shown with the same ports."""
-    workers = dry_run.deploy(load_lab("embedded"))[-1]
-    assert [server.plan.process_name for server in workers.servers] == ["vllm-a@routing", "vllm-b@routing"]
-    for server in workers.servers:
-        command = server.plan.command
+    found = part(load_lab("embedded"), "tests/routing")
+    servers = [line for line in found if "entrypoints" in line]
+    routers = [line for line in found if "/vllm-router " in line]
+    sources = []
+    for command in servers:
         assert option(command, "--num-gpu-blocks-override") == str(routing.FULL.blocks)
         assert "--enable-scale-out" in words(command)
         assert "--kv-transfer-config" not in words(command)
-        told = json.loads(option(command, "--kv-events-config"))
-        assert told["endpoint"] == f"tcp://*:{server.plan.events_port}"
-    commands = {topology.name: topology.router.command for topology in workers.topologies}
-    assert {name: option(line, "--policy") for name, line in commands.items()} == {
-        name: strategy.policy for name, strategy in STRATEGIES.items()
-    }
-    assert len({option(line, "--port") for line in commands.values()}) == 1
-    sources = [source for server in workers.servers if (source := server.plan.event_source)]
-    told = words(commands["kv_aware"])
-    for source in sources:
-        assert told[told.index(f"{source.url}={source.events}") - 1] == "--kv-event-source"
-    assert not any("--kv-event-source" in line for name, line in commands.items() if name != "kv_aware")
+        events = json.loads(option(command, "--kv-events-config"))["endpoint"].removeprefix("tcp://*:")
+        sources.append(f"http://127.0.0.1:{option(command, '--port')}=tcp://127.0.0.1:{events}")
+    assert [option(line, "--policy") for line in routers] == [one.policy for one in STRATEGIES.values()]
+    assert len({option(line, "--port") for line in routers}) == 1
+    told = [words(line) for line in routers if "--kv-event-source" in line]
+    assert len(told) == sum(strategy.events for strategy in STRATEGIES.values()) == 1
+    assert all(told[0][told[0].index(source) - 1] == "--kv-event-source" for source in sources)
+
+
+def test_dynamo_is_in_the_plan_with_its_stores_workers_and_frontends() -> None:
+    """The parts find each other by etcd: all of them are told the address at which it is started."""
+    lab = load_lab("embedded")
+    stores, workers, pair = (
+        part(lab, f"tests/dynamo: {name}") for name in ("etcd", "aggregated", "disaggregated")
+    )
+    url = option(stores[1], "--advertise-client-urls")
+    assert " -js " in stores[2]
+    for commands, transfer, frontends in ((workers, False, 2), (pair, True, 1)):
+        started = [line for line in commands if "disagglab.serving.dynamo.worker" in line]
+        assert ["--kv-transfer-config" in line for line in started] == [transfer] * 2
+        assert sum("dynamo.frontend" in line for line in commands) == frontends
+        assert len(commands) == 2 + frontends
+        assert all(f"ETCD_ENDPOINTS={url}" in shlex.split(line) for line in commands)
+    roles = [option(line, "--disaggregation-mode") for line in pair if "dynamo.worker" in line]
+    assert roles == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize("name", ["two-hosts", "spark"])
+def test_dynamo_runs_on_one_host_alone(name: str) -> None:
+    lab = load_lab(name)
+    assert part(lab, "tests/dynamo") == []
+    assert any("nothing: Dynamo runs on one host alone" in line for line in dry_run.lines(lab))
+
+
+def test_probes_of_nodes_and_link_are_in_the_plan() -> None:
+    """The reading end of the NIXL probe waits for the other's answer, so its command is the last."""
+    spark = load_lab("spark")
+    assert "kvprobe" in part(spark, "tests/kvcache")[0]
+    owner, reader = sorted(part(spark, "tests/environment: NIXL"), key=lambda line: " read " in line)
+    assert "nixlprobe own" in owner
+    assert "nixlprobe read" in reader
+    assert [words(line)[0] for line in part(spark, "tests/environment: TCP")] == ["iperf3", "iperf3"]
+    assert part(load_lab("embedded"), "tests/environment: TCP") == [], "nothing lies between its nodes"
 
 
 def test_made_hosts_come_with_the_commands_that_make_them_and_their_link() -> None:
     lab = load_lab("two-hosts")
     found = sections(lab)
-    assert sum(line.startswith(shlex.join(UNSHARE)) for line in found["local"]) == 2
-    assert "ip link add data0 netns PID-alpha type veth peer name data0 netns PID-beta" in found["local"]
+    assert sum(shlex.join(UNSHARE) in line for line in found["local"]) == 2
+    link = "#     link add data0 netns PID-alpha type veth peer name data0 netns PID-beta"
+    batch = found["local"].index(link)
+    assert any(line.startswith("ip -batch ") for line in found["local"][batch:])
     assert shlex.join(shaping.command(lab.nodes[0], dry_run.SHAPED_BIT_S)) in found["alpha"]
     assert one(found["alpha"], "exec python3").startswith("ssh -p 22 -i SCRATCH/client_key ")
 
@@ -183,7 +228,7 @@ def test_a_jump_host_and_a_key_are_in_the_command() -> None:
         HostSection(name="gate", address="gate.example", port=2222, user="g"),
     )
     lab = lab.model_copy(update={"hosts": hosts})
-    command = shlex.split(dry_run.ssh_command(lab, hosts[0]))
+    command = shlex.split(recording.ssh_command(lab, hosts[0]))
     assert command[:5] == ["ssh", "-p", "22", "-i", "/k"]
     assert command[-3:] == ["-J", "g@gate.example:2222", "u@10.0.0.1"]
 

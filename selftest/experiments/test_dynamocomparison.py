@@ -25,7 +25,7 @@ from disagglab.expectation import (
     hits_and_misses,
     standing,
 )
-from disagglab.experiments import talkcomparison
+from disagglab.experiments import routing
 from disagglab.experiments.comparison import Comparison
 from disagglab.experiments.dynamocomparison import (
     DYNAMO_KV,
@@ -151,8 +151,10 @@ def test_every_pair_of_arms_has_one_row() -> None:
         *((tagged(left), tagged(right)) for left, right in PAIRS[:3]),
     ], "the gate of chat has the fourth pair"
     loss, _, win = rows[2:]
-    assert (loss.outcome, loss.effect) == ("worse", pytest.approx(1 / 1.25 - 1)), "a loss is a verdict too"
-    assert (win.outcome, win.effect) == ("better", pytest.approx(0.25))
+    assert loss.outcome == "worse", "a loss is a verdict too"
+    assert loss.effect == pytest.approx(1 / 1.25 - 1)
+    assert win.outcome == "better"
+    assert win.effect == pytest.approx(0.25)
     assert all(row.gate == "beside" for row in rows[2:])
 
 
@@ -241,7 +243,7 @@ def test_a_dialogue_that_was_not_as_it_claims_is_refused(
     topology = Topology("x", kind, "0.31.0", NONE, servers)
     made = arm("x", spoken(0), client=ClientLoad(busy, 0.0, 0.0))
     made = dataclasses.replace(made, requests=dict(zip("ab", shares, strict=True)))
-    monkeypatch.setattr(talkcomparison.routing, "run_arm", lambda *args, **kwargs: made)
+    monkeypatch.setattr(routing, "run_arm", lambda *args, **kwargs: made)
     if not wrong:
         assert hold(topology, said(SIZE, 1), NONE, 2) is made
         return
@@ -311,7 +313,9 @@ def test_hits_and_misses_are_compared_at_equal_turn() -> None:
         return arm(name, spoken(0, time_s=9.0), spoken(1, 192, cached, time_s), spoken(2, 288, 192, 7.0))
 
     told = {DYNAMO_ROUND_ROBIN: [one("r", 64, 3.0)], DYNAMO_KV: [one("k", 96, 2.0)]}
-    assert hits_and_misses(told, TTFT) == [(pytest.approx(3.0), pytest.approx(2.0))], "turn 2 has no miss"
-    assert hits_and_misses(told, E2E) == [(pytest.approx(6.0), pytest.approx(4.0))]
+    (pair,) = hits_and_misses(told, TTFT)
+    assert pair == pytest.approx((3.0, 2.0)), "turn 2 has no miss"
+    (pair,) = hits_and_misses(told, E2E)
+    assert pair == pytest.approx((6.0, 4.0))
     both_hit = {DYNAMO_ROUND_ROBIN: [one("r", 96, 3.0)], DYNAMO_KV: [one("k", 96, 2.0)]}
     assert hits_and_misses(both_hit) == []

@@ -22,7 +22,8 @@ from disagglab.config.labs import load_lab, parse_lab
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import ConfigError, InvalidRun, TransferError
 from disagglab.experiments import dry_run
-from disagglab.hosts import link_counters
+from disagglab.hosts import facts, link_counters
+from disagglab.hosts.recording import RecordingHosts
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.measure import ledger, transfer
@@ -117,7 +118,10 @@ def test_ports_grow_with_the_nodes() -> None:
 def test_the_plan_routes_to_every_node(name: str) -> None:
     """The router gets each prefill and each decode server once; replicated is all nodes, single the first."""
     lab = load_lab(name)
-    deployed, _workers = dry_run.deploy(lab)
+    hosts = RecordingHosts(lab)
+    hosts.open()
+    (stage,) = dry_run.deploy(hosts, lab)
+    deployed = stage.deployment
     urls = {
         role: [s.url for s in deployed.servers if s.plan.node.role == role] for role in ("prefill", "decode")
     }
@@ -126,7 +130,7 @@ def test_the_plan_routes_to_every_node(name: str) -> None:
     }  # fmt: skip
     ports = [server.plan.port for server in deployed.servers]
     assert len(set(ports)) == len(lab.nodes)
-    single, replicated, split = deployed.topologies
+    single, replicated, split = stage.topologies
     assert [s.name for s in single.servers] == [lab.prefill[0].name]
     assert [s.name for s in replicated.servers] == [node.name for node in lab.nodes]
     for role, found in urls.items():
@@ -304,7 +308,7 @@ def place(name: str, host: str, interface: str | None) -> tuple[Any, NodeSection
 
 def test_the_wire_of_several_nodes_is_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each link once, whoever shares it; a node without one leaves the sum unknown."""
-    monkeypatch.setattr(link_counters.facts, "network", lambda *_: {"MTU": "1500"})
+    monkeypatch.setattr(facts, "network", lambda *_: {"MTU": "1500"})
     two_hosts = link_counters.read_all([place("a", "h", "data0"), place("b", "i", "data0")])
     assert two_hosts is not None
     assert (two_hosts.node, two_hosts.received, two_hosts.sent) == ("a + b", 2000, 100)

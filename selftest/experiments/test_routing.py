@@ -6,7 +6,7 @@ Oracles: two requests whose blocks can be counted by hand, with one number of on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from disagglab.results.records import Reading, Sent, Snapshot
 from disagglab.serving import prometheus, router, topology
 from disagglab.serving.router import Hearing, Router, router_argv
 from disagglab.serving.topology import REPLICATED, ROUTED, Deployment, Topology
-from disagglab.serving.vllm import EventSource, events_config
+from disagglab.serving.vllm import EventSource, VllmServer, events_config
 
 NO_ROUTER: Any = None
 COUNTERS = (
@@ -87,7 +87,7 @@ COUNTED = {
 }  # fmt: skip
 
 
-def proved(turns: tuple[Spoken, ...] = TOGETHER, **changes: float) -> Arm:
+def proved(turns: tuple[Spoken, ...] = TOGETHER, /, **changes: float) -> Arm:
     """The arm of these turns, if server a counts what it should, changed by ``changes``."""
     grown = {key: value + changes.get(name_of(key), 0) for key, value in COUNTED.items()}
     before, after = readings(a=grown, b={})
@@ -319,17 +319,18 @@ def test_the_ports_of_a_router_that_does_not_come_up_are_used_again(monkeypatch:
     assert given == [(100, 101)] * 3
 
 
-def test_a_router_that_does_not_come_up_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_router_that_does_not_come_up_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, noted_process: Callable[..., Any]
+) -> None:
     """Alive or not, its supervisor is told to end, so that its ports are free for the next one."""
-    (tmp_path / "log").write_text("no worker\n")
-    stopped: list[bool] = []
-    process = SimpleNamespace(alive=False, log=tmp_path / "log", stop=lambda: stopped.append(True))
+    (tmp_path / "router-x.log").write_text("no worker\n")
+    process = noted_process(tmp_path / "router-x.log", lives=False)
     host: Any = SimpleNamespace(suite_python="/v/bin/python", start=lambda *_: process)
     worker: Any = SimpleNamespace(url="http://a", plan=SimpleNamespace(served_name="m"))
-    monkeypatch.setattr(router, "_serves", lambda *_: False)
-    with pytest.raises(StartError, match=r"router x ended; command: (.|\n)*no worker"):
+    monkeypatch.setattr(router.Router, "is_ready", lambda _: False)
+    with pytest.raises(StartError, match=r"router-x ended; command: (.|\n)*no worker"):
         router.start_router(host, load_lab("embedded"), "x", [worker], ports=(1, 2))
-    assert stopped == [True]
+    assert process.was_ended == ["stop"]
 
 
 def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,9 +340,9 @@ def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pyte
     def start(_host: Any, _lab: Any, plan: Any, _ports: Any) -> Any:
         if plan == "b":
             raise StartError("no such program")
-        return SimpleNamespace(process=SimpleNamespace(stop=lambda: stopped.append(plan)))
+        return SimpleNamespace(stop=lambda: stopped.append(plan))
 
-    monkeypatch.setattr(topology.VllmServer, "start", start)
+    monkeypatch.setattr(VllmServer, "start", start)
     monkeypatch.setattr(topology, "plan_server", lambda _lab, node, *_: node.name)
     host = SimpleNamespace(reserve_port=lambda _: 1)
     hosts: Any = SimpleNamespace(of=lambda _: host, python_of=lambda *_: "/p", model_on=lambda *_: None)

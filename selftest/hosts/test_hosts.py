@@ -32,7 +32,7 @@ from disagglab.hosts.weights import Model
 from disagglab.paths import ROOT
 
 if TYPE_CHECKING:
-    from conftest import SshServer, Standins
+    from selftest.conftest import SshServer, Standins
 
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
 TRY_LOCK = "from disagglab.agent.leftovers import exclusive\nwith exclusive(): pass"

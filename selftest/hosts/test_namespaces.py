@@ -28,7 +28,7 @@ from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
-    from conftest import Standins
+    from selftest.conftest import Standins
 
 makes_hosts = pytest.mark.usefixtures("may_make_hosts")
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
@@ -59,7 +59,7 @@ def node_of(number: int) -> NodeSection:
         address=f"198.19.{network // 64}.{network % 64 * 4 + 2}",
         data_address=f"198.18.109.{number + 1}",
         interface="data0",
-        role=ROLES[number % 2],  # type: ignore[arg-type]
+        role=ROLES[number % 2],
         cpus=[CORE],
     )
 
@@ -89,6 +89,7 @@ class Pair:
     def make(self) -> Pair:
         """Make them, and connect."""
         sections = [HostSection(name=node.host, namespace=True, cpus=[CORE]) for node in NODES]
+        namespaces.require_programs()
         found, self.names = namespaces.make(self.local, sections, {node.host: node for node in NODES})
         self.sections = list(found.values())
         for section in self.sections:
@@ -265,15 +266,13 @@ def test_only_the_hosts_own_key_is_let_in(pair: Pair, tmp_path: Path) -> None:
 
 def no_root(patch: pytest.MonkeyPatch) -> None:
     """As any user."""
-    patch.setattr(namespaces.os, "geteuid", lambda: 1000)
+    patch.setattr(os, "geteuid", lambda: 1000)
 
 
 def no_sshd(patch: pytest.MonkeyPatch) -> None:
     """As on a machine without OpenSSH's server."""
-    stock = namespaces.shutil.which
-    patch.setattr(
-        namespaces.shutil, "which", lambda name, path=None: None if name == "sshd" else stock(name, path=path)
-    )
+    stock = shutil.which
+    patch.setattr(shutil, "which", lambda name, path=None: None if name == "sshd" else stock(name, path=path))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,7 @@ def test_what_is_lacking_is_said_before_anything_starts(
     state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: Callable[..., None], message: str
 ) -> None:
     """Root, or a program: the message has the mend, and there is no process."""
-    monkeypatch.setattr(namespaces.shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/usr/bin/{name}")
     lacking(monkeypatch)
     with pytest.raises(StartError, match=message):
         Pair(tmp_path).make()
@@ -332,7 +331,9 @@ def test_a_killed_holder_takes_its_host_along(pair: Pair, standins: Standins) ->
         standins.until(lambda: not pair.remote[0].exists("/"), "the connection ends")
     assert pair.remote[1].exists("/")
 
-    psutil.Process(pair.holders[1].pid).parent().kill()
+    supervisor = psutil.Process(pair.holders[1].pid).parent()
+    assert supervisor is not None
+    supervisor.kill()
 
     standins.until(lambda: standins.gone(*inside[1]), "every process of the other host has ended")
     standins.until(lambda: not pair.interface(1).exists(), "its interface is gone, too")

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import testinfra
@@ -240,7 +241,8 @@ def test_rdma_packets_fit_the_interface(mtu: int, data: int) -> None:
 @pytest.mark.parametrize("key", ["state", "rate", "gids"])
 def test_facts_say_what_is_missing(spark: dict[str, Device], key: str) -> None:
     """A named device that is absent, a missing GID and a down port are facts, and never an error."""
-    broken = {**spark, "rocep1s0f0": replace(spark["rocep1s0f0"], **{key: () if key == "gids" else ""})}
+    lacking: dict[str, Any] = {key: () if key == "gids" else ""}
+    broken = {**spark, "rocep1s0f0": replace(spark["rocep1s0f0"], **lacking)}
     found = rdma.facts_of(broken, ["rocep1s0f0", "mlx5_9"], "192.168.100.10")
     assert found["mlx5_9"].startswith("absent; there is: roceP2p1s0f0")
     assert found["rocep1s0f0 PCIe"].startswith("0000:01:00.0, 32 GT/s x4 = 126.0 Gbit/s")

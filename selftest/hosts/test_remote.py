@@ -24,7 +24,7 @@ from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
-    from conftest import SshServer, Standins
+    from selftest.conftest import SshServer, Standins
 
 TREE = ["sh", "-c", "echo $$ > child; sleep 300 & echo $! > grandchild; wait"]
 SHOW_WORDS = "import json, sys; print(json.dumps(sys.argv[1:]))"

@@ -24,7 +24,7 @@ from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
-    from conftest import Remote, SshServer, Standins
+    from selftest.conftest import Remote, SshServer, Standins
 
 STUBBORN = ["sh", "-c", 'trap "" TERM; echo $$ > child; while :; do sleep 0.02; done']
 GRACE_S = 0.3

@@ -21,7 +21,7 @@ from disagglab.hosts.ssh import Connection, target
 from disagglab.paths import ROOT
 
 if TYPE_CHECKING:
-    from conftest import Remote, SshServer, Standins
+    from selftest.conftest import Remote, SshServer, Standins
 
 
 def test_paths_there_begin_at_the_home_there(remote_host: Remote, sshd: SshServer) -> None:
@@ -86,7 +86,10 @@ def test_the_deputys_files_are_placed_once(remote_host: Remote, sshd: SshServer)
         subprocess.run(["tar", "-t"], input=archive, capture_output=True, check=True).stdout.decode().split()
     )
     agent = (f"disagglab/agent/{path.name}" for path in (ROOT / "disagglab" / "agent").glob("*.py"))
-    assert shown == [*sorted([*agent, "disagglab/__init__.py", "disagglab/errors.py"]), "__main__.py"]
+    assert shown == [
+        *sorted([*agent, "disagglab/__init__.py", "disagglab/errors.py", "disagglab/waiting.py"]),
+        "__main__.py",
+    ]
 
 
 def test_the_command_is_quoted(remote_host: Remote, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from disagglab.hosts import ssh
 from disagglab.hosts.ssh import Connection, target
 
 if TYPE_CHECKING:
-    from conftest import SshServer, Standins
+    from selftest.conftest import SshServer, Standins
 
 MIB = 2**20
 SHELL_LIMIT_S = 20

@@ -5,6 +5,7 @@ The conversion itself is a stand-in program here; the real one runs in every fir
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from disagglab.agent.process import OwnedProcess
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError
@@ -47,11 +49,10 @@ def packaged(state: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> La
     gguf.write_text("gguf")
     monkeypatch.setenv("DISAGGLAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(weights, "_gguf_of", lambda package, lab: gguf)
-    monkeypatch.setattr(weights.importlib.metadata, "version", lambda name: "1.0")
-    real = weights.OwnedProcess
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
 
     def owned(name: str, argv: list[str], *rest: Any, **options: Any) -> Any:
-        return real(name, [sys.executable, "-c", CONVERTER, argv[4], str(tmp_path)], *rest, **options)
+        return OwnedProcess(name, [sys.executable, "-c", CONVERTER, argv[4], str(tmp_path)], *rest, **options)
 
     monkeypatch.setattr(weights, "OwnedProcess", owned)
     return lab_with("package:tiny")

@@ -53,7 +53,7 @@ def test_a_part_that_changed_on_its_way_is_refused(tmp_path: Path) -> None:
     parts.mkdir()
     (parts / "part.00").write_text("torn")
     (parts / "SHA256SUMS").write_text(f"{'0' * 64}  part.00\n")
-    argv = [OFFLINE / "install.sh", parts, tmp_path / "venv"]
+    argv: list[str | Path] = [OFFLINE / "install.sh", parts, tmp_path / "venv"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode != 0
     assert "part.00" in done.stderr + done.stdout
@@ -62,7 +62,7 @@ def test_a_part_that_changed_on_its_way_is_refused(tmp_path: Path) -> None:
 
 def test_the_plugin_is_found_where_the_suite_was_not_installed_by_pip(tmp_path: Path) -> None:
     """vLLM loads the plugin by its entry point, which the unpacked suite would not have."""
-    argv = [sys.executable, OFFLINE / "metadata.py", tmp_path]
+    argv: list[str | Path] = [sys.executable, OFFLINE / "metadata.py", tmp_path]
     subprocess.run(argv, check=True, timeout=LIMIT_S)
     (found,) = importlib.metadata.distributions(name="disagglab", path=[str(tmp_path)])
     (entry,) = found.entry_points

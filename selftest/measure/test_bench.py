@@ -146,7 +146,7 @@ def topology(model: str) -> Any:
 @pytest.mark.parametrize("is_local", [True, False])
 def test_a_job_is_a_file_and_so_is_its_answer(host: Host, tmp_path: Path, is_local: bool) -> None:
     """One worker answers run after run; on another host it finds a copy of the trace in its scratch."""
-    host.is_local = is_local  # type: ignore[misc]
+    host.is_local = is_local
     engine = bench.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
     for number in range(2):
         run = engine.run(topology("M"), WORKLOAD, seed=1, number=number)

@@ -20,9 +20,8 @@ def reading(descriptors: float, post_s: float) -> Reading:
     """A prefill server that counts nothing, and a decode server with these counters."""
 
     def snapshot(name: str, share: float) -> Snapshot:
-        started = (PROCESS_START, frozenset(), 1.0)
-        samples = (
-            started,
+        samples: tuple[tuple[str, frozenset[tuple[str, str]], float], ...] = (
+            (PROCESS_START, frozenset(), 1.0),
             (transfer_stats.DESCRIPTORS, frozenset(), share * descriptors),
             (transfer_stats.POST_TIME, frozenset(), share * post_s),
         )

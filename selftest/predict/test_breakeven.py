@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -111,9 +112,7 @@ def test_share_of_time_in_which_a_node_decodes() -> None:
         ({"link_bytes_per_s": 1e4}, Point(400, 11, 0.1), "link"),
     ],
 )
-def test_a_station_that_falls_behind_is_an_outcome(
-    change: dict[str, float], point: Point, named: str
-) -> None:
+def test_a_station_that_falls_behind_is_an_outcome(change: dict[str, Any], point: Point, named: str) -> None:
     """A queue that grows without end: an infinite ratio, and the name of the station."""
     cluster = dataclasses.replace(CLUSTER, speeds=dataclasses.replace(ROUND, **change))
     found = outcome(cluster, point)
@@ -359,7 +358,7 @@ def test_fit_finds_all_speeds_and_no_negative_one() -> None:
     assert found.prefill.per_token_s == pytest.approx(true.prefill.per_token_s)
     assert found.step.per_context_token_s == pytest.approx(true.step.per_context_token_s)
     assert found.step.base_s == pytest.approx(true.step.base_s)
-    assert (found.request_s, found.handoff_s) == (pytest.approx(0.01), pytest.approx(0.01))
+    assert [found.request_s, found.handoff_s] == pytest.approx([0.01, 0.01])
     assert (found.link_bytes_per_s, found.link_latency_s) == (1e8, 0.002)
     falling = speedfit.fit_step([StepTime(1, 64, 0.05), StepTime(2, 64, 0.04), StepTime(4, 64, 0.03)])
     assert min(dataclasses.astuple(falling)) >= 0

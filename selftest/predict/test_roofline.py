@@ -78,7 +78,7 @@ def test_speeds_by_hand() -> None:
     assert found.link_bytes_per_s == 1e9
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts": ({"num_experts": 8}, "num_experts"),
     "unknown type": ({"model_type": "gpt2"}, "model_type"),
     "no type": ({"model_type": None}, "model_type"),

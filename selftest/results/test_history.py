@@ -227,7 +227,7 @@ def test_what_is_left_out_is_said(capsys: Capture, tmp_path: Path) -> None:
     assert summary.startswith("1 run with figures")
 
 
-BAD_META = {
+BAD_META: dict[str, tuple[str | bytes, str]] = {
     "torn": ('{"lab": ', "not JSON"),
     "not UTF-8": (b"\xff", "not JSON"),
     "a list": ("[]", "not an object"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +27,7 @@ def agent_class(states: list[str], times: list[float], monkeypatch: pytest.Monke
         def get_xfer_telemetry(self, handle: object) -> SimpleNamespace:
             return SimpleNamespace(totalBytes=4096, descCount=3)
 
-    monkeypatch.setattr(transfer_log.time, "perf_counter", lambda: times.pop(0))
+    monkeypatch.setattr(time, "perf_counter", lambda: times.pop(0))
     transfer_log.watch(Agent)
     return Agent
 

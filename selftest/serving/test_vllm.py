@@ -22,7 +22,6 @@ from disagglab.serving.boot import wait_ready
 from disagglab.serving.vllm import (
     ServerPlan,
     VllmServer,
-    await_process,
     phase_of,
     plan_server,
     post_mortem,
@@ -173,7 +172,11 @@ def server_at(
     """A server whose process is made up. ``strangers``: ports that others listen on."""
     made = plan_server(lab, lab.nodes[0], MODEL, "M-1234", port, None, PYTHON)
     process: Any = SimpleNamespace(
-        is_anothers_port=lambda asked: asked in strangers, cpu_s=lambda: 0.0, alive=alive, log=log
+        is_anothers_port=lambda asked: asked in strangers,
+        cpu_s=lambda: 0.0,
+        alive=alive,
+        log=log,
+        recorded=False,
     )
     return VllmServer(made, process)
 
@@ -234,27 +237,3 @@ def test_the_memory_limit_reaches_the_supervisor(lab: Lab, stop_gib: float, stop
     assert started == [
         (("vllm-b", made.argv, made.env, [1], [21000, 21001]), {"memory_stop_bytes": stop_bytes})
     ]
-
-
-def test_a_process_that_is_not_ready_is_an_error_with_its_log(tmp_path: Path) -> None:
-    """The message says whether it lives, what is missing, its command, and holds the end of the log."""
-    log = tmp_path / "worker.log"
-    log.write_text("cannot reach etcd\n")
-    living, dead = (SimpleNamespace(alive=alive, log=log) for alive in (True, False))
-
-    asked: list[Any] = []
-
-    def await_it(process: Any, ready: bool = False) -> None:
-        def look() -> bool:
-            asked.append(process)
-            return ready
-
-        await_process(process, look, "etcd", "etcd --name lab", 0.6, lambda: "no key")
-
-    await_it(living, ready=True)
-    expected = r"(?s)^etcd is not ready after 0.6 s; no key; command: etcd --name lab\n.*cannot reach etcd"
-    with pytest.raises(StartError, match=expected):
-        await_it(living)
-    with pytest.raises(StartError, match=r"(?s)^etcd ended; no key; command: etcd.*cannot reach etcd"):
-        await_it(dead)
-    assert asked.count(dead) == 1, "nobody waits for a process that has ended"

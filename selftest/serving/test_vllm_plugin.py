@@ -6,13 +6,14 @@ what reaches them is the oracle. That the real ones still have these attributes 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
-from disagglab.serving import vllm_plugin
 from disagglab.serving.vllm_plugin import cores_of_node, register
 from disagglab.variables import CPUS_VARIABLE, DELAY_VARIABLE
 
@@ -29,9 +30,9 @@ def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def nixl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def nixl(monkeypatch: pytest.MonkeyPatch) -> Any:
     """NIXL's Python API, whose agents are pairs of their name and their configuration."""
-    api = ModuleType(NIXL)
+    api: Any = ModuleType(NIXL)
     api.nixlBind = SimpleNamespace(
         nixlAgent=lambda name, config: (name, config),
         nixlAgentConfig=lambda: SimpleNamespace(pthrDelay=0, useProgThread=True),
@@ -42,7 +43,7 @@ def nixl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def cpu_platform(monkeypatch: pytest.MonkeyPatch) -> type:
+def cpu_platform(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's CPU platform on a machine with two NUMA nodes."""
 
     class CpuPlatform:
@@ -50,7 +51,7 @@ def cpu_platform(monkeypatch: pytest.MonkeyPatch) -> type:
         def discover_numa_topology(cls) -> list[list[int]]:
             return [[0, 1, 2], [3, 4, 5]]
 
-    module = ModuleType(VLLM_CPU)
+    module: Any = ModuleType(VLLM_CPU)
     module.CpuPlatform = CpuPlatform
     monkeypatch.setitem(sys.modules, VLLM_CPU, module)
     return CpuPlatform
@@ -86,7 +87,7 @@ def test_without_settings_nothing_is_imported(
     def refuse(name: str) -> ModuleType:
         raise AssertionError(f"{name} was imported")
 
-    monkeypatch.setattr(vllm_plugin.importlib, "import_module", refuse)
+    monkeypatch.setattr(importlib, "import_module", refuse)
     before = set(sys.modules)
     register()
     assert set(sys.modules) == before
@@ -105,7 +106,7 @@ def test_without_settings_nothing_is_imported(
     ],
 )
 def test_a_value_that_does_not_parse_is_named(
-    monkeypatch: pytest.MonkeyPatch, nixl: ModuleType, cpu_platform: type, variable: str, value: str
+    monkeypatch: pytest.MonkeyPatch, nixl: Any, cpu_platform: Any, variable: str, value: str
 ) -> None:
     """vLLM shows the error in the log of a server that did not start; it names the variable and its value."""
     bindings, topology = nixl.nixlBind, cpu_platform.discover_numa_topology()
@@ -116,7 +117,7 @@ def test_a_value_that_does_not_parse_is_named(
     assert cpu_platform.discover_numa_topology() == topology
 
 
-def test_agents_pause_as_long_as_the_lab_says(monkeypatch: pytest.MonkeyPatch, nixl: ModuleType) -> None:
+def test_agents_pause_as_long_as_the_lab_says(monkeypatch: pytest.MonkeyPatch, nixl: Any) -> None:
     """The delay reaches the configuration that an agent is made with; the progress thread stays on."""
     monkeypatch.setenv(DELAY_VARIABLE, "1000")
     register()
@@ -126,7 +127,7 @@ def test_agents_pause_as_long_as_the_lab_says(monkeypatch: pytest.MonkeyPatch, n
     assert config.useProgThread
 
 
-def test_the_rest_of_nixl_is_the_stock_one(monkeypatch: pytest.MonkeyPatch, nixl: ModuleType) -> None:
+def test_the_rest_of_nixl_is_the_stock_one(monkeypatch: pytest.MonkeyPatch, nixl: Any) -> None:
     """Whatever else is asked of the bindings comes from NIXL itself, and what it lacks stays lacking."""
     bindings = nixl.nixlBind
     monkeypatch.setenv(DELAY_VARIABLE, "1000")
@@ -136,7 +137,7 @@ def test_the_rest_of_nixl_is_the_stock_one(monkeypatch: pytest.MonkeyPatch, nixl
         _ = nixl.nixlBind.no_such_name
 
 
-def test_register_twice_wraps_nixl_once(monkeypatch: pytest.MonkeyPatch, nixl: ModuleType) -> None:
+def test_register_twice_wraps_nixl_once(monkeypatch: pytest.MonkeyPatch, nixl: Any) -> None:
     """vLLM may load a plugin more than once in a process."""
     monkeypatch.setenv(DELAY_VARIABLE, "1000")
     register()
@@ -155,7 +156,7 @@ def test_a_delay_without_nixl_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_connector_sees_only_the_cores_of_its_node(
-    monkeypatch: pytest.MonkeyPatch, cpu_platform: type
+    monkeypatch: pytest.MonkeyPatch, cpu_platform: Any
 ) -> None:
     """The answer of vLLM's platform is cut to the node's cores, also after a second load of the plugin."""
     monkeypatch.setenv(CPUS_VARIABLE, "0,1,4")

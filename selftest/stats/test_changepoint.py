@@ -97,7 +97,7 @@ def test_with_one_possible_split_p_is_that_of_student() -> None:
 def exhaustive(logs: Any, penalty: float) -> list[int]:
     """The cheapest segmentation by dynamic programming over all of them."""
     n = len(logs)
-    best: list[tuple[float, list[int]]] = [(-penalty, [])] + [(math.inf, [])] * n
+    best: list[tuple[float, list[int]]] = [(-penalty, []), *((math.inf, []) for _ in range(n))]
     for stop in range(MIN_SIDE, n + 1):
         for start in range(stop - MIN_SIDE + 1):
             cost, places = best[start]
@@ -168,4 +168,4 @@ def test_segments_cover_the_series() -> None:
     """Pieces meet at the given places, each with its geometric mean."""
     first, second = segments([1.0, 4.0, 9.0], [2])
     assert (first.start, first.stop, second.start, second.stop) == (0, 2, 2, 3)
-    assert (first.level, second.level) == (pytest.approx(2.0), pytest.approx(9.0))
+    assert [first.level, second.level] == pytest.approx([2.0, 9.0])

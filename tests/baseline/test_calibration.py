@@ -58,7 +58,7 @@ class Round:
     server_e2e_s: float
 
     def median(self, figure: str) -> float:
-        """The run-level figure of docs/metrics.md, from the client's times."""
+        """The run-level figure of docs/reference/metrics.md, from the client's times."""
         gaps = self.gaps / len(self.e2e_s)
         tpot = [(e2e - ttft) / gaps for e2e, ttft in zip(self.e2e_s, self.ttft_s, strict=True)]
         median = percentile({"ttft": self.ttft_s, "e2e": self.e2e_s, "tpot": tpot}[figure], 50)

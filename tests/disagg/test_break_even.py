@@ -1,13 +1,13 @@
 """Where disaggregation beats as many replicas: a map from measured speeds, and points of it measured.
 
 Speeds are measured one at a time on an otherwise idle lab: a prompt alone, steps of 1 to 16 sequences, a
-transfer. The map puts them together with queueing theory (docs/break-even.md) and has seen no load. The
-oracle is the load: open-loop runs of both topologies at points of the map, in turns, each proved by its
-ledger, judged by the intervals of all other verdicts.
+transfer. The map puts them together with queueing theory (docs/explanation/break-even.md) and has seen no
+load. The oracle is the load: open-loop runs of both topologies at points of the map, in turns, each proved by
+its ledger, judged by the intervals of all other verdicts.
 
 A run of seconds never reaches the equilibrium that the map describes. So each point is also predicted step by
-step for the very arrivals of its runs (simulation.py). Where that agrees with what was measured and the
-map does not, the run was too short for the map; where neither does, a speed or the model is wrong.
+step for the very arrivals of its runs (predict/simulation.py). Where that agrees with what was measured and
+the map does not, the run was too short for the map; where neither does, a speed or the model is wrong.
 """
 
 from __future__ import annotations

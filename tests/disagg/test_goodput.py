@@ -1,10 +1,11 @@
 """Goodput under the lab's objective: where disaggregation wins, where it loses, predicted and then measured.
 
 Means hide what a limit does: one arm may be slower on average and still keep a promise that the other breaks.
-Before anything is measured here, the model of docs/break-even.md, with this session's speeds, names the point
-at which disaggregated serving is most surely ahead in good requests per second, and the one at which the
-replicas are. The oracle is the load: open-loop runs of both topologies, in turns, with the same arrivals in a
-round and others in the next; each proved by its ledger, judged by the interval of all other verdicts.
+Before anything is measured here, the model of docs/explanation/break-even.md, with this session's speeds,
+names the point at which disaggregated serving is most surely ahead in good requests per second, and the one
+at which the replicas are. The oracle is the load: open-loop runs of both topologies, in turns, with the same
+arrivals in a round and others in the next; each proved by its ledger, judged by the interval of all other
+verdicts.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def test_a_shared_prefix_moves_once(
         record.numbers("TTFT, shared prefix", run.ttft_s, "s", arm=topology.name, what="requests")
         assert share > 0, "no request found the prefix that all of them share"
     alone = layout(shape, lab.block_size).bytes_to_move(workload.prompt_tokens, lab.vllm.version)
+    assert book is not None
     record.numbers("KV bytes moved", [book.kv_bytes], "B", arm=disaggregated.name, what="run")
     record.numbers("KV bytes without sharing", [alone * workload.requests], "B", what="computed")
     assert book.kv_bytes < alone * workload.requests

@@ -3,9 +3,10 @@
 Servers of ``vllm serve`` with the engine options of Dynamo's workers stand beside these, so the arms differ
 in who routes and in which program runs the engine; and in that Dynamo's aggregated workers load no KV
 connector.
-Rounds, pairs, proofs and verdicts are those of the module disagg (comparison.py): every run is held
-against the servers' counters, an invalid one is kept, shown and never aggregated, and a failed request makes
-its run invalid. Then all arms hold conversations, because only there is a cache worth choosing a server by.
+Rounds, pairs, proofs and verdicts are those of the module disagg (experiments/comparison.py): every run is
+held against the servers' counters, an invalid one is kept, shown and never aggregated, and a failed request
+makes its run invalid. Then all arms hold conversations, because only there is a cache worth choosing a server
+by.
 
 No ratio fails a test, unless a gate of the lab file enforces it. What the notebooks expected of Dynamo is
 judged by the intervals.

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,16 @@ def until(condition: Callable[[], bool], deadline_s: float, what: Callable[[], s
     return time.monotonic() - start
 
 
+def has_come_to(log: Path, moment: str) -> bool:
+    """Whether a session's log tells of a moment."""
+    return moment in log.read_text()
+
+
+def last_words(log: Path, moment: str) -> str:
+    """The moment that was waited for, and how the log ends without it."""
+    return f"{moment} in {log}: {log.read_text()[-500:]}"
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recorder, way: str) -> None:
     """A session ended the hard way leaves no process, no shared memory and no lease on either host.
@@ -172,8 +183,7 @@ def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recor
                 cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         try:
-            until(lambda log=log, moment=moment: moment in log.read_text(), STAGE_DEADLINE_S,
-                  lambda log=log, moment=moment: f"{moment} in {log}: {log.read_text()[-500:]}")  # fmt: skip
+            until(partial(has_come_to, log, moment), STAGE_DEADLINE_S, partial(last_words, log, moment))
             before = stage.pids()
             assert all(before.values()), f"nothing ran on the hosts: {before}; this would prove nothing"
             WAYS[way](stage, runner)

@@ -187,5 +187,6 @@ def test_rdma_speed_between_the_nodes_is_measured(
     for rail, value in zip(rails, speed.values_bits_per_s, strict=True):
         assert value / 1e9 >= DEGRADED_SHARE * part[rail.client_device], (
             f"{rail.client_device} carries {value / 1e9:.1f} Gbit/s, its part of cable and PCIe is"
-            f" {part[rail.client_device]:.0f}; restart both hosts with the cable plugged in; docs/links.md"
+            f" {part[rail.client_device]:.0f}; restart both hosts with the cable plugged in;"
+            " docs/explanation/links.md"
         )

@@ -1,6 +1,6 @@
 """The arithmetic beside vLLM's own accounting, for every attention family that it can build here.
 
-Two oracles that share no code: kv/attention.py and kvlayout.py read ``config.json``; vLLM builds the
+Two oracles that share no code: kv/attention.py and kv/layout.py read ``config.json``; vLLM builds the
 whole model (without memory: on PyTorch's meta device), asks each attention layer for its KV cache spec,
 groups them and divides a memory budget into blocks, with the functions that a starting server calls.
 Equality is exact.
@@ -8,7 +8,6 @@ Equality is exact.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from disagglab.config.schema import Lab
 from disagglab.hosts.hosts import Hosts
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import KvLayout, layout
+from disagglab.measure.oracles import kvprobe
 from disagglab.results.recorder import Recorder
 
 BUDGET = 4 * 2**30  # bytes; a block of the largest model here takes 64 MiB
@@ -61,20 +61,16 @@ def variant(name: str) -> dict[str, Any]:
 def accounts(hosts: Hosts, lab: Lab) -> dict[str, Account]:
     """What vLLM makes of every config, from one program run."""
     configs = {name: modelconfig.shipped_config(name) for name in MODELS}
-    jobs = [{"name": name, "config": config, "tp": TP_SIZES} for name, config in configs.items()]
+    jobs: list[dict[str, Any]] = [
+        {"name": name, "config": config, "tp": TP_SIZES} for name, config in configs.items()
+    ]
     jobs += [{"name": f"{name}, fp8", "config": configs[name], "kv_dtype": "fp8"} for name in FP8]
     jobs += [{"name": f"{name}, no groups", "config": configs[name], "hybrid": False} for name in HYBRID]
     jobs += [{"name": name, "config": variant(name)} for name in VARIANTS]
     for job in jobs:
         job.update(budget=BUDGET, dtype=SHARED_DTYPE)
     node = lab.nodes[0]
-    host = hosts.of(node)
-    path = f"{host.about['logs']}/kvprobe-jobs.json"
-    host.write_text(path, json.dumps(jobs))
-    argv = [hosts.python_of(node, lab.vllm.version), "-m", "disagglab.measure.oracles.kvprobe", path]
-    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    rows = [json.loads(line) for line in host.run("kvprobe", argv, env, LIMIT_S) if line.startswith("{")]
-    return {row["name"]: row for row in rows}
+    return dict(kvprobe.ask(hosts.of(node), hosts.python_of(node, lab.vllm.version), jobs, LIMIT_S))
 
 
 def built(accounts: dict[str, Account], name: str) -> Account:

@@ -1,6 +1,6 @@
 """KV cache sizes by arithmetic, and the running server's own accounting beside them.
 
-Two oracles that share no code: ``disagglab/kv/attention.py`` and ``kv.py`` compute from config.json; vLLM
+Two oracles that share no code: ``disagglab/kv/attention.py`` and ``shape.py`` compute from config.json; vLLM
 computes from the model it loaded. Equality is exact, in blocks and bytes.
 """
 

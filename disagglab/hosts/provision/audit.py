@@ -1,7 +1,7 @@
 """What a host of a lab should hold to take part, beside what it holds: machine, Python, files, environments.
 
 A host's own Python is asked, by one program that needs nothing there and changes nothing; all judgement is
-here, by the checks and the stamps of set-up (disagglab/install/requirements.py, environment.py).
+here, by the checks and the stamps of set-up (disagglab/install/requirements.py, environments.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from disagglab import text
 from disagglab.config.schema import HostSection, Lab
 from disagglab.errors import StartError
 from disagglab.hosts import release
@@ -324,15 +325,10 @@ def table(rows: Sequence[Row]) -> list[str]:
     """Lines for a terminal: a row each, and the mend below it where one is needed."""
     head = ("host", "what", "expected", "found")
     cells = [(row.host, row.what, row.expected, row.found) for row in rows]
-    widths = [max(len(line[column]) for line in [head, *cells]) for column in range(3)]
-    lines = [_line(head, widths)]
-    for row, cell in zip(rows, cells, strict=True):
-        lines.append(_line(cell, widths))
+    first, *rest = text.table([head, *cells])
+    lines = [first]
+    for row, line in zip(rows, rest, strict=True):
+        lines.append(line)
         if row.missing:
             lines.append(f"    mend: {row.mend}")
     return lines
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
-    return "  ".join([*padded, cells[-1]]).rstrip()

@@ -1,7 +1,7 @@
 """Environments on the hosts of a lab, made over SSH: ``python -m disagglab provision --lab LAB``.
 
 A host gets the suite's files, and its own Python runs set-up there (install/setup.py), with the locks that
-are used here. docs/provision.md says what that needs.
+are used here. docs/how-to/provision.md says what that needs.
 """
 
 from __future__ import annotations

@@ -12,18 +12,39 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from disagglab.hosts.host import Host
 from disagglab.kv import attention
 from disagglab.kv.modelconfig import FILE, ORIGIN_KEY
 
 # The language model inside a multimodal one is built by itself: its images have no part in the KV cache of
 # text.
 TEXT_ARCHITECTURES = {"gemma3_text": "Gemma3ForCausalLM", "gemma4_text": "Gemma4ForCausalLM"}
+PROGRAM = ("-m", "disagglab.measure.oracles.kvprobe")
 MAX_MODEL_LEN = 1024  # tokens; one request of it has to fit into the smallest budget asked for
 WEIGHTS_KEYS = ("quantization_config",)  # its loaders may need a GPU; the cache has a dtype of its own
+
+
+def ask(
+    host: Host, python: str, jobs: Sequence[Mapping[str, Any]], limit_s: float
+) -> dict[str, dict[str, Any]]:
+    """What vLLM on a host makes of jobs, by their names; all in one program run.
+
+    Args:
+        python: Python there that has vLLM.
+
+    Raises:
+        LabError: if the program fails or exceeds ``limit_s``.
+    """
+    path = f"{host.about['logs']}/kvprobe-jobs.json"
+    host.write_text(path, json.dumps(jobs))
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    said = host.run("kvprobe", [python, *PROGRAM, path], env, limit_s)
+    rows = [json.loads(line) for line in said if line.startswith("{")]
+    return {row["name"]: row for row in rows}
 
 
 def account(job: Mapping[str, Any]) -> dict[str, Any]:

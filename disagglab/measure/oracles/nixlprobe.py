@@ -184,15 +184,17 @@ def words(places: Any, seed: int) -> Any:
 
 def _offer(owner: HostProcess) -> str:
     """What the owner printed about its pool, once it has."""
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
+
+    def offers() -> list[str]:
         lines = owner.lines_so_far()
-        found = [line for line in lines if line.startswith('{"metadata"') and line.endswith("}")]
-        if found:
-            return found[0]
-        if not owner.alive or time.monotonic() > deadline:
-            raise StartError(f"{owner.name} offers no memory; last lines of {owner.log}: {lines[-5:]}")
-        time.sleep(POLL_S)
+        return [line for line in lines if line.startswith('{"metadata"') and line.endswith("}")]
+
+    def without(_: bool) -> StartError:
+        last = owner.lines_so_far()[-5:]
+        return StartError(f"{owner.name} offers no memory; last lines of {owner.log}: {last}")
+
+    owner.await_that(lambda: bool(offers()), DEADLINE_S, without, POLL_S)
+    return offers()[0]
 
 
 class _Pool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 
+from disagglab import waiting
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.errors import InvalidRun, StartError
+from disagglab.errors import InvalidRun
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.progress import ProgressLine
@@ -37,13 +37,14 @@ from disagglab.serving.dynamo.parts import (
     plan_worker,
     settings,
 )
+from disagglab.serving.service import POLL_S, await_that
 from disagglab.serving.topology import DISAGGREGATED, ROUTED, Topology
-from disagglab.serving.vllm import POLL_S, await_process, require_memory
+from disagglab.serving.vllm import require_memory
 
+WORKERS_TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"  # of the deployments that tests/dynamo shares
 FOUND_DEADLINE_S = 60.0  # for a worker's key, and for a frontend that finds it: 1 s where nothing else runs
 EVENT_WAIT_S = 1.0  # an event takes milliseconds
 EVENT_PROMPTS = 5
-ENGINE = "Initializing a V1 LLM engine (v"  # vLLM's core.py, in the log of every worker
 
 
 class DynamoDeployment:
@@ -151,12 +152,7 @@ class DynamoDeployment:
         fresh = [worker for worker in self.workers if worker.ready_s is None]
         boot.wait_ready(fresh, self.lab, line)
         for worker in fresh:
-            version = f"{ENGINE}{self.lab.vllm.version}"
-            if not any(version in text for text in worker.process.lines_so_far()):
-                raise StartError(
-                    f"{worker.name}: {worker.process.log} does not say {version}); Dynamo runs the vLLM of"
-                    " .venv, whatever --vllm says; set [vllm] version to that"
-                )
+            worker.require_release(self.lab.vllm.version)
             if self.planes.etcd:
                 self._await_key(worker)
 
@@ -169,12 +165,12 @@ class DynamoDeployment:
             StartError: if something of it is still alive after the deadline.
         """
         self.workers = tuple(one for one in self.workers if one is not worker)
-        worker.process.stop()
+        worker.stop()
 
     def kill(self, worker: Worker) -> None:
         """End a worker as a crash would (SIGKILL), without a goodbye to etcd or to anybody."""
         self.workers = tuple(one for one in self.workers if one is not worker)
-        worker.process.kill()
+        worker.kill()
 
     def key(self, worker: Worker) -> str:
         """Under what a worker's address stands in etcd."""
@@ -190,11 +186,9 @@ class DynamoDeployment:
 
     def _await_key(self, worker: Worker) -> None:
         key = self.key(worker)
-        await_process(
-            worker.process,
+        await_that(
+            worker,
             lambda: key in self.keys().values,
-            worker.name,
-            worker.plan.command,
             FOUND_DEADLINE_S,
             lambda: f"etcd {self.planes.etcd} has no key {key}",
         )
@@ -221,7 +215,7 @@ class DynamoDeployment:
         try:
             yield Topology(name, kind, version, frontend, self.workers, prefill, decode)
         finally:
-            frontend.process.stop()
+            frontend.stop()
 
     def _open(self, router_mode: str, migration_limit: int) -> Frontend:
         host, address = self.hosts.controller, self.lab.controller.address
@@ -232,35 +226,26 @@ class DynamoDeployment:
         env = frontend_env(settings(self.planes, self.namespace, address), answers)
         process = host.start(name, argv, env, self.lab.controller.cpus, [port, answers])
         url = f"http://{address}:{port}"
-        frontend = Frontend(name, url, tuple(argv), process, metrics_url=url, env=env)
-        wanted = {worker.instance for worker in self.workers}
-        hears = len(wanted) if router_mode == KV and self.mode == AGGREGATED else 0
-        with contextlib.ExitStack() as undo:
-            undo.callback(process.stop)
-            await_process(
-                process,
-                lambda: (
-                    self.served_name in frontend.models()
-                    and wanted <= frontend.instances()
-                    and frontend.listens_to() >= hears
-                ),
-                name,
-                frontend.command,
-                FOUND_DEADLINE_S,
-                lambda: (
-                    f"it has models {frontend.models()} and workers {frontend.instances()} of {wanted}, and"
-                    f" listens to {frontend.listens_to()} of {hears}"
-                ),
-            )
-            undo.pop_all()
-        return frontend
+        wanted = frozenset(worker.instance for worker in self.workers)
+        frontend = Frontend(
+            name,
+            url,
+            tuple(argv),
+            process,
+            metrics_url=url,
+            serves=self.served_name,
+            env=env,
+            wanted=wanted,
+            hears=len(wanted) if router_mode == KV and self.mode == AGGREGATED else 0,
+        )
+        return frontend.brought_up(FOUND_DEADLINE_S)
 
     def stop(self) -> None:
         """End all workers, at once."""
         for worker in self._launched:
-            worker.process.ask_to_stop()
+            worker.ask_to_stop()
         for worker in self._launched:
-            worker.process.stop()
+            worker.stop()
         self.workers = ()
 
 
@@ -290,9 +275,12 @@ def require_events(topology: Topology) -> None:
             prompt = openai.prompt_of(2 * size + 1, secrets.randbelow(40_000))
             openai.complete(frontend.url, on_worker(body(topology.served_name, prompt, 1), worker))
             prompts += 1
-            deadline = time.monotonic() + EVENT_WAIT_S
-            while _stored(frontend) <= before and time.monotonic() < deadline:
-                time.sleep(POLL_S)
+            _await_stored(frontend, before)
+
+
+def _await_stored(frontend: Frontend, before: float) -> None:
+    """Return when a frontend has heard of blocks stored since; after EVENT_WAIT_S in any case."""
+    waiting.last_answer(lambda: _stored(frontend) > before, EVENT_WAIT_S, POLL_S)
 
 
 def _stored(frontend: Frontend) -> float:

@@ -21,7 +21,7 @@ import httpx
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess
-from disagglab.serving.vllm import HTTP_TIMEOUT_S, await_process
+from disagglab.serving.service import HTTP_TIMEOUT_S, Service
 
 FOLDERS = ("/usr/bin", "/usr/local/bin")  # beside PATH
 MEND = "apt-get install etcd-server"
@@ -228,9 +228,10 @@ def changes_of(message: Mapping[str, Any], at_s: float) -> list[Change]:
 
 
 @dataclass(frozen=True)
-class EtcdServer:
+class EtcdServer(Service):
     """A running etcd. ``url`` is what Dynamo's ``ETCD_ENDPOINTS`` takes."""
 
+    name: str
     url: str
     argv: tuple[str, ...]
     process: HostProcess
@@ -241,10 +242,18 @@ class EtcdServer:
         """The command as one would type it."""
         return shlex.join(self.argv)
 
+    def is_ready(self) -> bool:
+        """Whether it says that it is healthy: it has elected itself."""
+        try:
+            answer = httpx.get(f"{self.url}/health", timeout=HTTP_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == httpx.codes.OK and answer.json().get("health") == "true"
+
     def stop(self) -> None:
         """End it; its data goes with it."""
         self.client.close()
-        self.process.stop()
+        super().stop()
 
 
 def find_etcd(host: Host) -> str:
@@ -285,21 +294,8 @@ def start_etcd(host: Host, lab: Lab, program: str, name: str = "etcd") -> EtcdSe
     argv = etcd_argv(program, url, f"http://{address}:{peer_port}")
     env = {"ETCD_UNSUPPORTED_ARCH": "arm64"} if _is_arm(host) else {}  # 3.4 asks for it; 3.5 does not
     process = host.start(name, argv, env, lab.controller.cpus, [port, peer_port])
-    server = EtcdServer(url, tuple(argv), process, EtcdClient(url))
-    with contextlib.ExitStack() as undo:
-        undo.callback(server.stop)
-        await_process(process, lambda: _healthy(url), name, server.command, READY_DEADLINE_S)
-        undo.pop_all()
-    return server
+    return EtcdServer(name, url, tuple(argv), process, EtcdClient(url)).brought_up(READY_DEADLINE_S)
 
 
 def _is_arm(host: Host) -> bool:
     return bool(host.facts.check_output("uname -m") == "aarch64")
-
-
-def _healthy(url: str) -> bool:
-    try:
-        answer = httpx.get(f"{url}/health", timeout=HTTP_TIMEOUT_S)
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == httpx.codes.OK and answer.json().get("health") == "true"

@@ -6,7 +6,6 @@ Messages are sent and received with nats-py, the client of the NATS authors; thi
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import httpx
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess
-from disagglab.serving.vllm import HTTP_TIMEOUT_S, await_process
+from disagglab.serving.service import HTTP_TIMEOUT_S, Service
 
 MEND = "make setup DYNAMO=1"
 READY_DEADLINE_S = 60.0  # ready after less than a second where nothing else runs
@@ -67,7 +66,7 @@ class JetStream:
 
 
 @dataclass
-class NatsServer:
+class NatsServer(Service):
     """A NATS server. ``url`` is what clients and Dynamo's ``NATS_SERVER`` take.
 
     ``monitor``: URL of its HTTP answers. ``store``: folder of JetStream on the host, which outlives the
@@ -96,9 +95,17 @@ class NatsServer:
         """What JetStream holds now."""
         return parse_jetstream(self._read("/jsz?streams=true&config=true"))
 
+    def is_ready(self) -> bool:
+        """Whether it says that it is healthy, JetStream included."""
+        try:
+            answer = httpx.get(f"{self.monitor}/healthz", timeout=HTTP_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == httpx.codes.OK and answer.json().get("status") == "ok"
+
     def kill(self) -> None:
-        """End it as a crash would, with SIGKILL; return when it is gone."""
-        self.process.kill()
+        """End it as a crash would, with SIGKILL; return when it is gone. Its store stays."""
+        super().kill()
         self.process.stop()
 
     def restart(self) -> None:
@@ -108,19 +115,11 @@ class NatsServer:
             StartError: if it ends or is not ready in time; the message holds the end of its log.
         """
         self.process = self.process.host.start(self.name, self.argv, {}, self.cpus, self.ports)
-        self.wait_ready()
-
-    def wait_ready(self) -> None:
-        """Wait until it says that it is healthy, JetStream included.
-
-        Raises:
-            StartError: if it ends or is not ready in time; the message holds the end of its log.
-        """
-        await_process(self.process, lambda: _healthy(self.monitor), self.name, self.command, READY_DEADLINE_S)
+        self.await_ready(READY_DEADLINE_S)
 
     def stop(self) -> None:
         """End it and delete its store."""
-        self.process.stop()
+        super().stop()
         self.process.host.facts.check_output("rm -rf -- %s", self.store)
 
     def _read(self, path: str) -> dict[str, Any]:
@@ -214,16 +213,4 @@ def start_nats(host: Host, lab: Lab, program: str, name: str = "nats") -> NatsSe
     process = host.start(name, argv, {}, cpus, ports)
     urls = (f"nats://{address}:{ports[0]}", f"http://{address}:{ports[1]}")
     server = NatsServer(name, *urls, store, tuple(argv), process, cpus, ports)
-    with contextlib.ExitStack() as undo:
-        undo.callback(server.stop)
-        server.wait_ready()
-        undo.pop_all()
-    return server
-
-
-def _healthy(monitor: str) -> bool:
-    try:
-        answer = httpx.get(f"{monitor}/healthz", timeout=HTTP_TIMEOUT_S)
-    except httpx.HTTPError:
-        return False
-    return answer.status_code == httpx.codes.OK and answer.json().get("status") == "ok"
+    return server.brought_up(READY_DEADLINE_S)

@@ -29,8 +29,9 @@ from disagglab.results.records import Snapshot
 from disagglab.serving import openai
 from disagglab.serving.prometheus import PROCESS_START, scrape
 from disagglab.serving.router import Router
+from disagglab.serving.service import HTTP_TIMEOUT_S
 from disagglab.serving.topology import DISAGGREGATED
-from disagglab.serving.vllm import GIB, HTTP_TIMEOUT_S, ServerPlan, VllmServer, events_config, plan_engine
+from disagglab.serving.vllm import GIB, ServerPlan, VllmServer, events_config, plan_engine
 
 AGGREGATED = "aggregated"
 KV, ROUND_ROBIN = "kv", "round-robin"  # of --router-mode
@@ -38,6 +39,7 @@ BACKEND, PREFILL = "backend", "prefill"  # components: who decodes (or does all)
 STOP_S = 20.0  # beyond the drain, for the engine to end: 5 s
 DRAIN_S = 5.0  # Dynamo's own: what a worker that was asked to go leaves its requests
 SERVER_OPTIONS = ("enable-prompt-tokens-details", "enable-scale-out")  # of vLLM's API server alone
+ENGINE = "Initializing a V1 LLM engine (v"  # vLLM's core.py, in the log of every worker
 LEASE_S = 10  # Dynamo's own: 30; shorter, so that a test sees a crash within seconds
 
 # exposed as a counter without _total, which the parser adds (prometheus_client/parser.py)
@@ -231,6 +233,8 @@ class Worker(VllmServer):
     @functools.cached_property
     def instance(self) -> str:
         """The number of its lease, hexadecimal: its name in the registry, and a label of its metrics."""
+        if self.process.recorded:
+            return f"LEASE-{self.name}"
         return next(
             dict(labels)["worker_id"]
             for name, labels, _ in scrape(self.name, self.url).samples
@@ -267,12 +271,48 @@ class Worker(VllmServer):
             )
         return ready
 
+    def require_release(self, version: str) -> None:
+        """Let the worker's log say which vLLM release it runs; it has no API that would.
+
+        Raises:
+            StartError: if it is another one.
+        """
+        wanted = f"{ENGINE}{version}"
+        if self.process.recorded:
+            return
+        if not any(wanted in text for text in self.process.lines_so_far()):
+            raise StartError(
+                f"{self.name}: {self.process.log} does not say {wanted}); Dynamo runs the vLLM of .venv,"
+                " whatever --vllm says; set [vllm] version to that"
+            )
+
 
 @dataclass(frozen=True)
 class Frontend(Router):
-    """A running frontend: it stands where a topology has its router."""
+    """A running frontend: it stands where a topology has its router.
+
+    ``wanted``: the workers that it has to know before it is ready; ``hears``: from how many of them it has
+    to hear KV events.
+    """
 
     env: Mapping[str, str] = field(kw_only=True)
+    wanted: frozenset[str] = field(default=frozenset(), kw_only=True)
+    hears: int = field(default=0, kw_only=True)
+
+    def is_ready(self) -> bool:
+        """Whether it serves the model, has found the workers, and hears their events."""
+        return (
+            self.serves in self.models()
+            and self.wanted <= self.instances()
+            and self.listens_to() >= self.hears
+        )
+
+    def lacks(self) -> str:
+        """What it has of that."""
+        return (
+            f"it has models {self.models()} and workers {self.instances()} of {set(self.wanted)}, and"
+            f" listens to {self.listens_to()} of {self.hears}"
+        )
 
     @property
     def command(self) -> str:

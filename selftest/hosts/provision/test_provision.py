@@ -185,11 +185,13 @@ def want(root: Path, host: HostSection) -> Wanted:
 
 
 @pytest.fixture
-def remote(home: Path, want: Wanted, connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Remote:
+def remote(
+    home: Path, root: Path, want: Wanted, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> Remote:
     """The host's deputy; its set-up succeeds."""
     folder = home / "disagg-lab"
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    found = Remote(folder, Plan(audit.ROOT, "cpu", version).keys(str(folder)))
+    found = Remote(folder, Plan(root, "cpu", version).keys(str(folder)))
 
     @contextlib.contextmanager
     def working(*_: Any) -> Iterator[Remote]:

@@ -152,7 +152,7 @@ def test_a_worker_without_a_start_time_is_told_by_its_counters(
 ) -> None:
     """When its counters were made stands for its start; its number is a label of its metrics."""
     monkeypatch.setattr(parts, "scrape", lambda name, url: parse(name, url, METRICS))
-    worker = Worker(plan(lab), cast(HostProcess, None))
+    worker = Worker(plan(lab), cast(HostProcess, SimpleNamespace(recorded=False)))
     assert worker.metrics().value(PROCESS_START) == 1.5e9
     assert worker.metrics().value("vllm:prompt_tokens_total") == 5
     assert worker.instance == "1f"
