@@ -7,13 +7,12 @@ import os
 import shlex
 import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from disagglab.config import variant
-from disagglab.config.labs import load_lab, on_workloads, with_release
+from disagglab.config.labs import load_lab, on_workloads, resolved_text, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.hosts import release
@@ -204,7 +203,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
         vllm=lab.vllm.version,
         variants=config.getoption("--variant"),
         against=config.getoption("--against") or "",
-        lab_file=Path(lab.file).read_text(),
+        lab_file=resolved_text(lab),
         model=lab.model.id,
         commit=fingerprint.commit(),
         fingerprint=print_key,
