@@ -24,7 +24,6 @@ import pytest
 
 from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
-from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 from disagglab.experiments import routing
 from disagglab.experiments.comparison import LIMIT, Comparison, figure_rows, run_rounds
 from disagglab.experiments.dynamocomparison import (
@@ -70,6 +69,7 @@ from disagglab.serving.topology import (
     Deployment,
     Topology,
 )
+from tests.dynamo.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)
 AT_ONCE = 2  # requests under way in conversations: as many as workers
