@@ -1,1 +1,3 @@
-"""The pytest plugin: options, hooks, the session, fixtures that more than one lesson needs."""
+"""The pytest plugin, loaded by pytest.ini: options, hooks, the session, fixtures of more than one lesson."""
+
+pytest_plugins = ["disagglab.pytest_plugin.plugin", "disagglab.pytest_plugin.fixtures"]

@@ -19,12 +19,6 @@ START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 
 
 @pytest.fixture(scope="session")
-def routing_size(live: Session) -> routing.Size:
-    """How much the routing tests say, and how small the workers' caches are."""
-    return routing.SHORT if live.short else routing.FULL
-
-
-@pytest.fixture(scope="session")
 def workers(
     live: Session, lab: Lab, hosts: Hosts, weights: Model, shape: KvShape, routing_size: routing.Size
 ) -> Iterator[Deployment]:
