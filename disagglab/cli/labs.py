@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     machine = needs.Machine.here()
     found: list[Standing | Unusable] = []
-    for name in arguments.lab or sorted(str(file) for file in LABS.glob("*.toml")):
+    for name in arguments.lab or map(str, sorted(LABS.glob("*.toml"), key=lambda file: file.stem)):
         try:
             found.append(needs.standing(load_lab(name), machine))
         except ConfigError as error:
