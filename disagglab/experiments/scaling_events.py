@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from disagglab import waiting
 from disagglab.errors import InvalidRun
 from disagglab.experiments.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
 from disagglab.measure import ledger
@@ -302,10 +303,15 @@ def _busy(steady: Steady, keys: Watching, over: threading.Event) -> None:
 
 def _first_finished(worker: Worker, keys: Watching, over: threading.Event) -> float:
     """When a worker had finished a request. It is asked from the first key on, to be left alone before."""
-    deadline = time.monotonic() + START_LIMIT_S
-    while not keys.so_far or not finished(worker):
-        if over.wait(ASK_S) or time.monotonic() > deadline:
-            raise InvalidRun(f"{worker.plan.process_name} finished no request; see {worker.process.log}")
+
+    def late() -> InvalidRun:
+        return InvalidRun(f"{worker.plan.process_name} finished no request; see {worker.process.log}")
+
+    waiting.until(
+        lambda: over.is_set() or (bool(keys.so_far) and finished(worker)), START_LIMIT_S, late, ASK_S
+    )
+    if over.is_set():
+        raise late()
     return time.monotonic()
 
 
@@ -315,14 +321,18 @@ def _counts(workers: Sequence[Worker]) -> dict[str, int]:
     Raises:
         InvalidRun: if one still has, although every client has its answer.
     """
-    deadline = time.monotonic() + GAUGE_LIMIT_S
-    while busy := [worker for worker in workers if _running(worker)]:
-        if time.monotonic() > deadline:
-            raise InvalidRun(
-                f"{busy[0].plan.process_name} runs a request of nobody; see {busy[0].process.log}"
-            )
-        time.sleep(ASK_S)
+    for worker in workers:
+        _await_idle(worker)
     return {worker.plan.process_name: finished(worker) for worker in workers}
+
+
+def _await_idle(worker: Worker) -> None:
+    waiting.until(
+        lambda: _running(worker) == 0,
+        GAUGE_LIMIT_S,
+        lambda: InvalidRun(f"{worker.plan.process_name} runs a request of nobody; see {worker.process.log}"),
+        ASK_S,
+    )
 
 
 def _running(worker: Worker) -> int:
@@ -336,14 +346,15 @@ def _await_running(worker: Worker, count: int) -> None:
     Raises:
         InvalidRun: if they do not: then the streams that are to be watched come from somewhere else.
     """
-    deadline = time.monotonic() + GAUGE_LIMIT_S
-    while (running := _running(worker)) < count:
-        if time.monotonic() > deadline:
-            raise InvalidRun(
-                f"{worker.plan.process_name} runs {running} requests, {count} were addressed to it;"
-                f" look: curl -s {worker.url}/metrics | grep {ledger.RUNNING}; log: {worker.process.log}"
-            )
-        time.sleep(ASK_S)
+    waiting.until(
+        lambda: _running(worker) >= count,
+        GAUGE_LIMIT_S,
+        lambda: InvalidRun(
+            f"{worker.plan.process_name} runs {_running(worker)} requests, {count} were addressed to it;"
+            f" look: curl -s {worker.url}/metrics | grep {ledger.RUNNING}; log: {worker.process.log}"
+        ),
+        ASK_S,
+    )
 
 
 def _steered(crew: Crew, worker: Worker) -> tuple[Asked, list[int]]:
@@ -369,19 +380,18 @@ def _await_end(worker: Worker) -> None:
     """Wait until a killed worker's supervisor has ended what was left: asked to stop before it saw the crash,
     it would report that as its reason.
     """
-    deadline = time.monotonic() + EVENT_LIMIT_S
-    while worker.process.tree() and time.monotonic() < deadline:
-        time.sleep(ASK_S)
+    waiting.last_answer(lambda: not worker.process.tree(), EVENT_LIMIT_S, ASK_S)
 
 
 def _settled(crew: Crew, worker: Worker) -> float:
     """When no frontend lists a worker any more."""
-    deadline = time.monotonic() + EVENT_LIMIT_S
     frontends = crew.plain, crew.stranger, crew.migrating
-    while any(worker.instance in frontend.instances() for frontend in frontends):
-        if time.monotonic() > deadline:
-            raise InvalidRun(f"{crew.plain.name} still lists {worker.instance}; see {crew.plain.process.log}")
-        time.sleep(POLL_S)
+    waiting.until(
+        lambda: not any(worker.instance in frontend.instances() for frontend in frontends),
+        EVENT_LIMIT_S,
+        lambda: InvalidRun(f"{crew.plain.name} still lists {worker.instance}; see {crew.plain.process.log}"),
+        POLL_S,
+    )
     return time.monotonic()
 
 

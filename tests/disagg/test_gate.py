@@ -7,7 +7,6 @@ server, same router, same prompts. The oracle is the factor of the proxy, which 
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -60,11 +59,14 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
         str(FACTOR),
     ]
     process = host.start("slowproxy", argv, {}, lab.controller.cpus, [port])
-    deadline = time.monotonic() + READY_DEADLINE_S
-    while not accepts(address, port):
-        assert process.alive, f"the proxy ended: {process.log.read_text()[-500:]}"
-        assert time.monotonic() < deadline, f"the proxy does not listen on {address}:{port}"
-        time.sleep(POLL_S)
+    process.await_that(
+        lambda: accepts(address, port),
+        READY_DEADLINE_S,
+        lambda alive: AssertionError(
+            f"the proxy {'does not listen' if alive else 'ended'}: {process.log.read_text()[-500:]}"
+        ),
+        POLL_S,
+    )
     router = dataclasses.replace(single.router, name=SLOWED, url=f"http://{address}:{port}")
     return dataclasses.replace(single, name=SLOWED, router=router)
 

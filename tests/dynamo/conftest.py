@@ -24,14 +24,13 @@ from disagglab.install.environments import dynamo_python
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.run_folder import Store
 from disagglab.serving.dynamo import etcd, nats
-from disagglab.serving.dynamo.deployment import DynamoDeployment
+from disagglab.serving.dynamo.deployment import PAIR_TAG, WORKERS_TAG, DynamoDeployment
 from disagglab.serving.dynamo.etcd import EtcdServer
 from disagglab.serving.dynamo.nats import NatsServer
 from disagglab.serving.dynamo.parts import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
 from disagglab.serving.topology import DISAGGREGATED, Topology
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
-TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"
 
 StartDynamo = Callable[..., DynamoDeployment]
 
@@ -144,7 +143,7 @@ def dynamo_workers(
 ) -> Iterator[DynamoDeployment]:
     """Two equal workers, each with a small cache of blocks of 32 tokens, as the routing tests have them."""
     small = routing.workers_lab(lab, routing_size)
-    deployed = start_dynamo(small, TAG, nodes=routing.workers_nodes(lab))
+    deployed = start_dynamo(small, WORKERS_TAG, nodes=routing.workers_nodes(lab))
     yield deployed
     deployed.stop()
 

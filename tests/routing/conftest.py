@@ -25,15 +25,7 @@ def workers(
     """Two equal servers on the lab's first nodes, without a KV connector, with small caches and KV events."""
     if len(layout(shape, routing.BLOCK_SIZE).groups) > 1:
         pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
-    deployed = Deployment(
-        hosts,
-        routing.workers_lab(lab, routing_size),
-        weights,
-        connector=False,
-        nodes=routing.workers_nodes(lab),
-        tag=routing.TAG,
-        events=True,
-    )
+    deployed = routing.workers(hosts, lab, weights, routing_size)
     try:
         with live.uncaptured():
             deployed.start(live.progress("workers", START_BUDGET_S))
