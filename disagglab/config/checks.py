@@ -1,4 +1,4 @@
-"""What contradicts itself in a lab file whose sections are each valid; and how a mistake is told."""
+"""What contradicts itself in a lab file whose sections are each valid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from disagglab.config.schema import (
     NodeSection,
     PortsSection,
     ScaleSection,
-    Section,
     TransportSection,
     VariantSection,
     VllmSection,
@@ -28,6 +27,7 @@ from disagglab.config.workload import load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv.layout import RULE_MEND, has_rule
 from disagglab.paths import WORKLOADS
+from disagglab.problems import problems_of
 from disagglab.stats.metric import METRICS
 
 WORKERS = 2  # servers that a routing strategy chooses between, on the lab's first nodes
@@ -56,27 +56,6 @@ SHARED_ARGS = {
 def ports_needed(nodes: int, releases: int = 1) -> int:
     """TCP ports that a run takes at most; a second release has no twins and fewer routers."""
     return PORTS_PER_SERVER * nodes + ROUTER_PORTS + ROUTING_PORTS + (releases - 1) * (2 * nodes + 4)
-
-
-def explain(section: type[Section], detail: Any) -> tuple[str, str]:
-    """What is wrong and what mends it, for one pydantic error."""
-    field = str(detail["loc"][0]) if detail["loc"] else ""
-    info = section.model_fields.get(field)
-    meaning = f" ({info.description})" if info is not None and info.description else ""
-    match detail["type"]:
-        case "extra_forbidden":
-            return "unknown key", suggest(field, set(section.model_fields))
-        case "missing":
-            return "missing", f"add {field} = …{meaning}"
-        case _ if not field:
-            return "not a table", f"write a table with these keys: {', '.join(sorted(section.model_fields))}"
-        case _:
-            return f"{detail['msg']}, got {detail['input']!r}", f"correct the value of {field}{meaning}"
-
-
-def suggest(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"remove it; known keys: {', '.join(sorted(known))}"
 
 
 def contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
@@ -157,9 +136,7 @@ def _variant_problems(
         try:
             changed = variant.transport_of(transport, one)
         except ValidationError as error:
-            for detail in error.errors():
-                key = ".".join([where, "transport", *(str(part) for part in detail["loc"])])
-                yield Problem(file, key, *explain(TransportSection, detail))
+            yield from problems_of(error, file, TransportSection, f"{where}.transport")
             continue
         before = list(_transport_problems(transport, nodes, f"{where}.transport", file))
         found = _transport_problems(changed, nodes, f"{where}.transport", file)

@@ -1,20 +1,20 @@
 """Lab files: which nodes, which model, which settings. Read into frozen models; every mistake is reported at
 once.
 
-docs/reference/lab-file.md is the reference of the keys; the field descriptions here are its source.
+docs/reference/lab-file.md is the reference of the keys, made from config/schema.py.
 """
 
 from __future__ import annotations
 
-import os
-import tomllib
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from disagglab.config import checks
+from disagglab.config import checks, inherit
+from disagglab.config.head import Head, Section
 from disagglab.config.schema import (
     ControllerSection,
     GateSection,
@@ -26,7 +26,6 @@ from disagglab.config.schema import (
     PortsSection,
     RouterSection,
     ScaleSection,
-    Section,
     SloSection,
     SpeedSection,
     TransportSection,
@@ -34,7 +33,7 @@ from disagglab.config.schema import (
     VllmSection,
 )
 from disagglab.errors import ConfigError, Problem
-from disagglab.paths import LABS
+from disagglab.problems import problems_of, suggest
 
 _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "model": (ModelSection, True),
@@ -57,23 +56,14 @@ _LISTS: dict[str, tuple[type[Section], bool]] = {
 
 
 def load_lab(name: str) -> Lab:
-    """Read a lab by its name (``embedded``) or path (``my/lab.toml``).
+    """Read a lab by its name (``embedded``) or path (``my/lab.toml``), with what it extends.
 
     Raises:
-        ConfigError: with every problem of the file, each with its key and mend.
+        ConfigError: with every problem of the file, each with its key, the file that has it, and its mend.
     """
     path = find_lab(name)
-    try:
-        raw = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(
-            [Problem(str(path), "(whole file)", f"not TOML: {error}", "correct the line that it names")]
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            [Problem(str(path), "(whole file)", f"not UTF-8 text: {error}", "save the file as UTF-8")]
-        ) from error
-    return parse_lab(raw, str(path))
+    found = inherit.read(path)
+    return parse_lab(found.table, str(path), found.origins)
 
 
 def find_lab(name: str) -> Path:
@@ -82,33 +72,40 @@ def find_lab(name: str) -> Path:
     Raises:
         ConfigError: if there is none; the message lists the labs that there are.
     """
-    path = Path(name) if name.endswith(".toml") or os.sep in name else LABS / f"{name}.toml"
+    path = inherit.path_of(name)
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in LABS.glob("*.toml")))
-        raise ConfigError(
-            [Problem(str(path), "--lab", "no such lab file", f"use one of {known}, or a path to a .toml")]
-        )
+        mend = f"use one of {inherit.known()}, or a path to a .toml"
+        raise ConfigError([Problem(str(path), "--lab", "no such lab file", mend)])
     return path
 
 
-def parse_lab(raw: dict[str, Any], file: str) -> Lab:
+def resolved_text(lab: Lab) -> str:
+    """The lab's file as TOML, with all that it extends; what ``run.json`` keeps.
+
+    Raises:
+        ConfigError: see :func:`disagglab.config.inherit.read`.
+    """
+    return inherit.read(Path(lab.file)).text
+
+
+def parse_lab(raw: Mapping[str, Any], file: str, origins: Mapping[str, str] | None = None) -> Lab:
     """Check a parsed lab file and build the :class:`Lab`.
+
+    Args:
+        origins: the file in which each dotted key stands, for messages; absent: all in ``file``.
 
     Raises:
         ConfigError: with every problem found.
     """
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
-    known = {"name", "label", *_SECTIONS, *_OPTIONAL, *_LISTS}
+    known = {*Head.model_fields, *_SECTIONS, *_OPTIONAL, *_LISTS}
     for key in raw:
         if key not in known:
-            problems.append(Problem(file, key, "unknown key", checks.suggest(key, known)))
-    for key in ("name", "label"):
-        value = raw.get(key, "")
-        if not isinstance(value, str) or (key == "name" and not value):
-            wrong = "must be a text" if key in raw else "missing"
-            problems.append(Problem(file, key, wrong, f'write {key} = "…" at the top of the file'))
-        parts[key] = value
+            problems.append(Problem(file, key, "unknown key", suggest(key, known)))
+    top = {key: raw[key] for key in Head.model_fields if key in raw}
+    head = _parse_section(Head, top, file, "", problems)
+    parts.update(head.model_dump(include={"name", "label"}) if head else {})
     for key, (section, required) in _SECTIONS.items():
         if key not in raw and required:
             problems.append(Problem(file, f"[{key}]", "section is missing", f"add a [{key}] section"))
@@ -131,8 +128,16 @@ def parse_lab(raw: dict[str, Any], file: str) -> Lab:
         parts[f"{key}s"] = tuple(row for row in parsed if row is not None)
     problems.extend(checks.contradictions(parts, file))
     if problems:
-        raise ConfigError(problems)
-    return Lab(file=file, **parts)
+        raise ConfigError([_placed(problem, file, origins or {}) for problem in problems])
+    elsewhere = {key: place for key, place in (origins or {}).items() if place != file}
+    return Lab(file=file, origins=elsewhere, **parts)
+
+
+def _placed(problem: Problem, file: str, origins: Mapping[str, str]) -> Problem:
+    """The problem of the lab ``file`` as one of the file that has its key; of another file as it is."""
+    if problem.file != file:
+        return problem
+    return dataclasses.replace(problem, file=inherit.file_of(problem.key, origins, file))
 
 
 def _parse_section(
@@ -141,9 +146,7 @@ def _parse_section(
     try:
         return section.model_validate(value)
     except ValidationError as error:
-        for detail in error.errors():
-            key = ".".join([where, *(str(part) for part in detail["loc"])])
-            problems.append(Problem(file, key, *checks.explain(section, detail)))
+        problems.extend(problems_of(error, file, section, where))
         return None
 
 
@@ -157,7 +160,7 @@ def check_against_model(lab: Lab, max_positions: int) -> None:
         raise ConfigError(
             [
                 Problem(
-                    lab.file,
+                    lab.where("model.max_model_len"),
                     "model.max_model_len",
                     f"{lab.model.max_model_len} tokens, but the model has {max_positions} positions",
                     f"set it to {max_positions} or less",

@@ -1,15 +1,21 @@
-"""The sections of a lab file as frozen models. docs/reference/lab-file.md is made from their descriptions."""
+"""The sections of a lab file as frozen models.
+
+docs/generate.py makes docs/reference/lab-file.md from them: docstrings, and the descriptions of fields.
+"""
 
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from disagglab.config.head import Section
+from disagglab.config.inherit import file_of
 from disagglab.config.workload import Workload, load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.stats.metric import GATED, of_stream
+from disagglab.units import Gib, Microseconds, Seconds, Tokens, Unit, WholeSeconds
 from disagglab.variables import DELAY_VARIABLE, TRACE_VARIABLE
 
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
@@ -20,21 +26,17 @@ else:  # the names, so that a refusal and docs/reference/lab-file.md list them
     GatedMetric = Literal[GATED]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
-
-
 class ModelSection(Section):
     """What the servers load."""
 
     id: str = Field(
         min_length=1, description="folder, Hugging Face id, or package:NAME for a model a package ships"
     )
-    revision: str | None = Field(None, description="Hugging Face revision; absent means main")
+    revision: str | None = Field(None, description="Hugging Face revision; absent: main")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="dtype of weights, and of the KV cache unless [vllm.args] has kv-cache-dtype"
     )
-    max_model_len: int = Field(ge=256, description="longest prompt plus output, tokens")
+    max_model_len: Tokens = Field(ge=256, description="longest prompt plus output")
     tokenizer: str | None = Field(
         None, min_length=1, description="whose tokenizer is used, named as id is; absent: the model's own"
     )
@@ -44,28 +46,33 @@ class ModelSection(Section):
 
 
 class VllmSection(Section):
-    """How ``vllm serve`` is started."""
+    """How `vllm serve` is started."""
 
-    version: str = Field(pattern=r"^\d+\.\d+\.\d+$", description="the vLLM version this lab is meant for")
+    version: str = Field(
+        pattern=r"^\d+\.\d+\.\d+$",
+        description="the vLLM it is for; decides the block rule; servers must say it",
+    )
     environments: dict[str, str] = Field(
         default={}, description="Python, or environment folder, by vLLM version, for --vllm and --against"
     )
-    args: dict[str, str | int | float | bool] = Field(default={}, description="further options, without --")
-    env: dict[str, str] = Field(default={}, description="further environment of every server")
-    stall_s: float = Field(
-        180, ge=10, description="a start without log output or CPU use for so long has failed, s"
+    args: dict[str, str | int | float | bool] = Field(
+        default={}, description="further options, without --; true is --key, false is --no-key"
     )
-    start_limit_s: float = Field(900, ge=30, description="a start that takes longer has failed, s")
+    env: dict[str, str] = Field(default={}, description="further environment of every server")
+    stall_s: Seconds = Field(
+        180, ge=10, description="a start without log output or CPU use for so long has failed"
+    )
+    start_limit_s: Seconds = Field(900, ge=30, description="a start that takes longer has failed")
 
 
 class NodeSection(Section):
     """One server: where it runs and what it does when serving is disaggregated."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports")
-    host: str = Field("local", description="local, or the name of a [[host]]")
-    address: str = Field(description="address that its server listens on")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports and logs")
+    host: str = Field("local", description="local, this machine, or the name of a [[host]]")
+    address: str = Field(description="address that its server listens on (HTTP)")
     data_address: str | None = Field(
-        None, description="address of its data network, for KV transfers; absent: the same"
+        None, description="of its data network, for KV transfers and their side channel; absent: address"
     )
     interface: str | None = Field(
         None, description="interface of its data network: UCX_NET_DEVICES, and the counters of the wire"
@@ -75,9 +82,11 @@ class NodeSection(Section):
     share_cpus: bool = Field(
         False, description="its cores may be another such node's too; then only the path counts, no figure"
     )
-    gpus: list[int] = Field(default=[], description="GPUs that the server sees")
-    rdma: list[str] = Field(default=[], description="RDMA devices of its data network (mlx5_0, rocep1s0f0 …)")
-    env: dict[str, str] = Field(default={}, description="environment of this server alone")
+    gpus: list[int] = Field(default=[], description="GPUs that the server sees (CUDA_VISIBLE_DEVICES)")
+    rdma: list[str] = Field(
+        default=[], description="RDMA devices of its data network (mlx5_0 …); their counters are the wire's"
+    )
+    env: dict[str, str] = Field(default={}, description="of this server alone; wins over [vllm.env]")
 
     @property
     def kv_address(self) -> str:
@@ -88,9 +97,11 @@ class NodeSection(Section):
 class HostSection(Section):
     """A host that is reached over SSH. What is absent comes from ~/.ssh/config."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what nodes call it")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what nodes, controller, jump call it; not local"
+    )
     address: str | None = Field(
-        None, min_length=1, description="host name or address; absent: HostName, else name"
+        None, min_length=1, description="host name or address of its SSH server; absent: HostName, else name"
     )
     port: int | None = Field(
         None, ge=1, le=65535, description="port of its SSH server; absent: Port, else 22"
@@ -100,19 +111,21 @@ class HostSection(Section):
         None, min_length=1, description="private key; absent: IdentityFile, the agent, ~/.ssh/id_*"
     )
     known_hosts: str | None = Field(
-        None, min_length=1, description="file with its host key; absent: ~/.ssh/known_hosts and /etc/ssh's"
+        None,
+        min_length=1,
+        description="file with its host key; absent: UserKnownHostsFile, else OpenSSH's two",
     )
     jump: str | None = Field(None, description="another [[host]], through which it is reached")
     python: str = Field("python3", min_length=1, description="Python 3.10 or later for the suite's own part")
     folder: str = Field(
-        "disagg-lab", min_length=1, description="where provision puts the suite; relative: to the home"
+        "disagg-lab", min_length=1, description="where provision puts the suite; relative: from the home"
     )
     environments: dict[str, str] = Field(
         default={}, description="Python, or environment folder, by vLLM version; absent: those in folder"
     )
-    connect_s: float = Field(15, gt=0, le=300, description="longest time to connect, s")
-    heartbeat_s: float = Field(
-        20, ge=3, le=600, description="silence after which it ends everything of the run, s"
+    connect_s: Seconds = Field(15, gt=0, le=300, description="longest time to connect")
+    heartbeat_s: Seconds = Field(
+        20, ge=3, le=600, description="silence after which it ends everything of the run"
     )
     namespace: bool = Field(
         False, description="made on this machine for the session, in network namespaces (two hosts, root)"
@@ -121,11 +134,13 @@ class HostSection(Section):
 
 
 class ControllerSection(Section):
-    """Where router and load generator run."""
+    """Where routers and load generator run."""
 
     host: str = Field("local", description="local, or the name of a [[host]]")
-    address: str = Field("127.0.0.1", description="address that the routers listen on")
-    cpus: list[int] = Field(default=[], description="cores of router and load generator; empty: any")
+    address: str = Field(
+        "127.0.0.1", description="that routers listen on; on a [[host]] one that this machine reaches"
+    )
+    cpus: list[int] = Field(default=[], description="cores of routers and load generator; empty: any")
 
 
 class TransportSection(Section):
@@ -136,24 +151,24 @@ class TransportSection(Section):
     )
     ucx_tls: list[str] = Field(default=[], description="UCX_TLS; empty leaves the choice to UCX")
     env: dict[str, str] = Field(default={}, description="further UCX_* and NIXL_* variables")
-    lease_s: int = Field(30, ge=6, description="how long prefill keeps unclaimed blocks, s")
+    lease_s: WholeSeconds = Field(30, ge=6, description="how long prefill keeps unclaimed blocks")
     load_failure_policy: Literal["fail", "recompute"] = Field(
-        "fail", description="recompute hides a broken link"
+        "fail", description="recompute hides a broken link behind a slow success"
     )
-    progress_delay_us: int = Field(
-        0, ge=0, le=1_000_000, description="pause of NIXL's progress thread, us; 0: stock"
+    progress_delay_us: Microseconds = Field(
+        0, ge=0, le=1_000_000, description="pause of NIXL's progress thread; 0: stock"
     )
     keep_node_cpus: bool = Field(
         False, description="keep the CPU connector on the node's own cores; false: stock"
     )
-    link_gbit_s: float | None = Field(
-        None, gt=0, description="nominal rate of the link, Gbit/s, for predictions"
+    link_gbit_s: Annotated[float, Unit("Gbit/s")] | None = Field(
+        None, gt=0, description="nominal rate of the link, for predictions only"
     )
     connector: Literal["NixlConnector", "NixlPushConnector"] = Field(
         "NixlConnector", description="NixlConnector: decode reads; NixlPushConnector: prefill writes"
     )
     extra: dict[str, str | int | float | bool] = Field(
-        default={}, description="further keys of kv_connector_extra_config"
+        default={}, description="further keys of kv_connector_extra_config, such as num_threads"
     )
     trace: bool = Field(False, description="log when each transfer was posted, looked at and found done")
 
@@ -165,10 +180,10 @@ class TransportSection(Section):
 
 
 class RouterSection(Section):
-    """vllm-router."""
+    """The router, vllm-router."""
 
     version: str = Field(
-        "0.1.17", pattern=r"^\d+\.\d+\.\d+$", description="the version this lab is meant for"
+        "0.1.17", pattern=r"^\d+\.\d+\.\d+$", description="its version, checked by module environment"
     )
     policy: Literal["round_robin"] = Field("round_robin", description="routing between equal workers")
 
@@ -183,21 +198,21 @@ class PortsSection(Section):
 class MemorySection(Section):
     """When not to start."""
 
-    floor_gib: float = Field(ge=0, description="MemAvailable that one server's start needs, GiB")
-    stop_gib: float = Field(
-        0.5, ge=0, description="MemAvailable below which a server of ours is killed at once, GiB; 0: never"
-    )
-    kv_beside_gib: float | None = Field(
-        None, gt=0, description="KV cache of each server beside those of variants, GiB; needed on GPUs"
+    floor_gib: Gib = Field(ge=0, description="MemAvailable needed for each server of a host to start")
+    stop_gib: Gib = Field(0.5, ge=0, description="MemAvailable below which a server is killed; 0: never")
+    kv_beside_gib: Gib | None = Field(
+        None, gt=0, description="KV cache of each server beside those of variants; needed on GPUs"
     )
 
 
 class ScaleSection(Section):
     """What the full-size figures of the workloads are multiplied by on this lab."""
 
-    prompt: float = Field(1, gt=0, description="factor of prompt lengths")
-    output: float = Field(1, gt=0, description="factor of answer lengths")
-    requests: float = Field(1, gt=0, description="factor of requests and concurrency")
+    prompt: float = Field(
+        1, gt=0, description="factor of prompt lengths, steady ones too; a shared prefix: to a multiple of 64"
+    )
+    output: float = Field(1, gt=0, description="factor of answer lengths, without steady ones")
+    requests: float = Field(1, gt=0, description="factor of requests, steady ones too, and of concurrency")
     rate: float = Field(1, gt=0, description="factor of arrival rates")
     steady: float = Field(1, gt=0, description="factor of the answer lengths of steady requests")
 
@@ -205,21 +220,21 @@ class ScaleSection(Section):
 class SloSection(Section):
     """The service level objective: a request is good if it meets both limits."""
 
-    ttft_s: float = Field(gt=0, description="longest time to first token, s")
-    tpot_s: float = Field(gt=0, description="longest time per output token, s")
+    ttft_s: Seconds = Field(gt=0, description="longest time to first token")
+    tpot_s: Seconds = Field(gt=0, description="longest time per output token")
 
 
 class SpeedSection(Section):
     """Nominal figures of one node, all of its GPUs together, for predictions only."""
 
-    peak_tflop_s: float = Field(
-        gt=0, description="dense arithmetic in the dtype of [model], of one node, TFLOP/s"
+    peak_tflop_s: Annotated[float, Unit("TFLOP/s")] = Field(
+        gt=0, description="dense arithmetic, without sparsity, in the dtype of [model], of one node"
     )
-    memory_gb_s: float = Field(gt=0, description="memory bandwidth of one node, GB/s (1e9 B/s)")
+    memory_gb_s: Annotated[float, Unit("GB/s")] = Field(gt=0, description="memory bandwidth, 1e9 B/s")
 
 
 class GateSection(Section):
-    """A verdict that this lab asks for."""
+    """A verdict that this lab asks for. Candidate is always the disaggregated topology."""
 
     metric: GatedMetric = Field(description="run-level figure that is compared")
     stream: Literal["", "main", "steady"] = Field(
@@ -243,12 +258,18 @@ class GateSection(Section):
 
 
 class VariantSection(Section):
-    """A changed setting that ``--variant`` measures beside the lab's own."""
+    """A changed setting that `pytest --variant NAME` measures beside the lab's own."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports after an @")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]*$", description="its topology is called disaggregated@NAME in reports"
+    )
     what: str = Field(min_length=1, description="what is changed, in words")
-    expects: str = Field(min_length=1, description="what it should do, written before it was measured")
-    transport: dict[str, Any] = Field(default={}, description="keys of [transport] that differ")
+    expects: str = Field(
+        min_length=1, description="what it should do, written before it was measured; reports show it"
+    )
+    transport: dict[str, Any] = Field(
+        default={}, description="keys of [transport] that differ; env and extra are merged key by key"
+    )
     args: dict[str, str | int | float | bool] = Field(
         default={}, description="options that differ from [vllm.args], or are added to them"
     )
@@ -258,11 +279,12 @@ class VariantSection(Section):
 
 
 class Lab(Section):
-    """A whole lab file."""
+    """A whole lab file, and what it extends. ``origins``: the file of each key that stands in another."""
 
     name: str
     label: str
     file: str
+    origins: dict[str, str] = Field(default={}, exclude=True, repr=False)
     model: ModelSection
     vllm: VllmSection
     nodes: tuple[NodeSection, ...]
@@ -277,6 +299,10 @@ class Lab(Section):
     gates: tuple[GateSection, ...]
     hosts: tuple[HostSection, ...] = ()
     variants: tuple[VariantSection, ...] = ()
+
+    def where(self, key: str) -> str:
+        """The file in which a key stands, such as ``node[1].cpus``."""
+        return file_of(key, self.origins, self.file)
 
     @property
     def prefill(self) -> tuple[NodeSection, ...]:
@@ -313,7 +339,8 @@ class Lab(Section):
         found = load_workload(name).scaled(**self.scale.model_dump())
         if found.tokens > self.model.max_model_len:
             wrong = f"{name} takes {found.tokens} tokens here, max_model_len is {self.model.max_model_len}"
-            raise ConfigError([Problem(self.file, "scale", wrong, "lower prompt, output or steady")])
+            mend = "lower prompt, output or steady"
+            raise ConfigError([Problem(self.where("scale"), "scale", wrong, mend)])
         return found
 
     @property

@@ -65,7 +65,8 @@ def beside(lab: Lab, count: int) -> Lab:
         return lab
     if lab.memory.kv_beside_gib is None:
         wrong = "missing, and variants share the GPUs' memory"
-        raise ConfigError([Problem(lab.file, "memory.kv_beside_gib", wrong, "add kv_beside_gib = 8.0, say")])
+        mend = "add kv_beside_gib = 8.0, say"
+        raise ConfigError([Problem(lab.where("memory"), "memory.kv_beside_gib", wrong, mend)])
     room = {
         "gpu-memory-utilization": round(GPU_SHARE / (count + 1), 3),
         "kv-cache-memory-bytes": round(lab.memory.kv_beside_gib * GIB),

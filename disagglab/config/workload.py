@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import WORKLOADS
+from disagglab.problems import problems_of
+from disagglab.units import Seconds, Tokens, Unit
 
 CHUNK = 64  # tokens; prompts are built of such pieces, so a shared prefix is a multiple of it
 
@@ -18,10 +21,10 @@ class Steady(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    prompt_tokens: int = Field(ge=1, description="length of every prompt, tokens")
-    output_tokens: int = Field(ge=2, description="length of every answer, tokens")
+    prompt_tokens: Tokens = Field(ge=1, description="length of every prompt")
+    output_tokens: Tokens = Field(ge=2, description="length of every answer")
     requests: int = Field(ge=1, description="requests that decode all along")
-    lead_s: float = Field(ge=0, description="their head start over the other arrivals, s")
+    lead_s: Seconds = Field(ge=0, description="their head start over the other arrivals; not scaled")
 
 
 class Workload(BaseModel):
@@ -33,19 +36,21 @@ class Workload(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    prompt_tokens: int = Field(ge=1, description="length of every prompt, tokens")
-    output_tokens: int = Field(ge=2, description="length of every answer, tokens (exact: ignore_eos)")
+    name: str = Field(description="that of the file, without .toml")
+    prompt_tokens: Tokens = Field(ge=1, description="length of every prompt")
+    output_tokens: Tokens = Field(ge=2, description="length of every answer, exact (ignore_eos)")
     requests: int = Field(ge=1, description="requests of one run, without the steady ones")
     concurrency: int | None = Field(None, ge=1, description="requests under way at once (closed loop)")
-    rate_per_s: float | None = Field(None, gt=0, description="mean arrivals per second (open loop)")
+    rate_per_s: Annotated[float, Unit("1/s")] | None = Field(
+        None, gt=0, description="mean arrivals per second (open loop)"
+    )
     rate_shares: tuple[float, ...] = Field(
         (), description="rates of a sweep, as shares of the capacity that a closed loop finds first"
     )
-    shared_prefix_tokens: int = Field(
-        0, ge=0, multiple_of=CHUNK, description="beginning that all prompts have in common, tokens"
+    shared_prefix_tokens: Tokens = Field(
+        0, ge=0, multiple_of=CHUNK, description="beginning that all prompts share; less than prompt_tokens"
     )
-    steady: Steady | None = None
+    steady: Steady | None = Field(None, description="requests that decode while the others arrive")
 
     @model_validator(mode="after")
     def _consistent(self) -> Workload:
@@ -134,10 +139,4 @@ def load_workload(name: str) -> Workload:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([Problem(str(path), "(whole file)", f"not TOML: {error}", "correct it")]) from error
     except ValidationError as error:
-        problems = [
-            Problem(
-                str(path), ".".join(map(str, row["loc"])) or "(whole file)", row["msg"], "correct the value"
-            )
-            for row in error.errors()
-        ]
-        raise ConfigError(problems) from error
+        raise ConfigError(problems_of(error, str(path), Workload)) from error

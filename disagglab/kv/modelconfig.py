@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from disagglab import jsonfile
 from disagglab.errors import ConfigError, Problem
 
 FOLDER = (
@@ -33,16 +32,7 @@ def read(path: Path) -> dict[str, Any]:
         ConfigError: if it is missing, not JSON, or not an object.
     """
     path = path / FILE if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        wrong = "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        raise _problem(path, wrong, "name a model folder or a config.json") from error
-    except (ValueError, RecursionError) as error:
-        raise _problem(path, f"not JSON: {error}", "fetch the model anew") from error
-    if not isinstance(config, Mapping):
-        raise _problem(path, f"holds a {type(config).__name__}, not an object", "name a model's config.json")
-    return dict(config)
+    return jsonfile.read(path, mend="name a model folder or its config.json; fetch a damaged one anew")
 
 
 def find(name: str) -> tuple[str, dict[str, Any]]:

@@ -7,11 +7,13 @@ import hashlib
 import json
 import math
 import re
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from disagglab import jsonfile
 from disagglab.errors import ConfigError, Problem
 from disagglab.results.records import FigureRow
 from disagglab.results.run_folder import META
@@ -28,7 +30,8 @@ class HistoryRun:
     """One session as its folder tells it.
 
     ``fingerprint``: name → value, with a package's version as ``versions.NAME``. ``lab_file``: a short hash
-    of the lab file's text. ``copy_gb_per_s``: the speed probe before the session, None where there was none.
+    of what the lab file says. ``copy_gb_per_s``: the speed probe before the session, None where there was
+    none.
     """
 
     run_id: str
@@ -110,15 +113,7 @@ def _meta(path: Path) -> Mapping[str, Any]:
     mend = "mend the file, or move the run folder away"
     if not path.exists() and not (path.parent / FIGURES).exists():
         return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError([Problem(str(path), "(whole file)", reason(error), mend)]) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError([Problem(str(path), "(whole file)", f"not JSON: {error}", mend)]) from error
-    if not isinstance(raw, Mapping):
-        raise ConfigError([Problem(str(path), "(whole file)", "not an object", mend)])
-    return raw
+    return jsonfile.read(path, mend)
 
 
 def reason(error: OSError) -> str:
@@ -144,14 +139,21 @@ def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[Fig
         model=str(named["model"]),
         commit=str(meta.get("commit", NOT_RECORDED)),
         command=str(meta.get("command", NOT_RECORDED)),
-        lab_file=hashlib.sha256(text.encode(errors="replace")).hexdigest()[:LAB_FILE_DIGITS]
-        if isinstance(text, str)
-        else NOT_RECORDED,
+        lab_file=_lab_hash(text) if isinstance(text, str) else NOT_RECORDED,
         key=str(named["fingerprint.key"]),
         fingerprint=dict(_flat({key: value for key, value in facts.items() if key != "key"})),
         copy_gb_per_s=_copy_speed(meta.get("speed")),
         figures=tuple(figures),
     )
+
+
+def _lab_hash(text: str) -> str:
+    """The same for two files that say the same, be it with other comments, or by way of ``extends``."""
+    try:
+        said = json.dumps(tomllib.loads(text), sort_keys=True, default=str)
+    except ValueError:
+        said = text
+    return hashlib.sha256(said.encode(errors="replace")).hexdigest()[:LAB_FILE_DIGITS]
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import shutil
@@ -14,10 +13,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from disagglab import jsonfile
 from disagglab.config import variant
 from disagglab.config.labs import parse_lab, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
+from disagglab.problems import problems_of
 from disagglab.results.records import Reading, Run, Snapshot
 from disagglab.results.run_folder import META, Store
 
@@ -144,26 +145,11 @@ def _copy(kept: KeptRun, into: Path) -> None:
         shutil.copyfile(counters, into / f"{name}{METRICS}")
 
 
-def _json(path: Path, mend: str) -> Mapping[str, Any]:
-    try:
-        content = path.read_bytes()
-        raw = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
-    except (OSError, EOFError) as error:
-        wrong = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise ConfigError([Problem(str(path), "(whole file)", wrong, mend)]) from error
-    except (ValueError, RecursionError) as error:
-        wrong = f"not JSON, cut off perhaps: {error}"
-        raise ConfigError([Problem(str(path), "(whole file)", wrong, mend)]) from error
-    if not isinstance(raw, Mapping):
-        raise ConfigError([Problem(str(path), "(whole file)", "not an object", mend)])
-    return raw
-
-
 def _meta(folder: Path) -> Mapping[str, Any]:
     mend = "name the folder of an earlier session, with its run.json and runs/*.json"
     if not folder.is_dir():
         raise ConfigError([Problem(str(folder), "--resume", "no such folder", mend)])
-    meta = _json(folder / META, mend)
+    meta = jsonfile.read(folder / META, mend)
     missing = [key for key in ("lab_file", "vllm") if not isinstance(meta.get(key), str)]
     if not isinstance(meta.get("fingerprint"), Mapping):
         missing.append("fingerprint")
@@ -204,16 +190,11 @@ def read_run(path: Path) -> Run:
     Raises:
         ConfigError: if a file is damaged.
     """
-    raw = _json(path, DELETE)
+    raw = jsonfile.read(path, DELETE)
     try:
         run = TypeAdapter(Run).validate_python(dict(raw))
     except ValidationError as error:
-        raise ConfigError(
-            [
-                Problem(str(path), ".".join(map(str, row["loc"])) or "(whole file)", row["msg"], DELETE)
-                for row in error.errors()
-            ]
-        ) from error
+        raise ConfigError(problems_of(error, str(path), mend=DELETE)) from error
     lengths = {key: len(getattr(run, key)) for key in PER_REQUEST}
     if len(set(lengths.values())) > 1:
         wrong = "as many values as requests are wanted; " + ", ".join(f"{k}: {n}" for k, n in lengths.items())
@@ -224,7 +205,7 @@ def read_run(path: Path) -> Run:
 
 def _readings(path: Path) -> tuple[Reading, Reading]:
     mend = f"copy the file again, or delete it: figures of a run do without ({METRICS})"
-    raw = _json(path, mend)
+    raw = jsonfile.read(path, mend)
 
     def snapshot(server: str, samples: Mapping[str, float]) -> Snapshot:
         found = []

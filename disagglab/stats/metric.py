@@ -1,4 +1,4 @@
-"""What is read off a run: each metric with unit, direction and formula. docs/reference/metrics.md explains them.
+"""What is read off a run: each metric with its unit, direction and formula (docs/reference/metrics.md).
 
 A metric is defined here and nowhere else. What METRICS lists is a figure of every run, may be asked for by a
 ``[[gate]]`` of a lab file (unless it says ``gated=False``), and stands in report and history in this order.

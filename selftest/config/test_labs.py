@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from disagglab.config import inherit
 from disagglab.config.labs import check_against_model, find_lab, load_lab, parse_lab
 from disagglab.errors import ConfigError
 from disagglab.paths import LABS
 
 GOOD = tomllib.loads((LABS / "embedded.toml").read_text())
-MADE = tomllib.loads((LABS / "two-hosts.toml").read_text())
+MADE = inherit.read(LABS / "two-hosts.toml").table
 ROOT = LABS.parent
 
 

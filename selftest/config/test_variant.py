@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from disagglab.config import variant
+from disagglab.config import inherit, variant
 from disagglab.config.labs import load_lab, on_workloads, parse_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError
 from disagglab.experiments import dry_run
+from disagglab.paths import LABS
 
-RAW = tomllib.loads(Path("labs/two-h200-stock.toml").read_text())
+RAW = inherit.read(LABS / "two-h200-stock.toml").table
 
 
 def lab_with(**changes: Any) -> Lab:

@@ -15,16 +15,6 @@ from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.expectation import (
-    CONFIRMED,
-    HITS,
-    OPEN,
-    REFUTED,
-    Expectation,
-    expectation_rows,
-    hits_and_misses,
-    standing,
-)
 from disagglab.experiments import routing
 from disagglab.experiments.beside_dynamo import (
     DYNAMO_KV,
@@ -67,6 +57,16 @@ from disagglab.serving.topology import (
     Topology,
 )
 from disagglab.stats.verdict import judge
+from tests.dynamo.expectation import (
+    CONFIRMED,
+    HITS,
+    OPEN,
+    REFUTED,
+    Expectation,
+    expectation_rows,
+    hits_and_misses,
+    standing,
+)
 
 LAB = load_lab("embedded")
 SIZE = Size(conversations=3, turns=2, output_tokens=4, blocks=65)

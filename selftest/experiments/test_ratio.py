@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from disagglab.agent.supervisor import Process
+from disagglab.config import inherit
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab, parse_lab
 from disagglab.config.schema import Lab, NodeSection
@@ -33,7 +34,7 @@ from disagglab.results.records import Ledger, Reading, Sent, Snapshot
 from disagglab.serving import openai, prometheus, topology
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, Deployment, Topology
 
-SHARED = tomllib.loads((LABS / "one-to-two.toml").read_text())
+SHARED = inherit.read(LABS / "one-to-two.toml").table
 GATED = tomllib.loads((LABS / "embedded.toml").read_text())
 VERSION = "0.31.0"
 

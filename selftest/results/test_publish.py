@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 from disagglab.errors import ConfigError
 from disagglab.paths import ROOT
 from disagglab.results import archive, publish

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from disagglab.config.arrivals import arrivals
-from disagglab.config.labs import load_lab
+from disagglab.config.labs import load_lab, resolved_text
 from disagglab.config.workload import Workload
 from disagglab.errors import ConfigError
 from disagglab.experiments import rounds
@@ -263,6 +263,18 @@ def test_label_and_gates_may_differ(tmp_path: Path) -> None:
     changed = text.replace(LAB.label, "another label").replace("margin = 0.1", "margin = 0.2")
     assert changed != text
     assert read(session(tmp_path, "20260101-000000-aaaa", 1, lab_file=changed)).runs
+
+
+def test_a_lab_that_extends_another_is_read_from_run_json_alone(tmp_path: Path) -> None:
+    """A session keeps the resolved lab, and may be resumed by the same lab written out in full."""
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "embedded"\nextends = "embedded"\n[model]\nmax_model_len = 2048\n')
+    mine = load_lab(str(path))
+    kept = session(tmp_path, "20260101-000000-aaaa", 1, lab_file=resolved_text(mine))
+    path.unlink()
+    assert resume.read([kept], mine, (), PRINT, COMMIT).runs
+    (problem,) = refusal(kept).problems
+    assert problem.key == "lab_file: model.max_model_len"
 
 
 def test_another_commit_is_noted(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ import pytest
 
 from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
-from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 from disagglab.experiments import routing
 from disagglab.experiments.beside_dynamo import (
     DYNAMO_KV,
@@ -72,6 +71,7 @@ from disagglab.serving.topology import (
     Deployment,
     Topology,
 )
+from tests.dynamo.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)
 AT_ONCE = 2  # requests under way in conversations: as many as workers
