@@ -19,7 +19,7 @@ from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab, VariantSection
 from disagglab.experiments import routing
 from disagglab.hosts import linkspeed, shaping
-from disagglab.hosts.recording import RUN, WORDS, NothingRan, RecordingHosts
+from disagglab.hosts.recording import RUN, WORDS, NothingRan, RecordingHosts, Word
 from disagglab.hosts.weights import PACKAGE_PREFIX, Model
 from disagglab.install.environments import dynamo_python
 from disagglab.measure.bench import HASH_SEED, LoadEngine, bench_options
@@ -187,7 +187,7 @@ def _probe(hosts: RecordingHosts, lab: Lab) -> None:
             hosts.of(node), hosts.python_of(node, lab.vllm.version), jobs, LIMIT_S
         ),
         "tests/environment: NIXL between the nodes": lambda: nixlprobe.between_nodes(
-            hosts, lab, "nixlprobe", [PROBE], PROBE_REPEATS, LIMIT_S
+            hosts, lab, "nixlprobe", [PROBE], PROBE_REPEATS, LIMIT_S, seed=Word("SEED")
         ),
     }
     if prefill.kv_address != decode.kv_address:

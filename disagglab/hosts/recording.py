@@ -28,7 +28,7 @@ RUN = "RUN"
 WORDS = {
     RUN: "digits that differ from session to session",
     "SALT": "the same from load run to load run",
-    "SEED": "the round's seed",
+    "SEED": "the round's seed; of a probe, a number that is drawn",
     "TRACES": "folder of the trace files: in the run's folder, or in the load engine's SCRATCH",
     "LOGS": "folder of the run's logs on that host",
     "SCRATCH": "a folder that is removed with its process",

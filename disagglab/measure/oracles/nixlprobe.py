@@ -95,6 +95,7 @@ def between_nodes(
     repeats: int,
     limit_s: float,
     threads: int | None = None,
+    seed: int | None = None,
 ) -> tuple[list[dict[str, Any]], str]:
     """Read on the first decode node what the first prefill node holds, as KV transfers do.
 
@@ -104,6 +105,7 @@ def between_nodes(
         lab: decides nodes, memory and environment; a lab with another ``[transport]`` probes that.
         repeats: of each read; the first one of a read also connects, or maps memory.
         threads: of NIXL's UCX backend; 0 is its progress thread alone; None takes the connector's.
+        seed: of the pattern in the memory and of the places; None draws one.
 
     Returns:
         for each read ``bytes``, ``pieces``, ``at_once``, ``threads``, ``memory``; per repeat ``seconds``
@@ -116,7 +118,10 @@ def between_nodes(
     """
     prefill, decode = lab.prefill[0], lab.decode[0]
     source, reader = hosts.of(prefill), hosts.of(decode)
-    pool = [str(max(read.pool_bytes for read in reads)), str(secrets.randbelow(2**31))]
+    pool = [
+        str(max(read.pool_bytes for read in reads)),
+        str(secrets.randbelow(2**31) if seed is None else seed),
+    ]
     chosen = connector_threads(lab) if threads is None else threads
     options = ["--memory", memory_of(lab), "--threads", str(chosen)]
     argv = [source.suite_python, *PROGRAM, "own", *pool, *options]
