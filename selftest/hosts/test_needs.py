@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from disagglab.config.labs import load_lab
-from disagglab.hosts import needs, release
+from disagglab.hosts import needs, release, weights
 from disagglab.hosts.needs import GIB, Machine
 
 RICH = Machine(cores=64, gpus=8, available_gib=512.0, root=True, lacks=())
@@ -77,7 +77,7 @@ def test_an_environment_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_is_looked_for_and_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """By package, folder or cache; nothing is converted."""
     monkeypatch.undo()
-    monkeypatch.setattr(needs.weights, "_convert", lambda *_: pytest.fail("a model was made"))
+    monkeypatch.setattr(weights, "_convert", lambda *_: pytest.fail("a model was made"))
     lab = load_lab("embedded")
     for model in ("package:no-such-package-here", "./no/such/folder", "nobody/No-Such-Model"):
         other = lab.model_copy(update={"model": lab.model.model_copy(update={"id": model})})
