@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import ConfigError
 from disagglab.hosts import namespaces, release, weights
 from disagglab.hosts.gpu import parse_gpus
+from disagglab.paths import LABS
 
 ASK_GPUS = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 ASK_LIMIT_S = 20.0
@@ -126,9 +128,8 @@ def standing(lab: Lab, machine: Machine) -> Standing:
         lacking += [*_environment_lacks(lab), *_model_lacks(lab)]
     unknown = []
     if needs.ssh_hosts:
-        unknown.append(
-            f"hosts over SSH are not looked at; to look: disagglab provision --lab {lab.name} --check"
-        )
+        name = Path(lab.file).stem if Path(lab.file).parent == LABS else shlex.quote(lab.file)
+        unknown.append(f"hosts over SSH are not looked at; to look: disagglab provision --lab {name} --check")
     return Standing(lab, needs, tuple(lacking), tuple(unknown))
 
 

@@ -55,6 +55,9 @@ def test_hosts_over_ssh_need_nothing_here() -> None:
     found = needs.standing(load_lab("spark"), bare)
     assert (found.here, found.lacking) == (None, ())
     assert str(found.needs) == "SSH to spark-01 and spark-02, vLLM 0.31.0"
+    assert found.unknown[0].endswith("disagglab provision --lab spark --check")
+    moved = found.lab.model_copy(update={"file": "/my labs/spark.toml"})
+    assert "--lab '/my labs/spark.toml' --check" in needs.standing(moved, bare).unknown[0]
 
 
 def test_made_hosts_are_on_this_machine() -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path, PurePosixPath
 
-from tests.disagg import slowproxy
+from disagglab.agent.port import accepts
+from disagglab.hosts.host import Host
+from disagglab.hosts.provision import sync
+from disagglab.hosts.remote import RemoteHost
+from tests.disagg import slowproxy, test_gate
 
 FACTOR = 3.0
 GAPS_S = (0.1, 0.05, 0.05)
+START_LIMIT_S = 20.0
 
 
 async def through_proxy() -> tuple[list[float], bytes, bytes]:
@@ -56,3 +66,30 @@ def test_every_piece_comes_later_by_the_factor() -> None:
     for seconds, due in zip(times, (0.1, 0.15, 0.2), strict=True):
         assert seconds >= FACTOR * due - 0.005
         assert seconds < FACTOR * due * FACTOR, "stretched more than once"
+
+
+def test_it_is_a_program_of_any_python(tmp_path: Path) -> None:
+    """Started by its path, from any folder and without this package, it listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [sys.executable, "-I", slowproxy.__file__, "127.0.0.1", str(port), "127.0.0.1", "1", "1.2"]
+    with subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE) as program:
+        try:
+            deadline = time.monotonic() + START_LIMIT_S
+            while not accepts("127.0.0.1", port):
+                assert program.poll() is None, program.stderr.read() if program.stderr else ""
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            program.kill()
+
+
+def test_where_it_lies_on_a_host() -> None:
+    """Here beside its lesson; on a remote host in the folder that provision fills, which gets the lessons."""
+    here, there = object.__new__(Host), object.__new__(RemoteHost)
+    there.folder = "/home/user/disagg-lab"
+    assert test_gate.program_on(here) == PurePosixPath(slowproxy.__file__)
+    assert test_gate.program_on(there) == PurePosixPath("/home/user/disagg-lab/tests/disagg/slowproxy.py")
+    assert "tests" in sync.WITH_UNTRACKED
+    assert "tests" in sync.WITHOUT_GIT

@@ -1,7 +1,7 @@
 """A lab file may lie anywhere, and pytest finds the suite's settings all the same.
 
 Oracle: sessions in processes of their own, from a copy of the checkout whose path has a space. The entry
-point is taken from pyproject.toml, so it need not be installed.
+point is written from pyproject.toml, so it need not be installed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +63,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     outside.mkdir()
     own = (LABS / "embedded.toml").read_text().replace('name = "embedded"', 'name = "mine"')
     (outside / "mine.toml").write_text(own)
-    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: disagglab\nVersion: 9\n")
-    lines = [f"{name} = {module}" for name, module in points.items()]
-    (metadata / "entry_points.txt").write_text("\n".join(["[pytest11]", *lines, ""]))
-    environ = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{folder}", "PYTHONDONTWRITEBYTECODE": "1"}
+    site.mkdir()
+    subprocess.run([sys.executable, ROOT / "offline" / "metadata.py", site], check=True, timeout=LIMIT_S)
+    environ = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{site}", "PYTHONDONTWRITEBYTECODE": "1"}
     return Place(checkout, outside, environ)
 
 

@@ -35,7 +35,7 @@ WORKLOAD = "one-user"
 READY_DEADLINE_S, POLL_S = 30.0, 0.05
 
 
-def _program(host: Host) -> PurePosixPath:
+def program_on(host: Host) -> PurePosixPath:
     """The proxy as it lies on a host: beside this file, or in the folder that provision fills."""
     here = Path(__file__).with_name("slowproxy.py")
     folder = PurePosixPath(host.folder) if isinstance(host, RemoteHost) else PurePosixPath(ROOT)
@@ -51,7 +51,7 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
     upstream, _, upstream_port = single.router.url.removeprefix("http://").rpartition(":")
     argv = [
         host.suite_python,
-        str(_program(host)),
+        str(program_on(host)),
         address,
         str(port),
         upstream,
