@@ -204,11 +204,9 @@ def _further(one: Workload) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of the suite."""
-    # Until cli.main is merged: then this is `from disagglab.cli.main import parser`.
-    if importlib.util.find_spec("disagglab.cli.main"):
-        made: argparse.ArgumentParser = importlib.import_module("disagglab.cli.main").parser()
-    else:
-        made = importlib.import_module("disagglab.__main__")._parser()
+    there = importlib.util.find_spec("disagglab.cli.main")
+    module = importlib.import_module("disagglab.cli.main" if there else "disagglab.__main__")
+    made: argparse.ArgumentParser = module.parser() if there else module._parser()
     return made
 
 
