@@ -220,7 +220,7 @@ def commands(found: argparse.ArgumentParser, name: str = "disagglab") -> Iterato
         for key, one in shown.items():
             full = f"{name} {key}"
             yield from (f"### {full}", "", f"    {full}{_usage(one)}", "")
-            yield from (*wrapped(marked(_sentence(one.description or summaries[key]))), "")
+            yield from (*wrapped(marked(one.description or summaries[key])), "")
             rows = [_option(one_action, full) for one_action in one._actions if not _is_help(one_action)]
             if rows:
                 yield from (*table(["argument", "meaning"], rows), "")
@@ -290,7 +290,7 @@ class Recorder:
     def __init__(self) -> None:
         self.found = argparse.ArgumentParser(add_help=False)
 
-    def getgroup(self, *_args: Any, **_named: Any) -> Recorder:
+    def getgroup(self, *_: Any) -> Recorder:
         return self
 
     def addoption(self, *names: str, **settings: Any) -> None:
@@ -320,13 +320,9 @@ def marked(text: str) -> str:
     return "".join(part if part.startswith("`") else CODE.sub(lambda m: f"`{m[0]}`", part) for part in parts)
 
 
-def _sentence(text: str) -> str:
-    return " ".join(text.split())
-
-
 def wrapped(text: str) -> list[str]:
     """A paragraph in lines of a page's width."""
-    return textwrap.wrap(_sentence(text), COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(" ".join(text.split()), COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
