@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import importlib.util
 import inspect
 import re
 import sys
@@ -27,12 +25,13 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from disagglab.cli import main as command_line
 from disagglab.config import inherit, labs
 from disagglab.config.head import Head
 from disagglab.config.schema import ScaleSection
 from disagglab.config.workload import Workload, load_workload
 from disagglab.paths import LABS, ROOT, WORKLOADS
-from disagglab.pytest_plugin import plugin
+from disagglab.pytest_plugin import options
 from disagglab.units import unit_of
 
 FOLDER = ROOT / "docs" / "reference"
@@ -202,14 +201,6 @@ def _further(one: Workload) -> Iterator[str]:
 # Commands
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line of the suite."""
-    there = importlib.util.find_spec("disagglab.cli.main")
-    module = importlib.import_module("disagglab.cli.main" if there else "disagglab.__main__")
-    made: argparse.ArgumentParser = module.parser() if there else module._parser()
-    return made
-
-
 def commands(found: argparse.ArgumentParser, name: str = "disagglab") -> Iterator[str]:
     """Every command: how it is called, what it does, its options, examples."""
     for action in found._actions:
@@ -300,7 +291,7 @@ class Recorder:
 def pytest_options() -> Iterator[str]:
     """The options that the plugin adds to pytest."""
     recorder = Recorder()
-    add: Callable[[Any], None] = plugin.pytest_addoption
+    add: Callable[[Any], None] = options.pytest_addoption
     add(recorder)
     yield from table(["option", "meaning"], [_option(action, "pytest") for action in recorder.found._actions])
 
@@ -338,7 +329,7 @@ def parts() -> dict[str, Callable[[], Iterator[str]]]:
     }
     return found | {
         "workloads": workloads,
-        "commands": lambda: commands(parser()),
+        "commands": lambda: commands(command_line.parser()),
         "pytest options": pytest_options,
         "make targets": make_targets,
     }

@@ -119,7 +119,7 @@ def test_an_option_more_makes_the_check_fail(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """An option of a command, and one of pytest."""
-    original, plugin = generate.parser, generate.plugin.pytest_addoption
+    original, options = generate.command_line.parser, generate.options.pytest_addoption
 
     def with_one_more() -> argparse.ArgumentParser:
         found: argparse.ArgumentParser = original()
@@ -128,12 +128,12 @@ def test_an_option_more_makes_the_check_fail(
         return found
 
     def added(parser: pytest.Parser) -> None:
-        plugin(parser)
+        options(parser)
         parser.getgroup("disagg-lab").addoption("--more", action="store_true", help="more")
 
     for where, name, value in (
-        (generate, "parser", with_one_more),
-        (generate.plugin, "pytest_addoption", added),
+        (generate.command_line, "parser", with_one_more),
+        (generate.options, "pytest_addoption", added),
     ):
         with monkeypatch.context() as changed:
             changed.setattr(where, name, value)

@@ -25,6 +25,7 @@ from disagglab.results.run_folder import Store
 from disagglab.serving import prometheus
 from disagglab.serving.prometheus import parse
 from disagglab.serving.topology import SINGLE, Topology
+from disagglab.stats.metric import percentile
 from disagglab.stats.verdict import judge
 
 KNOWN_BAD: dict[str, Any] = json.loads((Path(__file__).parent / "known_bad.json").read_text())
@@ -75,7 +76,7 @@ def test_2_throughput_of_a_run_that_failed(case: dict[str, Any]) -> None:
 
 def test_3_a_percentile_of_one_sample() -> None:
     """TTFT mean = P95 = 612.6 ms, because n = 1: below 20 samples there is no P95."""
-    assert results_metrics.percentile([KNOWN_BAD["p95_of_one"]["ttft_ms"]], 95) is None
+    assert percentile([KNOWN_BAD["p95_of_one"]["ttft_ms"]], 95) is None
 
 
 def test_4_a_factor_from_one_run() -> None:

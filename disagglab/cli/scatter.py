@@ -1,30 +1,96 @@
-"""``python -m disagglab scatter``: NIXL reads of many shapes on a lab's nodes, without servers."""
+"""``disagglab scatter``: NIXL reads of many shapes on a lab's nodes, without servers."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from disagglab.config.schema import Lab
+from disagglab.cli import command, words
 from disagglab.errors import ConfigError, LabError, Problem
-from disagglab.hosts.hosts import Hosts
-from disagglab.measure.oracles import nixlprobe
-from disagglab.measure.oracles.nixlprobe import Read
-from disagglab.predict import scattered_reads
-from disagglab.predict.scattered_reads import ScatterFit
-from disagglab.results.run_folder import new_run_id
+
+if TYPE_CHECKING:
+    from disagglab.config.schema import Lab
+    from disagglab.measure.oracles.nixlprobe import Read
+    from disagglab.predict.scattered_reads import ScatterFit
 
 LIMIT_S = 540.0  # of all reads together
 MEBIBYTES = {"DRAM": (4, 16), "VRAM": (256, 1024)}  # of a read, unless asked otherwise
 PIECES = (1, 128, 512, 4096)
 PREFIXES = ("UCX_", "NIXL_")
+
+
+def add(commands: command.Commands) -> None:
+    """Add the command."""
+    asked = command.add(
+        commands,
+        "scatter",
+        run,
+        "NIXL reads of scattered memory on a lab, without servers",
+        "Read memory between two nodes in pieces, and print what bytes and pieces cost.",
+        [
+            "disagglab scatter --lab embedded --mib 4 --pieces 1,128,512",
+            "disagglab scatter --lab two-h200 --env UCX_TLS=tcp,cuda_copy --threads 0 --json plain.json",
+        ],
+    )
+    lab = asked.add_argument("--lab", required=True, help="a lab by its name or path")
+    command.complete(lab, words.labs)
+    asked.add_argument(
+        "--env", action="extend", nargs="+", default=[], metavar="UCX_X=1", help="beside the lab's own"
+    )
+    asked.add_argument("--threads", type=int, help="of NIXL's UCX backend (the connector's); 0: none")
+    asked.add_argument("--mib", help="of a read, with commas between (256,1024 on GPUs, else 4,16)")
+    asked.add_argument("--pieces", help="of a read, with commas between (1,128,512,4096)")
+    asked.add_argument("--at-once", default="1", help="reads posted together (%(default)s)")
+    asked.add_argument(
+        "--repeats", type=int, default=9, help="of each, after one that does not count (%(default)s)"
+    )
+    asked.add_argument("--json", type=Path, metavar="FILE", help="also write every time to a file")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do the reads on the lab's hosts and print what they took."""
+    from disagglab.config import labs
+    from disagglab.measure.oracles import nixlprobe
+
+    for key, least in (("threads", 0), ("repeats", 1)):
+        given = getattr(arguments, key)
+        if given is not None and given < least:
+            wrong = f"{given} is too few"
+            raise ConfigError([Problem("command line", f"--{key}", wrong, f"write --{key} {least} or more")])
+    chosen = with_variables(labs.load_lab(arguments.lab), arguments.env)
+    sizes = MEBIBYTES[nixlprobe.memory_of(chosen)]
+    wanted = reads(
+        sizes if arguments.mib is None else whole_numbers(arguments.mib, "mib"),
+        PIECES if arguments.pieces is None else whole_numbers(arguments.pieces, "pieces"),
+        whole_numbers(arguments.at_once, "at-once"),
+    )
+    if arguments.json:
+        require_writable(arguments.json)
+    try:
+        found = screen(chosen, wanted, arguments.repeats, arguments.threads)
+    except ConfigError:
+        raise
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return command.MISSING
+    except KeyboardInterrupt:
+        print("interrupted; what was started on the hosts has ended", file=sys.stderr)
+        return command.INTERRUPTED
+    print("\n".join(found.lines()))
+    if arguments.json:
+        write(arguments.json, found)
+    if found.wrong:
+        print("\n".join(found.wrong), file=sys.stderr)
+    return command.MISSING if found.wrong else 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +106,8 @@ class Screen:
     @property
     def wrong(self) -> list[str]:
         """What refutes the measurement: bytes that differ, descriptors that were merged."""
+        from disagglab.measure.oracles.nixlprobe import Read
+
         found = []
         for row in self.rows:
             read = Read(row["bytes"], row["pieces"], row["at_once"])
@@ -51,6 +119,8 @@ class Screen:
 
     def lines(self) -> list[str]:
         """For the terminal."""
+        from disagglab.predict import scattered_reads
+
         settings = " ".join(f"{key}={value}" for key, value in sorted(self.environment.items()))
         first = self.rows[0]
         head = [f"{self.lab}: {first['memory']}, {first['threads']} threads, {settings or 'no variables'}"]
@@ -72,6 +142,8 @@ def reads(mebibytes: Sequence[int], pieces: Sequence[int], at_once: Sequence[int
     Raises:
         ConfigError: naming those that do not divide.
     """
+    from disagglab.measure.oracles.nixlprobe import Read
+
     found, problems = [], []
     for together, size, count in itertools.product(at_once, mebibytes, pieces):
         try:
@@ -118,12 +190,17 @@ def whole_numbers(text: str, key: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def run(lab: Lab, wanted: Sequence[Read], repeats: int, threads: int | None) -> Screen:
+def screen(lab: Lab, wanted: Sequence[Read], repeats: int, threads: int | None) -> Screen:
     """Do the reads on the lab's hosts; end and clear everything that was started there.
 
     Raises:
         LabError: if a host cannot be had, a probe fails, or it takes more than 9 minutes.
     """
+    from disagglab.hosts.hosts import Hosts
+    from disagglab.measure.oracles import nixlprobe
+    from disagglab.predict import scattered_reads
+    from disagglab.results.run_folder import new_run_id
+
     with tempfile.TemporaryDirectory(prefix="disagglab-scatter-") as folder:
         hosts = Hosts(new_run_id(), lab, Path(folder))
         try:
@@ -157,14 +234,14 @@ def require_writable(path: Path) -> None:
         path.unlink()
 
 
-def write(path: Path, screen: Screen) -> None:
+def write(path: Path, found: Screen) -> None:
     """Write a screen as JSON.
 
     Raises:
         ConfigError: if the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(screen.as_dict(), indent=1) + "\n")
+        path.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
     except OSError as error:
         raise _unwritable(error) from error
 

@@ -28,6 +28,7 @@ from disagglab.errors import ConfigError, Problem
 from disagglab.kv.layout import RULE_MEND, has_rule
 from disagglab.paths import WORKLOADS
 from disagglab.problems import problems_of
+from disagglab.stats.metric import METRICS
 
 WORKERS = 2  # servers that a routing strategy chooses between, on the lab's first nodes
 PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
@@ -158,14 +159,14 @@ def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
         if (gate.baseline is None) == (gate.limit is None):
             mend = 'write baseline = "replicated" (or "single"), or limit = 0.1'
             yield Problem(file, where, "wants either a baseline or a limit", mend)
-        if gate.metric == "transfer_share_of_ttft" and gate.baseline is not None:
+        if METRICS[gate.metric].needs_transfer and gate.baseline is not None:
             wrong = "no KV moves in a baseline, so there is nothing to compare with"
             yield Problem(file, f"{where}.baseline", wrong, "remove it and write limit = 0.1")
-        if gate.metric in ("slo_attainment", "transfer_share_of_ttft") and gate.stream:
+        if gate.stream and not METRICS[gate.metric].by_stream:
             wrong = f"{gate.metric} is a figure of all requests"
             yield Problem(file, f"{where}.stream", wrong, "remove it")
-        if gate.metric == "slo_attainment" and "slo" not in parts:
-            yield Problem(file, f"{where}.metric", "slo_attainment without [slo]", "add [slo] ttft_s, tpot_s")
+        if METRICS[gate.metric].needs_slo and "slo" not in parts:
+            yield Problem(file, f"{where}.metric", f"{gate.metric} without [slo]", "add [slo] ttft_s, tpot_s")
         if not (WORKLOADS / f"{gate.workload}.toml").is_file():
             wrong = f"no file workloads/{gate.workload}.toml"
             yield Problem(file, f"{where}.workload", wrong, "name a workload that exists")

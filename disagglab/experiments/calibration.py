@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from disagglab.config.schema import Lab
 from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments.comparison import measure
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
+from disagglab.measure.run import measure
 from disagglab.predict import breakeven_map, speedfit
 from disagglab.predict.breakeven import Cluster, Speeds
 from disagglab.predict.speedfit import HandedTime, PrefillTime, StepTime

@@ -10,17 +10,19 @@ from dataclasses import dataclass, field
 from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
-from disagglab.errors import InvalidRun, TransferError
+from disagglab.errors import InvalidRun
+from disagglab.experiments.rounds import WARM_UP_ROUND, Turn, runs, turns
 from disagglab.kv.shape import KvShape
-from disagglab.measure import ledger
-from disagglab.measure.bench import LoadEngine, require_meaning
-from disagglab.results.metrics import METRICS, comparable, figures, saturated
+from disagglab.measure.bench import LoadEngine
+from disagglab.results.arm import Arm
+from disagglab.results.gate import GateState, State
+from disagglab.results.metrics import figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
+from disagglab.stats.metric import METRICS
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
 
-WARM_UP_ROUND = -1
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file
 
 
@@ -56,7 +58,7 @@ class Comparison:
 
         def value(run: Run) -> float | None:
             found = figures(run, self.slo, stream)[metric]
-            return None if found is None else comparable(metric, found, len(run.ttft_s))
+            return None if found is None else METRICS[metric].comparable(found, len(run.ttft_s))
 
         rounds = {run.round: value(run) for run in self.valid(workload, baseline)}
         pairs = []
@@ -69,32 +71,6 @@ class Comparison:
     def saturated(self, workload: str, topology: str) -> int:
         """How many of the runs that count fell behind their arrivals."""
         return sum(saturated(run) for run in self.valid(workload, topology))
-
-
-def measure(
-    engine: LoadEngine, topology: Topology, workload: Workload, seed: int, number: int, shape: KvShape
-) -> Run:
-    """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never
-    dropped.
-    """
-    run: Run | None = None
-    try:
-        before = ledger.read(topology)
-        run = engine.run(topology, workload, seed, number)
-        after = ledger.settle(topology, before, len(run.sent))
-        run = dataclasses.replace(run, readings=(before, after))
-        require_meaning(run)
-        sent = run.sent
-        if workload.shared_prefix_tokens:
-            sent = ledger.with_shared_prefix(
-                topology, before, after, sent, workload.shared_prefix_tokens, workload.most_under_way
-            )
-        book = ledger.prove(topology, before, after, sent, shape, topology.version)
-        return dataclasses.replace(run, ledger=book)
-    except (InvalidRun, TransferError) as error:
-        if run is None:
-            run = Run(topology.name, workload, seed, number, "", 0.0, None, (), (), (), (), ())
-        return dataclasses.replace(run, invalid=str(error))
 
 
 def run_rounds(
@@ -112,9 +88,8 @@ def run_rounds(
 ) -> Comparison:
     """Warm every topology up, then measure all of them in every round.
 
-    Within a round all topologies get the same prompts; the order is mirrored every other round, so that slow
-    drift of the machine cancels; between rounds the prompts change. ``cap``: fixed beforehand; up to so many
-    rounds are made of the workloads that ``open_workloads`` names when the planned ones are over.
+    See :func:`disagglab.experiments.rounds.turns` for order and prompts. ``cap``: fixed beforehand; up to so
+    many rounds are made of the workloads that ``open_workloads`` names when the planned ones are over.
     ``earlier``: whole rounds of earlier sessions, numbered from 0 on for each workload; they come first and
     count among ``rounds``.
     """
@@ -124,23 +99,21 @@ def run_rounds(
         for one in workloads
     }
     warm_up = warm_up_of(workloads, max(topology.cycle for topology in topologies))
-    for topology in topologies:
-        progress(f"warm-up, {topology.name}")
-        run = measure(engine, topology, warm_up, random.getrandbits(31), WARM_UP_ROUND, shape)
-        store.add_run(run)
+    first = [
+        Turn(WARM_UP_ROUND, rounds, topology, warm_up, random.getrandbits(31)) for topology in topologies
+    ]
+    for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
         if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
             comparison.runs.append(run)
-    for number in range(max(rounds, cap)):
-        order = list(topologies) if number % 2 == 0 else list(reversed(topologies))
+
+    def wanted(number: int) -> list[Workload]:
         lacking = [one for one in workloads if done[one.name] <= number]
         still_open = open_workloads(comparison) if lacking and number >= rounds else done
-        for workload in (one for one in lacking if one.name in still_open):
-            seed = random.getrandbits(31)
-            for topology in order:
-                progress(f"round {number + 1} of {max(rounds, number + 1)}, {workload.name}, {topology.name}")
-                run = measure(engine, topology, workload, seed, number, shape)
-                store.add_run(run)
-                comparison.runs.append(run)
+        return [one for one in lacking if one.name in still_open]
+
+    all_turns = turns(topologies, wanted, rounds, lambda *_: random.getrandbits(31), cap)
+    for run in runs(engine, all_turns, shape, store, progress):
+        comparison.runs.append(run)
     return comparison
 
 
@@ -151,11 +124,11 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
         streams = ["", MAIN, STEADY] if workload.steady else [""]
         for arm in dict.fromkeys(run.topology for run in comparison.runs):
             for stream in streams:
-                for metric, (unit, better) in METRICS.items():
-                    values = comparison.values(workload.name, arm, metric, stream)
-                    if values and not (stream and metric in ("slo_attainment", "goodput_per_s")):
-                        name = f"{metric} ({stream})" if stream else metric
-                        found = (workload.name, arm, name, unit, better, tuple(values))
+                for metric in METRICS.values():
+                    values = comparison.values(workload.name, arm, metric.name, stream)
+                    if values:
+                        name = f"{metric.name} ({stream})" if stream else metric.name
+                        found = (workload.name, arm, name, metric.unit, metric.better, tuple(values))
                         rows.append(FigureRow(*found, workload.definition))
     return rows
 
@@ -188,7 +161,7 @@ def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     """
     families = [_pairs(comparison, gate, gate.baseline or LIMIT, DISAGGREGATED) for gate in lab.gates]
     p_values = [
-        gate_p(pairs, METRICS[gate.metric][1], gate.margin, gate.want)
+        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want)
         for gate, pairs in zip(lab.gates, families, strict=True)
     ]
     rows = [
@@ -202,39 +175,39 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     """One row a gated figure and topology that both releases were measured on, the lab's release against
     ``other``; then the A/A pairs.
 
-    ``gate`` begins with "worse" where an enforced gate finds the lab's release worse, after Holm; what is
+    ``gate`` is WORSE where the lab's release is found worse, after Holm, and enforced as its gate is; what is
     undecided says so.
 
     Raises:
         InvalidRun: if a figure has no pair of valid runs.
     """
     asked = [(gate, kind) for gate in _by_figure(lab) for kind in (SINGLE, DISAGGREGATED)]
-    families = [_pairs(comparison, gate, f"{kind}@{other}", kind) for gate, kind in asked]
+    families = [_pairs(comparison, gate, str(Arm(kind, other)), kind) for gate, kind in asked]
     verdicts = [
-        judge(pairs, METRICS[gate.metric][1], gate.margin)
+        judge(pairs, METRICS[gate.metric].better, gate.margin)
         for (gate, _), pairs in zip(asked, families, strict=True)
     ]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
     for (gate, kind), pairs, verdict, p in zip(asked, families, verdicts, adjusted, strict=True):
-        row = _row(comparison, gate, pairs, p, f"{kind}@{other}", kind)
+        row = _row(comparison, gate, pairs, p, str(Arm(kind, other)), kind)
         if verdict.outcome in ("better", "equivalent"):
-            state = "no regression"
+            state = GateState(State.NO_REGRESSION)
         elif verdict.outcome == "worse" and p <= 1 - CONFIDENCE:
-            state = "worse" if gate.enforce else "found worse (not enforced)"
+            state = GateState(State.WORSE, enforced=gate.enforce)
         else:
-            state = "undecided" + (", underpowered" if verdict.underpowered else "")
+            state = GateState(State.UNDECIDED, underpowered=verdict.underpowered)
         rows.append(dataclasses.replace(row, gate=state))
     return [*rows, *_identical_arms(comparison, lab)]
 
 
 def variant_rows(comparison: Comparison, lab: Lab, variants: Sequence[str]) -> list[VerdictRow]:
     """One row a gated figure and variant (``disaggregated@tcp``), against the lab's own settings."""
-    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], "variant")
+    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], State.VARIANT)
 
 
 def pair_rows(
-    comparison: Comparison, lab: Lab, arms: Sequence[tuple[str, str]], state: str
+    comparison: Comparison, lab: Lab, arms: Sequence[tuple[str, str]], state: State
 ) -> list[VerdictRow]:
     """One row a gated figure and pair of arms (baseline, candidate) that both have it.
 
@@ -249,20 +222,20 @@ def pair_rows(
     pairs = [comparison.pairs(g.workload, left, right, g.metric, g.stream) for g, left, right in asked]
     own = [gate.model_copy(update={"baseline": None, "limit": None}) for gate, _, _ in asked]
     verdicts = [
-        judge(each, METRICS[g.metric][1], g.margin) for (g, _, _), each in zip(asked, pairs, strict=True)
+        judge(each, METRICS[g.metric].better, g.margin) for (g, _, _), each in zip(asked, pairs, strict=True)
     ]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
     for (_, baseline, arm), gate, each, p in zip(asked, own, pairs, adjusted, strict=True):
         row = _row(comparison, gate, each, p, baseline, arm)
-        rows.append(dataclasses.replace(row, gate=state))
+        rows.append(dataclasses.replace(row, gate=GateState(state)))
     return rows
 
 
 def undecided_workloads(comparison: Comparison, lab: Lab) -> set[str]:
     """Workloads with a gate that is neither met nor refuted yet: more rounds may decide it."""
     rows = verdict_rows(comparison, lab)[: len(lab.gates)]
-    return {row.workload for row in rows if row.outcome == "undecided" and not row.gate.startswith("met")}
+    return {row.workload for row in rows if row.outcome == "undecided" and row.gate.state is not State.MET}
 
 
 def _pairs(
@@ -306,14 +279,14 @@ def _row(
     baseline: str = "",
     candidate: str = DISAGGREGATED,
 ) -> VerdictRow:
-    unit, better = METRICS[gate.metric]
+    metric = METRICS[gate.metric]
     baseline = baseline or gate.baseline or LIMIT
     values = {
         arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in (baseline, candidate)
     }
     if gate.limit is not None:
         values[LIMIT] = [gate.limit]
-    verdict = judge(pairs, better, gate.margin)
+    verdict = judge(pairs, metric.better, gate.margin)
     identical = comparison.pairs(gate.workload, SINGLE, SINGLE_AGAIN, gate.metric, gate.stream)
     late = sum(comparison.saturated(gate.workload, arm) for arm in values)
     reason = verdict.reason
@@ -321,17 +294,16 @@ def _row(
         counted = sum(len(comparison.valid(gate.workload, arm)) for arm in values)
         reason += f"; saturated: {late} of {counted} runs fell behind their arrivals"
     if p_adjusted is None:
-        state = "A/A: identical arms"
+        state = GateState(State.IDENTICAL)
     else:
-        state = f"{'met' if passes(verdict, gate.want, p_adjusted) else 'not met'}: wants {gate.want}"
-        if not state.startswith("met") and verdict.outcome == "undecided" and verdict.underpowered:
-            state += ", underpowered"
-        state += "" if gate.enforce else " (not enforced)"
+        met = passes(verdict, gate.want, p_adjusted)
+        lacking = not met and verdict.outcome == "undecided" and verdict.underpowered
+        state = GateState(State.MET if met else State.NOT_MET, gate.want, gate.enforce, lacking)
     return VerdictRow.of(
         verdict,
         workload=gate.workload,
         metric=gate.figure,
-        unit=unit,
+        unit=metric.unit,
         candidate=candidate,
         baseline=baseline,
         candidate_value=sum(values[candidate]) / len(values[candidate]),

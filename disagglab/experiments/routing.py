@@ -96,7 +96,7 @@ def workers(hosts: Hosts, lab: Lab, model: Model, size: Size) -> Deployment:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Held:
     """One dialogue through one router, proved. Tokens and requests by server; ``lookups`` by result.
 
     ``hits``: prompt tokens found in the prefix cache; ``queries``: prompt tokens that were looked for.
@@ -127,7 +127,7 @@ def run_arm(
     concurrency: int = 1,
     ids: bool = True,
     extra: Mapping[str, Any] | None = None,
-) -> Arm:
+) -> Held:
     """Hold a dialogue through a topology's router, and prove what the servers' counters say of it.
 
     The dialogue's nonce has to be new: then no block of an earlier arm is found, and since each of those lies
@@ -227,7 +227,7 @@ def require_no_failure(where: str, found: Talk, requests: int) -> None:
 
 def prove(
     topology: Topology, before: Reading, after: Reading, found: Talk, grown: Mapping[str, int] | None = None
-) -> Arm:
+) -> Held:
     """Hold the growth of the servers' counters against what the answers say of themselves.
 
     Raises:
@@ -242,7 +242,7 @@ def prove(
             for server in topology.servers
         }
 
-    arm = Arm(where, found, dict(book.finished), by_server(FOUND), by_server(QUERIED), dict(grown or {}))
+    arm = Held(where, found, dict(book.finished), by_server(FOUND), by_server(QUERIED), dict(grown or {}))
     silent = [turn for turn in found.turns if turn.cached_tokens is None]
     if silent:
         raise InvalidRun(
@@ -260,7 +260,7 @@ def prove(
     return arm
 
 
-def prove_replay(topology: Topology, after: Reading, arm: Arm) -> None:
+def prove_replay(topology: Topology, after: Reading, arm: Held) -> None:
     """Hold every request's hits, and each server's counter, against a replay of the token ids.
 
     Raises:
@@ -306,7 +306,7 @@ def request_of(turn: Spoken) -> Request:
     return Request(turn.conversation, turn.turn, turn.prompt_ids, turn.token_ids)
 
 
-def require_events(arm: Arm) -> None:
+def require_events(arm: Held) -> None:
     """Refuse an arm that claims to go by KV events, and whose router never found a block by them.
 
     Raises:
@@ -329,7 +329,7 @@ class TimesByHit:
 
 
 def times_by_hit(
-    arms: Sequence[Arm], block_size: int, time_s: Callable[[Spoken], float] = lambda turn: turn.ttft_s
+    arms: Sequence[Held], block_size: int, time_s: Callable[[Spoken], float] = lambda turn: turn.ttft_s
 ) -> TimesByHit:
     """TTFT (or ``time_s``) of hits and misses apart, each at equal turn, since later prompts are longer.
 

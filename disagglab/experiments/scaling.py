@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from disagglab import waiting
 from disagglab.errors import InvalidRun, LabError
 from disagglab.measure.ledger import FINISHED
 from disagglab.serving.dynamo.deployment import DynamoDeployment
@@ -197,11 +198,14 @@ class Steady:
         Raises:
             InvalidRun: if they have not after ``limit_s``.
         """
-        deadline = time.monotonic() + limit_s
-        while (ended := len(self.sent(after_s))) < count:
-            if time.monotonic() > deadline:
-                raise InvalidRun(f"{self._url}: {ended} of {count} requests have ended after {limit_s:g} s")
-            time.sleep(POLL_S)
+        waiting.until(
+            lambda: len(self.sent(after_s)) >= count,
+            limit_s,
+            lambda: InvalidRun(
+                f"{self._url}: {len(self.sent(after_s))} of {count} requests have ended after {limit_s:g} s"
+            ),
+            POLL_S,
+        )
 
     def sent(self, from_s: float, to_s: float = float("inf")) -> tuple[Attempt, ...]:
         """Those that were sent in a time, ``time.monotonic()``."""

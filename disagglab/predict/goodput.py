@@ -25,6 +25,7 @@ from disagglab.predict.breakeven_points import MOST_REQUESTS, MOST_USE, Budget
 from disagglab.predict.simulation import Served
 from disagglab.results import metrics
 from disagglab.results.records import Run
+from disagglab.stats.metric import METRICS
 from disagglab.stats.verdict import Verdict, judge
 
 MARGIN = 0.05  # differences of goodput below it count as equivalent
@@ -54,8 +55,8 @@ class Goodput:
 
     @property
     def comparable_per_s(self) -> float:
-        """As a verdict takes it: positive even where no request was good (disagglab/results/metrics.py)."""
-        share = metrics.comparable("slo_attainment", self.attainment, self.sent)
+        """As a verdict takes it: positive even where no request was good (disagglab/stats/metric.py)."""
+        share = METRICS["slo_attainment"].comparable(self.attainment, self.sent)
         return share * self.sent / self.duration_s
 
 

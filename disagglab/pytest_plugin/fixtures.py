@@ -13,6 +13,7 @@ from disagglab.config import variant
 from disagglab.config.labs import check_against_model
 from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
+from disagglab.experiments import routing
 from disagglab.experiments.calibration import Calibration, calibrate
 from disagglab.experiments.comparison import (
     Comparison,
@@ -232,6 +233,12 @@ def calibration(
         return calibrate(
             engine, single, replicated, disaggregated, shape, longest, store, line.show, live.short
         )
+
+
+@pytest.fixture(scope="session")
+def routing_size(live: Session) -> routing.Size:
+    """How much the tests of routing say, here and behind Dynamo, and how small the workers' caches are."""
+    return routing.SHORT if live.short else routing.FULL
 
 
 @pytest.fixture

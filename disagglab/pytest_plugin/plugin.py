@@ -1,4 +1,4 @@
-"""The pytest plugin: options, markers, the run's folder, the report. Fixtures: pytest_plugin/fixtures.py."""
+"""Markers, the run's folder, the report. Options: options.py; fixtures: fixtures.py."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from disagglab.config import variant
 from disagglab.config.labs import load_lab, on_workloads, resolved_text, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.experiments import plan
 from disagglab.hosts import release
 from disagglab.paths import REPORTS, ROOT
+from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
 from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, report, resume
 from disagglab.results.recorder import VIRTUAL_CLOCK
 from disagglab.results.report import Claim
 from disagglab.results.run_folder import Store, new_run_id
 
+__all__ = ["SESSION", "module_of", "pytest_addoption"]  # the last is a hook of pytest
+
 SESSION = pytest.StashKey[Session]()
 
-DEFAULT_ROUNDS = 3
 LISTINGS = (
     "collectonly",
     "help",
@@ -35,7 +38,6 @@ LISTINGS = (
     "show_fixtures_per_test",
     "cacheshow",
 )
-SHORT_ROUNDS = 2
 SHORT_SKIP = "Skipped: SHORT: "  # what --short asked for; --no-skips has nothing against it
 MODULES = {
     "environment": "facts of every node, as tests",
@@ -46,54 +48,6 @@ MODULES = {
     "routing": "which server gets a request: hit rates of routing strategies",
     "dynamo": "NVIDIA Dynamo: etcd, NATS, frontend, workers, and all together",
 }
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of the suite."""
-    group = parser.getgroup("disagg-lab")
-    group.addoption("--lab", default="embedded", help="name of a file in labs/, or --lab=PATH")
-    group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds)")
-    group.addoption(
-        "--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})"
-    )
-    group.addoption(
-        "--max-rounds", type=int, default=0, help="go on to so many rounds while a gate is undecided"
-    )
-    group.addoption(
-        "--resume",
-        action="append",
-        default=[],
-        metavar="RUN_FOLDER",
-        help="go on with the rounds of this earlier session; --rounds counts them too (several: repeat)",
-    )
-    group.addoption("--vllm", metavar="X.Y.Z", help="serve with this vLLM version instead of the lab's")
-    group.addoption(
-        "--against", metavar="X.Y.Z", help="also serve with this vLLM version, and compare the two"
-    )
-    group.addoption(
-        "--endings", type=int, default=0, metavar="N", help="end N sessions in each hard way (lab two-hosts)"
-    )
-    group.addoption(
-        "--workload",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="compare on this workload of the lab's gates alone (several: repeat)",
-    )
-    group.addoption(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="also measure this [[variant]] of the lab file beside the lab's own settings (several: repeat)",
-    )
-    group.addoption(
-        "--dedicated", action="store_true", help="also measure on servers without any KV connector"
-    )
-    group.addoption("--no-skips", action="store_true", help="a test that lacks something has failed")
-    group.addoption(
-        "--plan", action="store_true", help="print what a session would run on every host; start nothing"
-    )
 
 
 def _tests_lab(config: pytest.Config) -> bool:
@@ -109,17 +63,16 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """With --plan, print the commands in place of a session: no run folder, no collection, no tests."""
     if not config.getoption("--plan"):
         return None
-    from disagglab.experiments import dry_run
-
+    asked = plan.Asked(
+        lab=config.getoption("--lab"),
+        vllm=config.getoption("--vllm") or "",
+        against=config.getoption("--against") or "",
+        workloads=tuple(config.getoption("--workload") or ()),
+        variants=tuple(config.getoption("--variant") or ()),
+        dedicated=bool(config.getoption("--dedicated")),
+    )
     try:
-        lab = load_lab(config.getoption("--lab"))
-        if config.getoption("--vllm"):
-            lab = with_release(lab, config.getoption("--vllm"))
-        lab = on_workloads(lab, config.getoption("--workload") or ())
-        variants = variant.chosen(lab, config.getoption("--variant") or ())
-        lab = variant.beside(lab, len(variants))
-        against, dedicated = config.getoption("--against") or "", config.getoption("--dedicated")
-        found = dry_run.lines(lab, against, dedicated, variants)
+        found = plan.lines(asked)
     except LabError as error:
         raise pytest.UsageError(str(error)) from error
     print("\n".join(found))

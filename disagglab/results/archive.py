@@ -17,7 +17,7 @@ from disagglab import jsonfile
 from disagglab.errors import ConfigError, Problem
 from disagglab.results.records import FigureRow
 from disagglab.results.run_folder import META
-from disagglab.stats.verdict import Direction
+from disagglab.stats.metric import Direction
 
 RUN_ID = re.compile(r"\d{8}-\d{6}")
 FIGURES, COMMITTED = "figures.jsonl", "reference"

@@ -15,7 +15,7 @@ from disagglab import text
 from disagglab.errors import ConfigError, Problem
 from disagglab.results.archive import Archive, HistoryRun
 from disagglab.stats.changepoint import MIN_VALUES, ChangePoint, find
-from disagglab.stats.verdict import Direction
+from disagglab.stats.metric import Direction
 
 HEADER = (
     *("lab", "model", "fingerprint", "workload", "arm", "metric", "unit", "runs", "rounds"),
@@ -24,7 +24,7 @@ HEADER = (
 
 
 @dataclass(frozen=True)
-class Point:
+class SessionValues:
     """One session's values of a series, one a valid round."""
 
     run: HistoryRun
@@ -54,7 +54,7 @@ class Series:
     metric: str
     unit: str
     better: Direction
-    points: tuple[Point, ...] = ()
+    points: tuple[SessionValues, ...] = ()
     changes: tuple[ChangePoint, ...] = ()
     not_judged: str = ""
 
@@ -103,7 +103,7 @@ def collect(
             found[name] = replace(
                 series,
                 keys=tuple(dict.fromkeys([*series.keys, run.key])),
-                points=(*series.points, Point(run, f.values)),
+                points=(*series.points, SessionValues(run, f.values)),
             )
     kept = _filtered(list(found.values()), filters or Filters())
     groups = list(dict.fromkeys(series.group for series in kept))

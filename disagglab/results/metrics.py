@@ -3,39 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 
 from disagglab.config.arrivals import MAIN
 from disagglab.config.schema import SloSection
 from disagglab.results.records import Run
-from disagglab.stats.verdict import Direction
+from disagglab.stats.metric import METRICS, Answers
 
-PERCENTILE_SAMPLES = {50: 1, 90: 10, 95: 20, 99: 100}  # fewer samples than this: the percentile is not shown
 SATURATED_BELOW = 0.95  # of the offered rate
 LEAST_ANSWERS = 3  # a run in which requests arrive for less than so many median E2E shows no steady state
-
-METRICS: dict[str, tuple[str, Direction]] = {
-    "ttft_p50": ("s", "lower"),
-    "tpot_p50": ("s", "lower"),
-    "itl_p50": ("s", "lower"),
-    "itl_p99": ("s", "lower"),
-    "e2e_p50": ("s", "lower"),
-    "output_tokens_per_s": ("tokens/s", "higher"),
-    "slo_attainment": ("share of sent", "higher"),
-    "goodput_per_s": ("requests/s", "higher"),
-    "transfer_share_of_ttft": ("share of TTFT", "lower"),
-}
-
-
-def percentile(samples: Sequence[float], p: int) -> float | None:
-    """The ``p``-th percentile (linear interpolation); None with fewer samples than it takes to know it."""
-    if len(samples) < PERCENTILE_SAMPLES[p]:
-        return None
-    ordered = sorted(samples)
-    rank = (len(ordered) - 1) * p / 100
-    low = int(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
 def _chosen(run: Run, stream: str) -> list[int]:
@@ -60,37 +35,31 @@ def good_requests(run: Run, slo: SloSection) -> int:
     )
 
 
+def answers(run: Run, slo: SloSection | None = None, stream: str = "") -> Answers:
+    """The requests of a run, or of one of its streams, as a metric's formula takes them."""
+    chosen, book = _chosen(run, stream), run.ledger
+    return Answers(
+        ttft_s=[run.ttft_s[i] for i in chosen],
+        tpot_s=tpot_s(run, stream),
+        gaps_s=[gap for i in chosen for gap in run.itl_s[i]],
+        e2e_s=[run.e2e_s[i] for i in chosen],
+        output_tokens=[run.output_tokens[i] for i in chosen],
+        duration_s=run.duration_s,
+        good=good_requests(run, slo) if slo else None,
+        transfer_s=book.transfer_s / book.transfers if book and book.transfers > 0 else None,
+    )
+
+
 def figures(run: Run, slo: SloSection | None = None, stream: str = "") -> dict[str, float | None]:
     """Run-level figures by metric name, of all requests or those of one stream.
 
-    ``slo_attainment`` is None without an objective, ``transfer_share_of_ttft`` where no KV moved.
+    A metric that the run does not have is None: see :class:`disagglab.stats.metric.Metric`.
     """
-    chosen = _chosen(run, stream)
-    ttft = [run.ttft_s[i] for i in chosen]
-    gaps = [gap for i in chosen for gap in run.itl_s[i]]
-    book = run.ledger
-    moved = book is not None and book.transfers > 0 and not stream
+    seen = answers(run, slo, stream)
     return {
-        "ttft_p50": percentile(ttft, 50),
-        "tpot_p50": percentile(tpot_s(run, stream), 50),
-        "itl_p50": percentile(gaps, 50),
-        "itl_p99": percentile(gaps, 99),
-        "e2e_p50": percentile([run.e2e_s[i] for i in chosen], 50),
-        "output_tokens_per_s": sum(run.output_tokens[i] for i in chosen) / run.duration_s,
-        "slo_attainment": good_requests(run, slo) / len(run.ttft_s) if slo else None,
-        "goodput_per_s": good_requests(run, slo) / run.duration_s if slo else None,
-        "transfer_share_of_ttft": (
-            book.transfer_s / book.transfers / statistics.fmean(run.ttft_s) if book and moved else None
-        ),
+        name: metric.formula(seen) if metric.by_stream or not stream else None
+        for name, metric in METRICS.items()
     }
-
-
-def comparable(metric: str, value: float, requests: int) -> float:
-    """A figure as the verdict takes it. Its logarithm has to exist: of a share k / n, (k + 1/2) / (n + 1).
-
-    Source of the correction: F. Anscombe, On estimating binomial response relations, Biometrika 43 (1956).
-    """
-    return (value * requests + 0.5) / (requests + 1) if metric == "slo_attainment" else value
 
 
 def kept_rate(run: Run) -> float | None:

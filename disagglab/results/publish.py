@@ -20,7 +20,7 @@ from disagglab import text
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import REPORTS
 from disagglab.results import plot, report
-from disagglab.results.records import Plot
+from disagglab.results.records import Plot, VerdictRow
 from disagglab.results.run_folder import META, TOKEN_PATTERN
 
 REFERENCE = REPORTS / "reference"
@@ -164,6 +164,8 @@ def read(folder: Path, allow_failures: bool) -> Finished:
         meta = json.loads(texts[META])
         for name in LISTS:
             _rows(texts.get(f"{name}.jsonl", ""))
+        for row in _rows(texts.get("verdicts.jsonl", "")):
+            VerdictRow.from_json(row)
         plots = tuple(Plot(**row) for row in _rows(texts.pop("plots.jsonl", "")))
     except (ValueError, TypeError) as error:
         raise ConfigError([Problem(str(folder), "*.json, *.jsonl", f"damaged: {error}", mend)]) from error
@@ -347,21 +349,15 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not rows:
         return
     yield from ("", "### Verdicts", "")
-    head = ("workload", "metric", "candidate", "against", "verdict", "effect [95 % CI]", "rounds")
-    yield _line(*head, "noise floor", "gate")
-    yield "|" + " --- |" * (len(head) + 2)
-    for v in rows:
-        yield _line(
-            v["workload"],
-            v["metric"],
-            f"{v['candidate']} {text.number(v['candidate_value'])} {v['unit']}",
-            f"{v['baseline']} {text.number(v['baseline_value'])} {v['unit']}",
-            v["outcome"] + (f" ({v['saturated']} runs saturated)" if v.get("saturated") else ""),
-            text.interval(v["effect"], v["low"], v["high"]),
-            v["rounds"],
-            text.margin(v.get("noise_floor")),
-            v["gate"],
-        )
+    head = (
+        *("workload", "metric", "candidate", "baseline", "verdict", "effect [95 % CI]"),
+        *("rounds", "noise floor", "gate"),
+    )
+    yield _line(*("against" if name == "baseline" else name for name in head))
+    yield "|" + " --- |" * len(head)
+    for row in rows:
+        cells = report.verdict_cells(VerdictRow.from_json(row))
+        yield _line(*(cells[name] for name in head))
 
 
 def _values(title: str, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], what: str) -> Iterator[str]:

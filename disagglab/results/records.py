@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from disagglab.agent.supervisor import Process
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.stats.verdict import Direction, Verdict
+from disagglab.results.gate import GateState
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """One verdict as the report shows it. ``gate``: pass, fail, or what keeps it from being either.
+    """One verdict as the report shows it. ``gate``: what it means for the gate that asked for it.
     ``saturated``: runs of the two arms that fell behind their arrivals.
 
     ``noise_floor``: half width of the interval between two identical arms, ratio - 1. ``p_adjusted``: of
@@ -181,7 +184,7 @@ class VerdictRow:
     high: float
     rounds: int
     smallest_detectable: float | None
-    gate: str
+    gate: GateState
     reason: str
     noise_floor: float | None = None
     saturated: int = 0
@@ -200,7 +203,7 @@ class VerdictRow:
         baseline: str,
         candidate_value: float,
         baseline_value: float,
-        gate: str,
+        gate: GateState,
         p_adjusted: float | None = None,
         noise_floor: float | None = None,
         saturated: int = 0,
@@ -230,6 +233,22 @@ class VerdictRow:
             p_adjusted=p_adjusted,
             p_sign_flip=verdict.p_sign_flip,
         )
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> VerdictRow:
+        """A line of ``verdicts.jsonl``, of this version or an earlier one.
+
+        Raises:
+            TypeError: if a value is missing.
+        """
+        known = {one.name: raw[one.name] for one in fields(cls) if one.name in raw}
+        if "gate" in known:
+            known["gate"] = GateState.parse(str(known["gate"]))
+        return cls(**known)
+
+    def as_json(self) -> dict[str, Any]:
+        """As a line of ``verdicts.jsonl``; the gate as its text."""
+        return asdict(self) | {"gate": str(self.gate)}
 
 
 @dataclass(frozen=True)

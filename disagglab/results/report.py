@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from disagglab import text
 from disagglab.config.schema import Lab
 from disagglab.results import plot
-from disagglab.results.records import Record, Run
+from disagglab.results.records import Record, Run, VerdictRow
 from disagglab.results.run_folder import Store
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -105,26 +105,28 @@ def _record(record: Record) -> Mapping[str, Any]:
     }
 
 
+def verdict_cells(v: VerdictRow) -> dict[str, str]:
+    """A verdict as text, by column."""
+    return {
+        "workload": v.workload,
+        "metric": v.metric,
+        "candidate": f"{v.candidate} {text.number(v.candidate_value)} {v.unit}",
+        "baseline": f"{v.baseline} {text.number(v.baseline_value)} {v.unit}",
+        "verdict": v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
+        "effect [95 % CI]": text.interval(v.effect, v.low, v.high),
+        "noise floor": text.margin(v.noise_floor),
+        "rounds": str(v.rounds),
+        "gate": str(v.gate),
+    }
+
+
+VERDICT_COLUMNS = (
+    *("workload", "metric", "candidate", "baseline", "verdict", "effect [95 % CI]", "noise floor"),
+    *("rounds", "gate"),
+)
+
+
 def verdict_lines(store: Store) -> list[str]:
     """The verdicts as a plain text table for the terminal."""
-    rows = [
-        (
-            *("workload", "metric", "candidate", "baseline", "verdict", "effect [95 % CI]", "noise floor"),
-            *("rounds", "gate"),
-        )
-    ]
-    for v in store.verdicts:
-        rows.append(
-            (
-                v.workload,
-                v.metric,
-                f"{v.candidate} {text.number(v.candidate_value)} {v.unit}",
-                f"{v.baseline} {text.number(v.baseline_value)} {v.unit}",
-                v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
-                text.interval(v.effect, v.low, v.high),
-                text.margin(v.noise_floor),
-                str(v.rounds),
-                v.gate,
-            )
-        )
-    return text.table(rows)
+    cells = [verdict_cells(row) for row in store.verdicts]
+    return text.table([VERDICT_COLUMNS, *([row[name] for name in VERDICT_COLUMNS] for row in cells)])

@@ -88,8 +88,9 @@ class Store:
                 name = "verdicts"
             case FigureRow():
                 name = "figures"
+        row = item.as_json() if isinstance(item, VerdictRow) else asdict(item)
         with open(self.folder / f"{name}.jsonl", "a") as stream:
-            stream.write(json.dumps(asdict(item)) + "\n")
+            stream.write(json.dumps(row) + "\n")
 
     def add_run(self, run: Run) -> None:
         """Keep every request of a run, valid or not, and every counter of its servers before and after.

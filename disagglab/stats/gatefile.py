@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from disagglab import jsonfile
 from disagglab.errors import ConfigError
 from disagglab.problems import problems_of
-from disagglab.stats.verdict import Direction, Verdict, judge
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import Verdict, judge
 
 Figure = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 EXAMPLE = "see docs/reference/metrics.md for an example"

@@ -17,14 +17,12 @@ from typing import Literal
 from scipy import stats
 
 from disagglab.errors import InvalidRun
+from disagglab.stats.metric import Direction
 
 CONFIDENCE = 0.95
 POWER = 0.80
 
 Outcome = Literal["better", "worse", "equivalent", "undecided"]
-Direction = Literal["lower", "higher"]
-
-
 Want = Literal["better", "not worse"]
 EXACT_FLIPS = 16  # rounds up to which all 2^n sign patterns are tried
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 from disagglab.paths import ROOT
 
 CONFIGS = Path(__file__).parents[1] / "kv" / "configs"
@@ -30,7 +30,7 @@ CHILD = """
 import json, re, sys
 from pathlib import Path
 {before}
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 status = main(["kv", "gemma-3-1b-it", "--json", "--link", "100Gbps"])
 peak_kb = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 loaded = sorted({{"torch", "vllm", "numpy", "transformers"}} & set(sys.modules))

@@ -16,9 +16,12 @@ from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments import comparison
+from disagglab.experiments import comparison, rounds
 from disagglab.experiments.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.experiments.rounds import WARM_UP_ROUND
 from disagglab.measure import ledger
+from disagglab.measure import run as one_run
+from disagglab.results.gate import State
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
@@ -65,14 +68,14 @@ def test_rounds_are_interleaved_and_mirrored(monkeypatch: pytest.MonkeyPatch, tm
         seen.append((number, topology.name, seed))
         return run(topology.name, workload, number)
 
-    monkeypatch.setattr(comparison, "measure", measure)
+    monkeypatch.setattr(rounds, "measure", measure)
     arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in TOPOLOGIES]
     store = Store.create(tmp_path, "run")
     none: Any = None
     found = run_rounds(none, arms, [LAB.workload("chat")], 2, store, none, lambda _: None)
     names = [(number, name) for number, name, _ in seen]
     assert names == [
-        *((comparison.WARM_UP_ROUND, name) for name in TOPOLOGIES),
+        *((WARM_UP_ROUND, name) for name in TOPOLOGIES),
         *((0, name) for name in TOPOLOGIES),
         *((1, name) for name in reversed(TOPOLOGIES)),
     ]
@@ -96,7 +99,7 @@ def test_gates_become_verdicts(lab: Lab) -> None:
     assert [row.metric for row in rows] == [gate.figure for gate in lab.gates]
     assert rows[0].outcome == "better"
     assert rows[0].effect == pytest.approx(-0.5)
-    assert rows[0].gate.startswith("met")
+    assert rows[0].gate.state is State.MET
     assert rows[0].noise_floor is None, "no A/A pair was measured"
 
 
@@ -113,7 +116,7 @@ def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
     compared = [(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None]
     assert [(row.workload, row.metric) for row in identical] == compared
     assert {(row.candidate, row.baseline) for row in identical} == {(SINGLE_AGAIN, SINGLE)}
-    assert all(row.p_adjusted is None and row.gate.startswith("A/A") for row in identical)
+    assert all(row.p_adjusted is None and row.gate.state is State.IDENTICAL for row in identical)
     floors = {row.metric: row.noise_floor for row in gated}
     assert floors["itl_p99 (steady)"] == pytest.approx(floors["ttft_p50"])
     assert floors["ttft_p50"] is not None
@@ -141,7 +144,7 @@ def test_a_family_of_gates_is_corrected(lab: Lab) -> None:
 
 def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Up to the cap, and of the open workloads only; without a cap never."""
-    monkeypatch.setattr(comparison, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
+    monkeypatch.setattr(rounds, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
     arms: list[Any] = [SimpleNamespace(name=SINGLE, cycle=1)]
     workloads = [LAB.workload("chat"), LAB.workload("one-user")]
     none: Any = None
@@ -193,7 +196,7 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
     topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
     none: Any = None
-    measured = comparison.measure(engine, topology, workload, 1, 0, none)
+    measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid == "counters do not add up"
     assert measured.ttft_s == whole.ttft_s
 
@@ -230,7 +233,7 @@ def verdict_rows_by_figure(found: Comparison) -> dict[tuple[str, str], tuple[str
     """(outcome, gate) by candidate and figure."""
     rows = comparison.version_rows(found, LAB, "0.30.0")
     assert all(row.baseline == f"{row.candidate}@0.30.0" for row in rows)
-    return {(row.candidate, row.metric): (row.outcome, row.gate) for row in rows}
+    return {(row.candidate, row.metric): (row.outcome, str(row.gate)) for row in rows}
 
 
 def test_a_variant_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
@@ -244,7 +247,9 @@ def test_a_variant_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
     ]
     rows = comparison.variant_rows(Comparison(runs, lab.slo), lab, [arm])
     assert {(row.workload, row.metric) for row in rows} == {(g.workload, g.figure) for g in lab.gates}
-    assert {(row.candidate, row.baseline, row.gate) for row in rows} == {(arm, DISAGGREGATED, "variant")}
+    assert {(row.candidate, row.baseline, row.gate.state) for row in rows} == {
+        (arm, DISAGGREGATED, State.VARIANT)
+    }
     (slower,) = [row for row in rows if row.metric == "ttft_p50"]
     assert (slower.outcome, slower.rounds) == ("worse", 3)
     assert slower.effect == pytest.approx((2.0 * 2.1 * 1.9) ** (1 / 3) - 1)
@@ -314,7 +319,7 @@ def test_an_invalid_run_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> N
     engine: Any = SimpleNamespace(run=lambda *_: over)
     topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
     none: Any = None
-    measured = comparison.measure(engine, topology, workload, 1, 0, none)
+    measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid is not None
     assert "while a steady request decoded" in measured.invalid
     assert measured.e2e_s == over.e2e_s

@@ -17,7 +17,7 @@ from disagglab.agent.supervisor import Process
 from disagglab.config.labs import load_lab
 from disagglab.errors import InvalidRun, StartError
 from disagglab.experiments import routing
-from disagglab.experiments.routing import Arm
+from disagglab.experiments.routing import Held
 from disagglab.kv.shape import KvShape, Layer
 from disagglab.measure import ledger
 from disagglab.measure.talk import Failure, Spoken, Talk
@@ -87,7 +87,7 @@ COUNTED = {
 }  # fmt: skip
 
 
-def proved(turns: tuple[Spoken, ...] = TOGETHER, /, **changes: float) -> Arm:
+def proved(turns: tuple[Spoken, ...] = TOGETHER, /, **changes: float) -> Held:
     """The arm of these turns, if server a counts what it should, changed by ``changes``."""
     grown = {key: value + changes.get(name_of(key), 0) for key, value in COUNTED.items()}
     before, after = readings(a=grown, b={})
@@ -198,9 +198,9 @@ def test_times_are_apart_at_equal_turn() -> None:
     first = spoken(0, 10, 0, "a", 9.0)
     found = routing.times_by_hit(
         [
-            Arm("x", talked(first, spoken(1, 17, 12, "a", 0.1), spoken(2, 24, 12, "a", 0.9)), {}, {}, {}),
-            Arm("y", talked(first, spoken(1, 17, 8, "a", 0.2)), {}, {}, {}),
-            Arm("z", talked(first, spoken(1, 17, 4, "b", 0.8)), {}, {}, {}),
+            Held("x", talked(first, spoken(1, 17, 12, "a", 0.1), spoken(2, 24, 12, "a", 0.9)), {}, {}, {}),
+            Held("y", talked(first, spoken(1, 17, 8, "a", 0.2)), {}, {}, {}),
+            Held("z", talked(first, spoken(1, 17, 4, "b", 0.8)), {}, {}, {}),
         ],
         block_size=4,
     )

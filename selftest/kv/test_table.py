@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 from disagglab.errors import ConfigError
 from disagglab.kv import table
 

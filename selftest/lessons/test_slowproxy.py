@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from disagglab import slowproxy
+from tests.disagg import slowproxy
 
 FACTOR = 3.0
 GAPS_S = (0.1, 0.05, 0.05)

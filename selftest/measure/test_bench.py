@@ -19,6 +19,7 @@ from disagglab.measure import bench, loadworker
 from disagglab.measure.loadworker import keep_token_ids
 from disagglab.results import metrics
 from disagglab.results.records import Run
+from disagglab.stats.metric import percentile
 
 WORKLOAD = Workload(name="w", prompt_tokens=10, output_tokens=3, concurrency=1, requests=2)
 RESULT: dict[str, Any] = {
@@ -52,8 +53,8 @@ def test_figures_follow_their_definitions() -> None:
 def test_a_percentile_needs_its_samples() -> None:
     """p99 of four gaps is not a number; p99 of a hundred is."""
     assert metrics.figures(run_from())["itl_p99"] is None
-    assert metrics.percentile([float(i) for i in range(100)], 99) == pytest.approx(98.01)
-    assert metrics.percentile([1.0] * 19, 95) is None
+    assert percentile([float(i) for i in range(100)], 99) == pytest.approx(98.01)
+    assert percentile([1.0] * 19, 95) is None
 
 
 @pytest.mark.parametrize(

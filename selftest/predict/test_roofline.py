@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 from disagglab.config.schema import SpeedSection
 from disagglab.errors import ConfigError
 from disagglab.kv import attention, modelconfig

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from disagglab.__main__ import main
 from disagglab.cli import scatter
+from disagglab.cli.main import main
 from disagglab.cli.scatter import Screen
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import TransportSection
@@ -224,7 +224,7 @@ def test_a_wrong_command_line_starts_nothing(
     argv: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One line on stderr, exit status 2."""
-    monkeypatch.setattr(scatter, "run", lambda *_: pytest.fail("something was started"))
+    monkeypatch.setattr(scatter, "screen", lambda *_: pytest.fail("something was started"))
     try:
         status = main(["scatter", *argv])
     except SystemExit as stop:
@@ -254,7 +254,7 @@ def test_a_file_takes_the_whole_screen(
         asked.append(arguments)
         return Screen("embedded", {}, "command", [row(Read(MIB), [1.0, 1.0], equal=False)], None)
 
-    monkeypatch.setattr(scatter, "run", run)
+    monkeypatch.setattr(scatter, "screen", run)
     path = tmp_path / "screen.json"
     options = ["--env", "UCX_A=1", "UCX_B=2", "--env", "UCX_C=3", "--at-once", "1,2", "--json", str(path)]
     assert main(["scatter", "--lab", "embedded", *options]) == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 from disagglab.results import archive, history, historypage
 
 OLD, NEW = "a" * 12, "b" * 12

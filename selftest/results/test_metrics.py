@@ -14,8 +14,9 @@ from disagglab.config.workload import Steady, Workload
 from disagglab.errors import InvalidRun
 from disagglab.measure.bench import require_meaning
 from disagglab.measure.client_lag import LoopLag
-from disagglab.results.metrics import comparable, figures, good_requests, kept_rate, saturated
+from disagglab.results.metrics import figures, good_requests, kept_rate, saturated
 from disagglab.results.records import ClientLoad, Ledger, Run
+from disagglab.stats.metric import METRICS
 
 CLOSED = Workload(name="w", prompt_tokens=10, output_tokens=5, concurrency=1, requests=4)
 SLO = SloSection(ttft_s=1.0, tpot_s=0.1)
@@ -56,9 +57,9 @@ def test_share_of_the_transfer() -> None:
 
 def test_a_share_of_nothing_can_be_compared() -> None:
     """No good request is no logarithm: shares are moved away from 0 and 1, other figures are left alone."""
-    assert comparable("slo_attainment", 0.0, 9) == pytest.approx(0.05)
-    assert comparable("slo_attainment", 1.0, 9) == pytest.approx(0.95)
-    assert comparable("ttft_p50", 0.25, 9) == 0.25
+    assert METRICS["slo_attainment"].comparable(0.0, 9) == pytest.approx(0.05)
+    assert METRICS["slo_attainment"].comparable(1.0, 9) == pytest.approx(0.95)
+    assert METRICS["ttft_p50"].comparable(0.25, 9) == 0.25
 
 
 def opened(e2e_s: tuple[float, ...]) -> Run:

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 from disagglab.errors import ConfigError
 from disagglab.paths import ROOT
 from disagglab.results import archive, publish
+from disagglab.results.gate import GateState
 from disagglab.results.publish import check, left, make, places, replaced
 from disagglab.results.records import FigureRow, Plot, Record, VerdictRow
 from disagglab.results.run_folder import Store
@@ -30,7 +31,7 @@ SERVER = f"HOME=/home/u17 {VENV}/bin/python -m vllm.entrypoints.cli.main serve {
 LAB_FILE = 'name = "two-gpus"\nlabel = "two cards"\n[[host]]\nname = "alpha"\n'
 VERDICT = VerdictRow(
     "chat", "ttft_p50", "s", "disaggregated", "single", 0.5, 0.4, "worse", 0.25, 0.2, 0.3, 3, 0.05,
-    "not met: wants not worse", "why", noise_floor=0.04,
+    GateState.parse("not met: wants not worse"), "why", noise_floor=0.04,
 )  # fmt: skip
 
 Made = Callable[..., Path]

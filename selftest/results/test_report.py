@@ -10,6 +10,7 @@ import pytest
 from disagglab.config.labs import load_lab
 from disagglab.errors import LabError
 from disagglab.results import plot, report
+from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Plot, Record, VerdictRow
 from disagglab.results.report import Claim, Module
@@ -17,7 +18,7 @@ from disagglab.results.run_folder import Store
 
 ROW = VerdictRow(
     "chat", "ttft_p50", "s", "disaggregated", "single", 0.5, 0.4, "worse", 0.25, 0.2, 0.3, 3, 0.05,
-    "not met: wants not worse (not enforced)", "the interval excludes no difference",
+    GateState(State.NOT_MET, "not worse", enforced=False), "the interval excludes no difference",
 )  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def test_the_page_holds_verdicts_lessons_numbers_and_plots(store: Store) -> None
     page = report.render(load_lab("embedded"), store, [module], [])
     for text in (
         "worse",
+        ">not met: wants not worse (not enforced)<",
         "+25.0 %",
         "11,796,480",
         "bytes &lt;moved&gt;",

@@ -20,15 +20,15 @@ from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab, resolved_text
 from disagglab.config.workload import Workload
 from disagglab.errors import ConfigError
-from disagglab.experiments import comparison
+from disagglab.experiments import rounds
 from disagglab.experiments.comparison import (
-    WARM_UP_ROUND,
     Comparison,
     figure_rows,
     run_rounds,
     verdict_rows,
     warm_up_of,
 )
+from disagglab.experiments.rounds import WARM_UP_ROUND
 from disagglab.paths import ROOT
 from disagglab.results import resume
 from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
@@ -186,7 +186,7 @@ def test_missing_rounds_are_measured_and_numbered_after_the_earlier_ones(
             measured.append((workload.name, number))
         return run(topology.name, workload, number, seed)
 
-    monkeypatch.setattr(comparison, "measure", measure)
+    monkeypatch.setattr(rounds, "measure", measure)
     arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in ARMS]
     store = Store.create(tmp_path, "20260102-000000-bbbb")
     store.write_meta(**json.loads((folder / "run.json").read_text()) | {"run": store.folder.name})
@@ -217,7 +217,7 @@ def test_rounds_that_are_there_are_not_measured_again(
         seen.append(number)
         return run(topology.name, workload, number, seed)
 
-    monkeypatch.setattr(comparison, "measure", measure)
+    monkeypatch.setattr(rounds, "measure", measure)
     taken, _ = resume.complete(read(session(tmp_path, "20260101-000000-aaaa", 2)), ARMS)
     arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in ARMS]
     none: Any = None

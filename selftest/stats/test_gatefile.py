@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.__main__ import main
+from disagglab.cli.main import main
 
 GOOD: dict[str, Any] = {
     "metric": "itl_p99",

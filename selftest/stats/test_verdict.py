@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagglab.errors import InvalidRun
-from disagglab.stats.verdict import Direction, Want, gate_p, holm, judge, noise_floor, passes, sign_flip_p
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import Want, gate_p, holm, judge, noise_floor, passes, sign_flip_p
 
 SPREAD = (0.99, 1.01, 0.995, 1.005, 1.0, 1.0)
 

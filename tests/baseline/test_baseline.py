@@ -14,18 +14,19 @@ import pytest
 
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
-from disagglab.experiments.comparison import measure
 from disagglab.kv.shape import KvShape, blocks
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.kv_usage import peak_blocks
+from disagglab.measure.run import measure
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.metrics import figures, percentile, tpot_s
+from disagglab.results.metrics import figures, tpot_s
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.topology import Topology
+from disagglab.stats.metric import percentile
 
 SEED = 20_001
 ROUNDING_S = 0.005  # the load engine takes first-token and last-token times by separate clock reads

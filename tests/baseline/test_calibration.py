@@ -22,19 +22,20 @@ from dataclasses import dataclass, replace
 import pytest
 
 from disagglab.config.workload import Workload, load_workload
-from disagglab.experiments.comparison import measure
+from disagglab.experiments.rounds import mirrored
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.conversation import Conversation, Transcript, converse
+from disagglab.measure.run import measure
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import Topology
+from disagglab.stats.metric import percentile
 from disagglab.stats.verdict import judge
 
 SEED = 26_001
@@ -163,7 +164,7 @@ def test_both_clients_measure_alike(
     transcripts = []
     for number in range(live.rounds):
         books = {}
-        for name in (ENGINE, OWN) if number % 2 == 0 else (OWN, ENGINE):
+        for name in mirrored((ENGINE, OWN), number):
             line.show(f"round {number + 1} of {live.rounds}, {name}")
             if name == ENGINE:
                 one, books[name] = by_engine(engine, single, workload, SEED + number, shape, store)

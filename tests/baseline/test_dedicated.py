@@ -18,10 +18,10 @@ from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.metrics import METRICS
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import REPLICATED, SINGLE, Deployment
+from disagglab.stats.metric import METRICS
 
 
 @pytest.mark.dedicated
@@ -55,13 +55,13 @@ def test_servers_without_a_connector(
     for comparison in found.values():
         assert not comparison.invalid(), comparison.invalid()[0].invalid
     for arm in (SINGLE, REPLICATED):
-        for metric, (unit, _) in METRICS.items():
+        for metric, of in METRICS.items():
             medians = {}
             for label, comparison in found.items():
                 values = comparison.values(chat.name, arm, metric)
                 if values:
                     medians[label] = statistics.median(values)
-                    record.numbers(f"{metric}, chat, {label}", values, unit, arm=arm)
+                    record.numbers(f"{metric}, chat, {label}", values, of.unit, arm=arm)
             if len(medians) == len(found):
                 ratio = medians["shared pair"] / medians["dedicated"]
                 record.numbers(

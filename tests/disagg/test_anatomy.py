@@ -12,12 +12,12 @@ from collections.abc import Callable
 from disagglab.config.schema import Lab
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
-from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.serving import openai
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import Topology
+from disagglab.stats.metric import percentile
 
 REPEATS = 5
 PROMPT_TOKENS = 700

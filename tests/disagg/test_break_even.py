@@ -21,8 +21,9 @@ import pytest
 
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
+from disagglab.experiments import rounds
 from disagglab.experiments.calibration import Calibration
-from disagglab.experiments.comparison import Comparison, measure
+from disagglab.experiments.comparison import Comparison
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
@@ -129,18 +130,16 @@ def checked(
     assert len(points) == count, f"runs of {window:g} s can show {len(found)} points, {count} are wanted"
     result = Checked(cluster, points)
     line = live.progress("break-even")
-    seed = SEED
+    asked = [breakeven_points.workload(point, window) for point in points]
+    turns = rounds.turns(
+        (replicated, disaggregated),
+        lambda _: asked,
+        live.rounds,
+        lambda number, position: SEED + 1 + number * len(asked) + position,
+    )
     with live.uncaptured():
-        for number in range(live.rounds):
-            order = (replicated, disaggregated) if number % 2 == 0 else (disaggregated, replicated)
-            for point in points:
-                seed += 1
-                asked = breakeven_points.workload(point, window)
-                for topology in order:
-                    line.show(f"round {number + 1} of {live.rounds}, {said(asked.name)}, {topology.name}")
-                    done = measure(engine, topology, asked, seed, number, shape)
-                    store.add_run(done)
-                    result.comparison.runs.append(done)
+        for run in rounds.runs(engine, turns, shape, store, line.show, lambda one: said(one.name)):
+            result.comparison.runs.append(run)
     line.done(f"{len(result.comparison.runs)} runs, {len(result.comparison.invalid())} invalid")
     return result
 

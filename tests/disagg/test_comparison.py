@@ -12,10 +12,11 @@ import pytest
 
 from disagglab.config.schema import GateSection, Lab
 from disagglab.experiments.comparison import Comparison, figure_rows
-from disagglab.results.metrics import METRICS
+from disagglab.results.gate import State
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
+from disagglab.stats.metric import METRICS
 
 ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 
@@ -31,7 +32,7 @@ def test_gated_figure_of_each_arm(
     """
     if gate.limit is not None and arm != DISAGGREGATED:
         pytest.skip(f"NO-SUCH-FIGURE: {gate.metric} is a figure of disaggregated serving alone")
-    unit, better = METRICS[gate.metric]
+    metric = METRICS[gate.metric]
     values = comparison.values(gate.workload, arm, gate.metric, gate.stream)
     assert values, f"{gate.workload} has too few samples a run for {gate.figure}; raise its requests"
     per_token = gate.metric == "output_tokens_per_s"
@@ -40,8 +41,8 @@ def test_gated_figure_of_each_arm(
         metric=gate.figure,
         workload=gate.workload,
         arm=arm,
-        unit="s per token" if per_token else unit,
-        better="lower" if per_token else better,
+        unit="s per token" if per_token else metric.unit,
+        better="lower" if per_token else metric.better,
         command=comparison.valid(gate.workload, arm)[0].command,
     )
 
@@ -61,7 +62,7 @@ def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, rec
         record.plot(
             f"{gate.figure}, {gate.workload}",
             "round",
-            METRICS[gate.metric][0],
+            METRICS[gate.metric].unit,
             {arm: (list(range(1, len(values) + 1)), values) for arm, values in by_arm.items()},
             style="points",
             caption="One point a run; within a round all topologies got the same prompts.",
@@ -101,7 +102,7 @@ def test_every_run_took_the_path_it_claims(comparison: Comparison) -> None:
 
 def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, lab: Lab) -> None:
     """Single against itself gives every gated figure an A/A row, and a noise floor beside it."""
-    identical = [row for row in store.verdicts if row.gate.startswith("A/A")]
+    identical = [row for row in store.verdicts if row.gate.state is State.IDENTICAL]
     compared = {(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None}
     assert {(row.workload, row.metric) for row in identical} == compared
     beside = [row for row in store.verdicts if (row.workload, row.metric) in compared]
@@ -111,11 +112,11 @@ def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, 
 
 def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> None:
     """Every gate that the lab file enforces is met; the others are reported."""
-    gated = [row for row in store.verdicts if row.gate.startswith(("met", "not met"))]
+    gated = [row for row in store.verdicts if row.gate.of_a_gate]
     failed = [
         row
         for gate, row in zip(lab.gates, gated, strict=True)
-        if gate.enforce and row.gate.startswith("not met")
+        if gate.enforce and row.gate.state is State.NOT_MET
     ]
     assert not failed, "\n".join(
         f"{row.workload} {row.metric}: {row.gate}; {row.outcome}, effect {row.effect:+.1%}"

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from disagglab.config.schema import Lab, SloSection
+from disagglab.experiments import rounds
 from disagglab.experiments.calibration import Calibration
-from disagglab.experiments.comparison import Comparison, measure
+from disagglab.experiments.comparison import Comparison
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
@@ -25,6 +26,7 @@ from disagglab.predict import breakeven, breakeven_points, goodput
 from disagglab.predict.breakeven_points import Agreement, Budget
 from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
@@ -130,16 +132,17 @@ def chosen(
         for kind, one in points.items()
     }
     result = Chosen(named, points, expected, Comparison(slo=slo))
+    kinds = list(points)
+    said = {one.name: f"predicted {kind}: {one.said}" for kind, one in points.items()}
+    turns = rounds.turns(
+        (replicated, disaggregated),
+        lambda _: [one.workload for one in points.values()],
+        live.rounds,
+        lambda number, position: seeds[kinds[position]][number],
+    )
     with live.uncaptured():
-        for number in range(live.rounds):
-            order = (replicated, disaggregated) if number % 2 == 0 else (disaggregated, replicated)
-            for kind, one in points.items():
-                for topology in order:
-                    what = f"predicted {kind}: {one.said}, {topology.name}"
-                    line.show(f"round {number + 1} of {live.rounds}, {what}")
-                    done = measure(engine, topology, one.workload, seeds[kind][number], number, shape)
-                    store.add_run(done)
-                    result.comparison.runs.append(done)
+        for run in rounds.runs(engine, turns, shape, store, line.show, lambda one: said[one.name]):
+            result.comparison.runs.append(run)
     line.done(f"{len(result.comparison.runs)} runs, {len(result.comparison.invalid())} invalid")
     return result
 
@@ -215,7 +218,7 @@ def verdict_row(
         baseline=REPLICATED,
         candidate_value=ours,
         baseline_value=theirs,
-        gate=f"predicted {kind}",
+        gate=GateState(State.PREDICTED, about=kind),
         reason=f"{verdict.reason}; SLO TTFT {slo.ttft_s:g} s, TPOT {slo.tpot_s:g} s; predicted ratio"
         f" {point.ratio:.2f}: {STANCES[stance]}",
         saturated=sum(chosen.comparison.saturated(point.name, arm) for arm in (REPLICATED, DISAGGREGATED)),

@@ -19,12 +19,12 @@ from disagglab.kv.shape import KvShape, transfer_time_s
 from disagglab.measure import ledger
 from disagglab.measure.transfer import transfer
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.serving import openai
 from disagglab.serving.topology import Topology
 from disagglab.stats import linefit
+from disagglab.stats.metric import percentile
 
 GBIT_S, SHORT_GBIT_S = (0.6, 1.0, 2.0, 10.0, None), (0.6, 2.0, None)  # None: as fast as the machine can
 BLOCKS, SHORT_BLOCKS = (1, 4, 8, 16, 24), (1, 8, 16)

@@ -8,34 +8,21 @@ those *sent*, so a dropped or late one counts against the topology.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import Lab
-from disagglab.config.workload import Workload
-from disagglab.experiments.comparison import measure, warm_up_of
+from disagglab.experiments import sweep as rates
+from disagglab.experiments.sweep import ATTAINMENT, Sweep, knee
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.metrics import figures, kept_rate, saturated
 from disagglab.results.recorder import Recorder
-from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import REPLICATED, SINGLE, Topology
 
-SEED = 61_000
-ATTAINMENT = 0.9  # of the requests sent have to be good for a rate to count as kept
 LATE_S = 0.5  # a request that left the client later than this after its time was held back
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One run of each arm at each offered rate (requests/s); ``capacity``: of replicated, closed loop."""
-
-    capacity: float
-    runs: dict[str, dict[float, Run]]
 
 
 @pytest.fixture(scope="module")
@@ -52,44 +39,12 @@ def sweep(
     """Capacity first, then every rate on every arm, in mirrored order."""
     if lab.slo is None:
         pytest.skip("NO-SLO: the lab file has no [slo], so no request can be called good")
-    workload = lab.workload("rate-sweep")
+    arms = (single, replicated, disaggregated)
     line = live.progress("rate sweep")
-
-    def run(topology: Topology, asked: Workload, seed: int, what: str) -> Run:
-        line.show(f"{topology.name}, {what}")
-        done = measure(engine, topology, asked, seed, 0, shape)
-        store.add_run(done)
-        assert done.invalid is None, done.invalid
-        return done
-
     with live.uncaptured():
-        order = [single, replicated, disaggregated]
-        for topology in order:
-            run(topology, warm_up_of([workload]), SEED, "warm-up")
-        closed = run(replicated, workload, SEED + 1, "capacity")
-        capacity = workload.requests / closed.duration_s
-        shares = workload.rate_shares[::2] if live.short else workload.rate_shares
-        runs: dict[str, dict[float, Run]] = {topology.kind: {} for topology in order}
-        for number, share in enumerate(shares):
-            rate = share * capacity
-            for topology in order if number % 2 == 0 else reversed(order):
-                done = run(topology, workload.at_rate(rate), SEED + 2 + number, f"{rate:.2f} requests/s")
-                runs[topology.kind][rate] = done
-    return Sweep(capacity, runs)
-
-
-def knee(runs: dict[float, Run], lab: Lab) -> float | None:
-    """The rate up to which every rate was kept: enough good requests, and certainly no growing queue.
-
-    None if not even the lowest was.
-    """
-    best = None
-    for rate in sorted(runs):
-        good = figures(runs[rate], lab.slo)["slo_attainment"] or 0.0
-        if good < ATTAINMENT or kept_rate(runs[rate]) is None or saturated(runs[rate]):
-            break
-        best = rate
-    return best
+        return rates.sweep(
+            engine, *arms, lab.workload("rate-sweep"), shape, store, line.show, short=live.short
+        )
 
 
 def test_requests_are_sent_when_they_are_due(sweep: Sweep) -> None:
@@ -135,7 +90,7 @@ def test_goodput_against_offered_rate(sweep: Sweep, lab: Lab, record: Recorder) 
             )
         attainment[arm] = (rates, [found[rate]["slo_attainment"] or 0.0 for rate in rates])
         ttft[arm] = (rates, [found[rate]["ttft_p50"] or 0.0 for rate in rates])
-        best = knee(runs, lab)
+        best = knee(runs, lab.slo)
         if best is not None:
             record.numbers(
                 f"highest of the rates with {ATTAINMENT:.0%} good and no growing queue",
@@ -156,7 +111,7 @@ def test_goodput_against_offered_rate(sweep: Sweep, lab: Lab, record: Recorder) 
     )
     assert all(set(runs) == set(sweep.runs[SINGLE]) for runs in sweep.runs.values()), "rates differ"
     most = max(sweep.runs[SINGLE])
-    assert any(saturated(runs[most]) or knee(runs, lab) != most for runs in sweep.runs.values()), (
+    assert any(saturated(runs[most]) or knee(runs, lab.slo) != most for runs in sweep.runs.values()), (
         f"every topology keeps {most:.2f} requests/s, {most / sweep.capacity:.0%} of what a closed loop got"
         " through: the sweep did not reach the knee; raise rate_shares in workloads/rate-sweep.toml"
     )

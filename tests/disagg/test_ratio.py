@@ -19,13 +19,13 @@ from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.measure import ledger
 from disagglab.measure.same_answer import DIFFERENT, GAP_NATS, agree
 from disagglab.measure.transfer import transfer
-from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger, Sent
 from disagglab.serving import openai
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import Topology
 from disagglab.serving.vllm import VllmServer
+from disagglab.stats.metric import percentile
 
 TURNS = 3  # of the round robin
 OUTPUT_TOKENS = 4

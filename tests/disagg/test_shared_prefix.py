@@ -8,14 +8,14 @@ exactly (disagglab/measure/ledger.py, with_shared_prefix).
 from __future__ import annotations
 
 from disagglab.config.schema import Lab
-from disagglab.experiments.comparison import measure
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
-from disagglab.results.metrics import percentile
+from disagglab.measure.run import measure
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import Topology
+from disagglab.stats.metric import percentile
 
 SEED = 62_000
 

@@ -23,22 +23,26 @@ from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.experiments import pool_ageing
-from disagglab.experiments.comparison import measure
 from disagglab.experiments.pool_ageing import Ageing
+from disagglab.experiments.rounds import turns
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger, transfer_stats
 from disagglab.measure.bench import LoadEngine
+from disagglab.measure.run import measure
 from disagglab.measure.transfer_stats import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.predict import scattered_reads
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.arm import Arm
+from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving import transfer_log
 from disagglab.serving.topology import Topology
 from disagglab.serving.transfer_log import Traced
-from disagglab.stats.verdict import Direction, holm, judge
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import holm, judge
 
 SEED = 83_000
 MARGIN = 0.05
@@ -122,12 +126,14 @@ def settings(
     with live.uncaptured():
         for arm in arms:
             found.ageing[arm.name] = age(arm)
-        for number in range(live.rounds):
-            for position, workload in enumerate(found.workloads):
-                seed = SEED + 100 * (number + 1) + position
-                for arm in arms if number % 2 == 0 else reversed(arms):
-                    line.show(f"round {number + 1} of {live.rounds}, {workload.name}, {arm.name}")
-                    go(arm, workload, seed, number)
+        for turn in turns(
+            arms,
+            lambda _: found.workloads,
+            live.rounds,
+            lambda number, position: SEED + 100 * (number + 1) + position,
+        ):
+            line.show(turn.said(turn.subject.name, turn.arm.name))
+            go(turn.arm, turn.subject, turn.seed, turn.number)
         line.done(f"{len(arms) * len(found.workloads)} runs a round")
     for arm in arms:
         found.logged[arm.name] = {
@@ -194,7 +200,7 @@ def test_transfers_under_each_setting(settings: Settings, lab: Lab, store: Store
     for row in rows:
         store.add(row)
     for arm in settings.arms:
-        note = expected.get(arm.name.partition("@")[2], "the lab's own setting")
+        note = expected.get(Arm.parse(arm.name).tag, "the lab's own setting")
         note += f"; pools {settings.ageing[arm.name]}"
         for workload in settings.workloads:
             command = settings.runs(arm, workload)[0].command
@@ -241,7 +247,7 @@ def verdicts(settings: Settings, values: dict[tuple[str, str], dict[str, list[fl
             baseline=own,
             candidate_value=statistics.fmean(values[arm, workload][name]),
             baseline_value=statistics.fmean(values[own, workload][name]),
-            gate="variant",
+            gate=GateState(State.VARIANT),
             p_adjusted=p,
         )
         for (arm, workload, name), verdict, p in zip(asked, judged, adjusted, strict=True)

@@ -24,6 +24,7 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.arm import Arm
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store
@@ -170,12 +171,12 @@ def test_figures_of_both_releases(
         command = found.valid(figure.workload, figure.arm)[0].command
         name = f"{figure.metric}, {figure.workload}"
         record.numbers(name, figure.values, figure.unit, arm=figure.arm, command=command)
-        if live.comparison is None or "@" in figure.arm:  # else the session has these figures already
+        if live.comparison is None or Arm.parse(figure.arm).tag:  # else the session has these figures already
             store.add(figure)
     rows = version_rows(found, lab, live.against)
     for row in rows:
         store.add(row)
-    worse = [row for row in rows if row.gate.startswith("worse")]
+    worse = [row for row in rows if row.gate.fails]
     assert not worse, "\n".join(
         f"{row.candidate} {row.workload} {row.metric}: {row.effect:+.1%} [{row.low:+.1%}, {row.high:+.1%}]"
         for row in worse

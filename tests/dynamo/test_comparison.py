@@ -25,10 +25,8 @@ import pytest
 
 from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
-from disagglab.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 from disagglab.experiments import routing
-from disagglab.experiments.comparison import LIMIT, Comparison, figure_rows, run_rounds
-from disagglab.experiments.dynamocomparison import (
+from disagglab.experiments.beside_dynamo import (
     DYNAMO_KV,
     DYNAMO_ROUND_ROBIN,
     PAIRS,
@@ -39,8 +37,8 @@ from disagglab.experiments.dynamocomparison import (
     rows_of,
     tagged,
 )
-from disagglab.experiments.routing import Arm, Size
-from disagglab.experiments.talkcomparison import (
+from disagglab.experiments.comparison import LIMIT, Comparison, figure_rows, run_rounds
+from disagglab.experiments.conversations import (
     CONVERSATIONS,
     E2E,
     FIGURES,
@@ -52,12 +50,14 @@ from disagglab.experiments.talkcomparison import (
     talk_rows,
     value,
 )
+from disagglab.experiments.routing import Held, Size
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.gate import State
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
@@ -71,6 +71,7 @@ from disagglab.serving.topology import (
     Deployment,
     Topology,
 )
+from tests.dynamo.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)
 AT_ONCE = 2  # requests under way in conversations: as many as workers
@@ -154,7 +155,7 @@ def measured(live: Session, beside: Beside, engine: LoadEngine, store: Store, sh
 @pytest.fixture(scope="module")
 def told(
     live: Session, beside: Beside, measured: Comparison, store: Store, shape: KvShape
-) -> dict[str, list[Arm]]:
+) -> dict[str, list[Held]]:
     """Conversations on every arm, in interleaved rounds, by arm; every request was answered, or there is no
     figure. After the comparison, whose runs would lengthen the first of them.
     """
@@ -244,7 +245,7 @@ def test_every_run_took_the_path_it_claims(measured: Comparison, beside: Beside)
 
 
 def test_the_client_was_not_what_was_measured(
-    measured: Comparison, told: dict[str, list[Arm]], record: Recorder
+    measured: Comparison, told: dict[str, list[Held]], record: Recorder
 ) -> None:
     """The client was watched in every run and dialogue; none kept it busy for nine tenths of the time."""
     loads = [run.client for run in measured.runs]
@@ -307,16 +308,16 @@ def test_every_pair_has_a_verdict(measured: Comparison, beside: Beside, store: S
     whole = {one.definition for one in beside.lab.gated_workloads} <= {
         run.workload.definition for run in measured.runs
     }
-    gated = [row for row in kept if row.gate.startswith(("met", "not met"))]
+    gated = [row for row in kept if row.gate.of_a_gate]
     failed = [
         f"{row.workload} {row.metric}: {row.gate}; {row.outcome}, {row.effect:+.1%}"
         for gate, row in zip(beside.lab.gates, gated, strict=True)
-        if whole and gate.enforce and row.gate.startswith("not met")
+        if whole and gate.enforce and row.gate.state is State.NOT_MET
     ]
     assert not failed, "\n".join(failed)
 
 
-def test_conversations_on_every_arm(told: dict[str, list[Arm]], beside: Beside, record: Recorder) -> None:
+def test_conversations_on_every_arm(told: dict[str, list[Held]], beside: Beside, record: Recorder) -> None:
     """Every turn of every dialogue was answered on every arm; hit rates are the engines' own.
 
     Hits of an arm are the growth of its servers' counters and agree with what the answers say was cached.
@@ -324,17 +325,19 @@ def test_conversations_on_every_arm(told: dict[str, list[Arm]], beside: Beside, 
     """
     turns = {name: {len(arm.talk.turns) for arm in made} for name, made in told.items()}
 
-    assert {REPLICATED + TAG, DYNAMO_ROUND_ROBIN, DYNAMO_KV} <= set(told)
+    assert {tagged(REPLICATED), DYNAMO_ROUND_ROBIN, DYNAMO_KV} <= set(told)
     assert len({count for counts in turns.values() for count in counts}) == 1, turns
     assert all(sum(arm.hits.values()) > 0 for made in told.values() for arm in made), "nothing was found"
     cache = ledger.cache_config(beside.arms[DYNAMO_KV].servers[0].metrics())
     note = (
         f"each worker has {int(cache['num_gpu_blocks']) - 1} usable KV blocks of {cache['block_size']} tokens"
     )
-    for figure, (unit, _) in FIGURES.items():
+    for figure, metric in FIGURES.items():
         for name, made in told.items():
             values = [value(arm, figure) for arm in made]
-            record.numbers(f"{figure}, {CONVERSATIONS}", values, unit, arm=name, what="dialogues", note=note)
+            record.numbers(
+                f"{figure}, {CONVERSATIONS}", values, metric.unit, arm=name, what="dialogues", note=note
+            )
     for name, made in told.items():
         shares = [max(arm.requests.values()) / sum(arm.requests.values()) for arm in made]
         record.numbers("requests of the busiest server", shares, "share", arm=name, what="dialogues")
@@ -342,7 +345,7 @@ def test_conversations_on_every_arm(told: dict[str, list[Arm]], beside: Beside, 
         record.plot(
             f"{figure}, {CONVERSATIONS}",
             "round",
-            FIGURES[figure][0],
+            FIGURES[figure].unit,
             {
                 name: (range(1, len(made) + 1), [value(arm, figure) for arm in made])
                 for name, made in told.items()
@@ -352,7 +355,7 @@ def test_conversations_on_every_arm(told: dict[str, list[Arm]], beside: Beside, 
         )
 
 
-def test_what_the_notebooks_expected(told: dict[str, list[Arm]], store: Store, record: Recorder) -> None:
+def test_what_the_notebooks_expected(told: dict[str, list[Held]], store: Store, record: Recorder) -> None:
     """Each expectation whose two sides were measured is confirmed, refuted or open, by its interval.
 
     Latency of a hit and of a miss are those of the same turn of a conversation, on Dynamo's two arms.
@@ -364,11 +367,11 @@ def test_what_the_notebooks_expected(told: dict[str, list[Arm]], store: Store, r
         if {tagged(one.candidate), tagged(one.baseline)} <= measured
     }
 
-    rows = [row for row in store.verdicts if row.gate.startswith("expected")]
+    rows = [row for row in store.verdicts if row.gate.state is State.EXPECTED]
 
     assert asked
     assert asked <= {(row.metric, row.candidate, row.baseline) for row in rows}
-    assert all(row.gate.endswith(("confirmed", "refuted", "open")) for row in rows)
+    assert all(row.gate.answer in ("confirmed", "refuted", "open") for row in rows)
     for figure in (E2E, TTFT):
         for position, what in enumerate((MISSES, HITS)):
             values = [pair[position] for pair in hits_and_misses(told, figure)]

@@ -20,14 +20,13 @@ from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
-from disagglab.experiments.routing import Arm, Size, run_arm
+from disagglab.experiments.routing import Held, Size, run_arm
 from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast
 from disagglab.predict.strategies import STRATEGIES
-from disagglab.pytest_plugin.dynamofixtures import StartDynamo
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Sent
@@ -35,6 +34,7 @@ from disagglab.serving import openai
 from disagglab.serving.dynamo.deployment import DynamoDeployment, require_events
 from disagglab.serving.dynamo.parts import HIT_RATE, KV, ROUND_ROBIN, body
 from disagglab.serving.topology import Topology
+from tests.dynamo.conftest import StartDynamo
 
 SEED = 11  # of the order of requests
 MODES = {ROUND_ROBIN: "round_robin", KV: "kv_aware", "random": "random"}  # and whose rule a forecast takes
@@ -53,7 +53,7 @@ class Measured:
     """
 
     forecast: Forecast
-    arm: Arm
+    arm: Held
     cache: tuple[int, int]
     router_hits: float
 

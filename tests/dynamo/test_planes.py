@@ -16,13 +16,13 @@ import pytest
 
 from disagglab.config.schema import Lab
 from disagglab.experiments import routing
-from disagglab.pytest_plugin.dynamofixtures import StartDynamo
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.serving import openai
 from disagglab.serving.dynamo.etcd import EtcdServer
 from disagglab.serving.dynamo.nats import NatsServer
 from disagglab.serving.dynamo.parts import ROUND_ROBIN, Planes, body
+from tests.dynamo.conftest import StartDynamo
 
 REQUESTS, OUTPUT_TOKENS = 3, 6
 

@@ -19,9 +19,7 @@ from collections.abc import Sequence
 import httpx
 
 from disagglab.experiments.scaling import Attempt
-from disagglab.measure import same_answer
-from disagglab.measure.same_answer import Agreement
-from disagglab.pytest_plugin.scalingfixtures import (
+from disagglab.experiments.scaling_events import (
     AFTERWARDS,
     LEASE_SLACK_S,
     LONG_TOKENS,
@@ -31,6 +29,8 @@ from disagglab.pytest_plugin.scalingfixtures import (
     Killed,
     Removed,
 )
+from disagglab.measure import same_answer
+from disagglab.measure.same_answer import Agreement
 from disagglab.results.recorder import Recorder
 
 

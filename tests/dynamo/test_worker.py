@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
-import time
 
 import pytest
 
+from disagglab import waiting
 from disagglab.experiments import routing
 from disagglab.measure import ledger
 from disagglab.measure.ledger import FINISHED, METRICS, PROMPT_TOKENS
@@ -86,12 +86,18 @@ def test_the_lease_is_renewed(
     (worker, *_) = dynamo_workers.workers
     key, lease = dynamo_workers.key(worker), int(worker.instance, 16)
     before = next(entry for entry in dynamo_workers.keys().entries if entry.key == key)
-    deadline = time.monotonic() + LEASE_S
-    seen = [etcd_server.client.remaining_s(lease) or 0]
-    while not any(later > earlier for earlier, later in itertools.pairwise(seen)):
-        assert time.monotonic() < deadline, f"not renewed within {LEASE_S} s; seconds left: {seen}"
-        time.sleep(POLL_S)
+    seen: list[int] = []
+
+    def renewed() -> bool:
         seen.append(etcd_server.client.remaining_s(lease) or 0)
+        return any(later > earlier for earlier, later in itertools.pairwise(seen))
+
+    waiting.until(
+        renewed,
+        LEASE_S,
+        lambda: AssertionError(f"not renewed within {LEASE_S} s; seconds left: {seen}"),
+        POLL_S,
+    )
     after = next(entry for entry in dynamo_workers.keys().entries if entry.key == key)
     assert after == before, "renewal is no write"
     record.numbers("left of the lease when renewed", [min(seen)], "s", what="leases", note=f"of {LEASE_S} s")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from disagglab import waiting
 from disagglab.config.labs import resolved_text
 from disagglab.config.schema import HostSection, Lab
 from disagglab.hosts import namespaces
@@ -151,9 +152,9 @@ WAYS: dict[str, Callable[[Stage, subprocess.Popen[bytes]], None]] = {
 def until(condition: Callable[[], bool], deadline_s: float, what: Callable[[], str]) -> float:
     """Wait for a condition; return the seconds that it took."""
     start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < deadline_s, f"not within {deadline_s:g} s: {what()}"
-        time.sleep(POLL_S)
+    waiting.until(
+        condition, deadline_s, lambda: AssertionError(f"not within {deadline_s:g} s: {what()}"), POLL_S
+    )
     return time.monotonic() - start
 
 

@@ -20,11 +20,11 @@ from disagglab.measure import ledger
 from disagglab.measure.oracles import nixlprobe
 from disagglab.measure.transfer import transfer
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.metrics import percentile
 from disagglab.results.recorder import Recorder
 from disagglab.serving.topology import Topology
 from disagglab.stats import linefit
 from disagglab.stats.linefit import LineFit
+from disagglab.stats.metric import percentile
 
 BLOCKS = (1, 4, 8, 16, 24)
 REPEATS, SHORT_REPEATS = 10, 5

@@ -9,11 +9,11 @@ overhead.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
 
+from disagglab import waiting
 from disagglab.config.schema import Lab
 from disagglab.errors import TransferError
 from disagglab.hosts import link_counters
@@ -53,9 +53,14 @@ def counters(hosts: Hosts, disaggregated: Topology, lab: Lab) -> Reader:
 
 def settled(read: Reader, before: Wire, expected: int) -> Wire:
     """A reading once the wire has carried ``expected`` bytes; at the deadline whatever it has."""
-    deadline = time.monotonic() + SETTLE_DEADLINE_S
-    while (after := read()).received - before.received < expected and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+    after = before
+
+    def carried() -> bool:
+        nonlocal after
+        after = read()
+        return after.received - before.received >= expected
+
+    waiting.last_answer(carried, SETTLE_DEADLINE_S, POLL_S)
     return after
 
 

@@ -21,17 +21,20 @@ import pytest
 from disagglab.config.traffic import Dialogue, dialogue, sketch
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
-from disagglab.experiments.routing import Arm, Size, run_arm
+from disagglab.experiments.rounds import mirrored
+from disagglab.experiments.routing import Held, Size, run_arm
 from disagglab.measure import ledger
 from disagglab.predict.hitforecast import Forecast, forecast, replay
 from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.pytest_plugin.session import Session
+from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai
 from disagglab.serving.topology import Deployment
-from disagglab.stats.verdict import Direction, judge
+from disagglab.stats.metric import Direction
+from disagglab.stats.verdict import judge
 
 SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"
@@ -53,7 +56,7 @@ class Measured:
     """A strategy's forecast and its arms, one a round."""
 
     forecast: Forecast
-    arms: list[Arm]
+    arms: list[Held]
 
 
 def said(size: Size, shared: bool, seed: int = SEED) -> Dialogue:
@@ -75,7 +78,7 @@ def predict(workers: Deployment, one: Dialogue, strategy: Strategy) -> Forecast:
     return forecast(strategy, requests, len(workers.servers), *routing.cache_size(server.metrics()))
 
 
-def routed(workers: Deployment, strategy: Strategy, one: Dialogue, concurrency: int = 1) -> Arm:
+def routed(workers: Deployment, strategy: Strategy, one: Dialogue, concurrency: int = 1) -> Held:
     """One arm behind a router of its own."""
     with workers.routed(strategy) as topology:
         return run_arm(topology, one, strategy, concurrency=concurrency)
@@ -131,7 +134,7 @@ def loaded(workers: Deployment, live: Session, routing_size: Size) -> dict[str, 
     found = measure(workers, live, routing_size, LOADED, names, AT_ONCE)
     with live.uncaptured():
         for number in range(1, 1 if live.short else live.rounds):
-            for name in names if number % 2 == 0 else names[::-1]:
+            for name in mirrored(names, number):
                 one = said(routing_size, shared=False, seed=SEED + number)
                 found[name].arms.append(routed(workers, STRATEGIES[name], one, AT_ONCE))
     return found
@@ -329,12 +332,14 @@ def row(
     """
     verdict = judge(pairs, better, MARGIN)
     if better == "higher":
-        said, met, missed = "claim", verdict.low >= 0, verdict.high < 0
+        said, met, missed = "", verdict.low >= 0, verdict.high < 0
     else:
-        said = f"claim of -{CLAIMED_REDUCTION:.0%}".replace("%", " %")
+        said = f"-{CLAIMED_REDUCTION:.0%}".replace("%", " %")
         met, missed = verdict.high <= -CLAIMED_REDUCTION, verdict.low > -CLAIMED_REDUCTION
     found = "met" if met else "not met" if missed else "open"
-    state = f"{said}: {found}" if verdict.rounds > 1 else "claim: no verdict from one round"
+    state = GateState(State.CLAIM, about=said, answer=found)
+    if verdict.rounds == 1:
+        state = GateState(State.CLAIM, answer="no verdict from one round")
     means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
     return VerdictRow.of(
         verdict,
@@ -349,7 +354,7 @@ def row(
     )
 
 
-def without_limit(arm: Arm, block: int, one_server: bool = False) -> int:
+def without_limit(arm: Held, block: int, one_server: bool = False) -> int:
     """Tokens that the same ids would have found in caches that never run full.
 
     ``one_server``: all of them on one, which is the most that any placement can find; else each where it was.

@@ -1,4 +1,4 @@
-"""What the scaling tests look at: workers added, one removed, one killed, each once, under observation.
+"""Workers added, one removed, one killed, each once, under observation: what the scaling lesson looks at.
 
 Two workers serve already. Two more are started beside them, in one start; then one of these is asked to go
 (SIGTERM), and the other is killed (SIGKILL). Clients send requests to frontends that are never restarted.
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import pytest
 
+from disagglab import waiting
 from disagglab.errors import InvalidRun
 from disagglab.experiments.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
 from disagglab.measure import ledger
-from disagglab.pytest_plugin.session import Session
-from disagglab.results.run_folder import Store
+from disagglab.progress import ProgressLine
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient
 from disagglab.serving.dynamo.parts import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker
@@ -152,39 +151,37 @@ class Killed:
     continued: Completion
 
 
-@pytest.fixture(scope="module")
-def crew(live: Session, store: Store, dynamo_workers: DynamoDeployment) -> Iterator[Crew]:
-    """Frontends over the session's workers, and room for guests whose drain suits this machine's speed."""
+@contextlib.contextmanager
+def gathered(present: DynamoDeployment, short: bool) -> Iterator[Crew]:
+    """Frontends over workers that serve, and room for guests whose drain suits this machine's speed."""
     with (
-        dynamo_workers.routed(KV) as one,
-        dynamo_workers.routed(KV) as other,
-        dynamo_workers.routed(KV, migration_limit=MIGRATIONS) as third,
+        present.routed(KV) as one,
+        present.routed(KV) as other,
+        present.routed(KV, migration_limit=MIGRATIONS) as third,
         httpx.Client(timeout=TIMEOUT) as sender,
     ):
         plain, stranger, migrating = one.router, other.router, third.router
         assert isinstance(plain, Frontend)
         assert isinstance(stranger, Frontend)
         assert isinstance(migrating, Frontend)
-        store.commands["frontend that migrates"] = migrating.command
-        request = body(dynamo_workers.served_name, prompt_of(33, 1), ALONE_TOKENS)
+        request = body(present.served_name, prompt_of(33, 1), ALONE_TOKENS)
         alone = Asked(sender, plain.url, request).attempt()
         if alone.completion is None:
             raise InvalidRun(f"{plain.name}: {alone.wrong}; {alone.last}; see {plain.process.log}")
         tpot_s = (alone.completion.e2e_s - alone.completion.ttft_s) / (ALONE_TOKENS - 1)
         drain_s = min(DRAIN_MOST_S, LONG_TOKENS * tpot_s * DRAIN_SHARE)
-        lease_s = LEASE_SHORT_S if live.short else LEASE_FULL_S
-        guests = joining(dynamo_workers, "-guest", drain_s, lease_s)
+        lease_s = LEASE_SHORT_S if short else LEASE_FULL_S
+        guests = joining(present, "-guest", drain_s, lease_s)
         kept, stream = (
             min(max(least, round(seconds / tpot_s)), LONG_TOKENS)
             for seconds, least in ((KEPT_S, KEPT_LEAST), (STREAM_S, STREAM_LEAST))
         )
-        yield Crew(dynamo_workers, guests, plain, stranger, migrating, sender, kept, stream)
+        yield Crew(present, guests, plain, stranger, migrating, sender, kept, stream)
         guests.stop()
 
 
-@pytest.fixture(scope="module")
-def added(live: Session, crew: Crew) -> Added:
-    """Two workers, started while requests flow."""
+def add(crew: Crew, line: ProgressLine) -> Added:
+    """Start two workers while requests flow. ``line``: shows how far they are."""
     guests = crew.guests
     host = guests.hosts.of(guests.nodes[0])
     require_memory(host, guests.lab, 2)
@@ -192,7 +189,6 @@ def added(live: Session, crew: Crew) -> Added:
     before, over = _counts(present), threading.Event()
     with (
         concurrent.futures.ThreadPoolExecutor() as threads,
-        live.uncaptured(),
         Steady(crew.plain.url, crew.present.served_name, 1, START_PAUSE_S) as steady,
     ):
         watching = Watching(
@@ -206,7 +202,7 @@ def added(live: Session, crew: Crew) -> Added:
             workers = guests.launch(guests.nodes[0]), guests.launch(guests.nodes[-1])
             threads.submit(_busy, steady, watching, over)
             firsts = [threads.submit(_first_finished, worker, watching, over) for worker in workers]
-            guests.wait(live.progress("two workers more"))
+            guests.wait(line)
             first_s = tuple(first.result() for first in firsts)
         finally:
             over.set()
@@ -216,9 +212,12 @@ def added(live: Session, crew: Crew) -> Added:
     return Added(workers, made_s, first_s, steady.attempts, before, after)
 
 
-@pytest.fixture(scope="module")
-def removed(crew: Crew, added: Added) -> Removed:
-    """The first guest, asked to go while three streams come from it and others flow."""
+def remove(crew: Crew, added: Added) -> Removed:
+    """Ask the first guest to go while three streams come from it and others flow.
+
+    Raises:
+        InvalidRun: if what it should finish takes longer than its drain.
+    """
     worker, drain_s = added.workers[0], crew.guests.drain_s
     with Steady(crew.plain.url, crew.present.served_name) as steady:
         cut = crew.ask(crew.plain, LONG_TOKENS, 10, worker).begun(EVENT_LIMIT_S)
@@ -241,9 +240,8 @@ def removed(crew: Crew, added: Added) -> Removed:
     return Removed(worker, asked_s, deleted.at_s, gone_s, found, lost, steady.attempts)
 
 
-@pytest.fixture(scope="module")
-def killed(crew: Crew, added: Added, removed: Removed) -> Killed:
-    """The second guest, killed while three streams come from it; requests flow until its key has gone."""
+def kill(crew: Crew, added: Added) -> Killed:
+    """Kill the second guest while three streams come from it; requests flow until its key has gone."""
     worker, guests, name = added.workers[1], crew.guests, crew.present.served_name
     registry = EtcdClient(guests.planes.etcd)
     migrating, prompt = _steered(crew, worker)
@@ -305,10 +303,15 @@ def _busy(steady: Steady, keys: Watching, over: threading.Event) -> None:
 
 def _first_finished(worker: Worker, keys: Watching, over: threading.Event) -> float:
     """When a worker had finished a request. It is asked from the first key on, to be left alone before."""
-    deadline = time.monotonic() + START_LIMIT_S
-    while not keys.so_far or not finished(worker):
-        if over.wait(ASK_S) or time.monotonic() > deadline:
-            raise InvalidRun(f"{worker.plan.process_name} finished no request; see {worker.process.log}")
+
+    def late() -> InvalidRun:
+        return InvalidRun(f"{worker.plan.process_name} finished no request; see {worker.process.log}")
+
+    waiting.until(
+        lambda: over.is_set() or (bool(keys.so_far) and finished(worker)), START_LIMIT_S, late, ASK_S
+    )
+    if over.is_set():
+        raise late()
     return time.monotonic()
 
 
@@ -318,14 +321,18 @@ def _counts(workers: Sequence[Worker]) -> dict[str, int]:
     Raises:
         InvalidRun: if one still has, although every client has its answer.
     """
-    deadline = time.monotonic() + GAUGE_LIMIT_S
-    while busy := [worker for worker in workers if _running(worker)]:
-        if time.monotonic() > deadline:
-            raise InvalidRun(
-                f"{busy[0].plan.process_name} runs a request of nobody; see {busy[0].process.log}"
-            )
-        time.sleep(ASK_S)
+    for worker in workers:
+        _await_idle(worker)
     return {worker.plan.process_name: finished(worker) for worker in workers}
+
+
+def _await_idle(worker: Worker) -> None:
+    waiting.until(
+        lambda: _running(worker) == 0,
+        GAUGE_LIMIT_S,
+        lambda: InvalidRun(f"{worker.plan.process_name} runs a request of nobody; see {worker.process.log}"),
+        ASK_S,
+    )
 
 
 def _running(worker: Worker) -> int:
@@ -339,14 +346,15 @@ def _await_running(worker: Worker, count: int) -> None:
     Raises:
         InvalidRun: if they do not: then the streams that are to be watched come from somewhere else.
     """
-    deadline = time.monotonic() + GAUGE_LIMIT_S
-    while (running := _running(worker)) < count:
-        if time.monotonic() > deadline:
-            raise InvalidRun(
-                f"{worker.plan.process_name} runs {running} requests, {count} were addressed to it;"
-                f" look: curl -s {worker.url}/metrics | grep {ledger.RUNNING}; log: {worker.process.log}"
-            )
-        time.sleep(ASK_S)
+    waiting.until(
+        lambda: _running(worker) >= count,
+        GAUGE_LIMIT_S,
+        lambda: InvalidRun(
+            f"{worker.plan.process_name} runs {_running(worker)} requests, {count} were addressed to it;"
+            f" look: curl -s {worker.url}/metrics | grep {ledger.RUNNING}; log: {worker.process.log}"
+        ),
+        ASK_S,
+    )
 
 
 def _steered(crew: Crew, worker: Worker) -> tuple[Asked, list[int]]:
@@ -372,19 +380,18 @@ def _await_end(worker: Worker) -> None:
     """Wait until a killed worker's supervisor has ended what was left: asked to stop before it saw the crash,
     it would report that as its reason.
     """
-    deadline = time.monotonic() + EVENT_LIMIT_S
-    while worker.process.tree() and time.monotonic() < deadline:
-        time.sleep(ASK_S)
+    waiting.last_answer(lambda: not worker.process.tree(), EVENT_LIMIT_S, ASK_S)
 
 
 def _settled(crew: Crew, worker: Worker) -> float:
     """When no frontend lists a worker any more."""
-    deadline = time.monotonic() + EVENT_LIMIT_S
     frontends = crew.plain, crew.stranger, crew.migrating
-    while any(worker.instance in frontend.instances() for frontend in frontends):
-        if time.monotonic() > deadline:
-            raise InvalidRun(f"{crew.plain.name} still lists {worker.instance}; see {crew.plain.process.log}")
-        time.sleep(POLL_S)
+    waiting.until(
+        lambda: not any(worker.instance in frontend.instances() for frontend in frontends),
+        EVENT_LIMIT_S,
+        lambda: InvalidRun(f"{crew.plain.name} still lists {worker.instance}; see {crew.plain.process.log}"),
+        POLL_S,
+    )
     return time.monotonic()
 
 

@@ -1,4 +1,9 @@
-"""Fixtures of the Dynamo tests: workers that are ready and registered, frontends that have found them."""
+"""Fixtures of the Dynamo lesson: the stores that it can stand on, workers that are ready and registered,
+frontends that have found them, and what was seen while workers came and went.
+
+Who never asked for etcd or NATS need not have them: a missing program is a skip with the command that mends
+it.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +15,75 @@ from typing import Any
 import pytest
 
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.experiments import routing
+from disagglab.errors import LabError
+from disagglab.experiments import routing, scaling_events
+from disagglab.experiments.scaling_events import Added, Crew, Killed, Removed
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.install.environments import dynamo_python
 from disagglab.pytest_plugin.session import Session
-from disagglab.serving.dynamo.deployment import DynamoDeployment
+from disagglab.results.run_folder import Store
+from disagglab.serving.dynamo import etcd, nats
+from disagglab.serving.dynamo.deployment import PAIR_TAG, WORKERS_TAG, DynamoDeployment
 from disagglab.serving.dynamo.etcd import EtcdServer
+from disagglab.serving.dynamo.nats import NatsServer
 from disagglab.serving.dynamo.parts import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
 from disagglab.serving.topology import DISAGGREGATED, Topology
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
-TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"
 
 StartDynamo = Callable[..., DynamoDeployment]
+
+
+@pytest.fixture(scope="session")
+def etcd_program(hosts: Hosts) -> str:
+    """Path of etcd on the controller."""
+    try:
+        return etcd.find_etcd(hosts.controller)
+    except LabError as error:
+        pytest.skip(f"NO-ETCD: {error}")
+
+
+@pytest.fixture(scope="session")
+def etcd_server(hosts: Hosts, lab: Lab, store: Store, etcd_program: str) -> Iterator[EtcdServer]:
+    """An etcd of one member, empty at the start of the session."""
+    server = etcd.start_etcd(hosts.controller, lab, etcd_program)
+    store.commands["etcd"] = server.command
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def nats_program(hosts: Hosts) -> str:
+    """Path of the NATS server on the controller."""
+    checkout = Path(hosts.controller.suite_python).parents[2]
+    try:
+        return nats.find_nats(hosts.controller, str(dynamo_python(checkout).parent))
+    except LabError as error:
+        pytest.skip(f"NO-NATS: {error}")
+
+
+@pytest.fixture(scope="session")
+def nats_server(hosts: Hosts, lab: Lab, store: Store, nats_program: str) -> Iterator[NatsServer]:
+    """A NATS server with JetStream, which no test ends."""
+    server = nats.start_nats(hosts.controller, lab, nats_program)
+    store.commands["nats"] = server.command
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start_nats(hosts: Hosts, lab: Lab, nats_program: str) -> Iterator[Callable[[str], NatsServer]]:
+    """Starts a NATS server of the test's own, by name, which it may end."""
+    started: list[NatsServer] = []
+
+    def start(name: str) -> NatsServer:
+        started.append(nats.start_nats(hosts.controller, lab, nats_program, name))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +143,7 @@ def dynamo_workers(
 ) -> Iterator[DynamoDeployment]:
     """Two equal workers, each with a small cache of blocks of 32 tokens, as the routing tests have them."""
     small = routing.workers_lab(lab, routing_size)
-    deployed = start_dynamo(small, TAG, nodes=routing.workers_nodes(lab))
+    deployed = start_dynamo(small, WORKERS_TAG, nodes=routing.workers_nodes(lab))
     yield deployed
     deployed.stop()
 
@@ -110,3 +170,30 @@ def kv_routed(live: Session, dynamo_workers: DynamoDeployment) -> Iterator[Topol
     with dynamo_workers.routed(KV) as topology:
         live.store.commands[f"router {topology.name}"] = topology.router.command
         yield topology
+
+
+@pytest.fixture(scope="module")
+def crew(live: Session, store: Store, dynamo_workers: DynamoDeployment) -> Iterator[Crew]:
+    """Frontends over the session's workers, and room for guests whose drain suits this machine's speed."""
+    with scaling_events.gathered(dynamo_workers, live.short) as found:
+        store.commands["frontend that migrates"] = found.migrating.command
+        yield found
+
+
+@pytest.fixture(scope="module")
+def added(live: Session, crew: Crew) -> Added:
+    """Two workers, started while requests flow."""
+    with live.uncaptured():
+        return scaling_events.add(crew, live.progress("two workers more"))
+
+
+@pytest.fixture(scope="module")
+def removed(crew: Crew, added: Added) -> Removed:
+    """The first guest, asked to go while three streams come from it and others flow."""
+    return scaling_events.remove(crew, added)
+
+
+@pytest.fixture(scope="module")
+def killed(crew: Crew, added: Added, removed: Removed) -> Killed:
+    """The second guest, killed while three streams come from it; requests flow until its key has gone."""
+    return scaling_events.kill(crew, added)

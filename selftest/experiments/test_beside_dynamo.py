@@ -15,19 +15,8 @@ from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.expectation import (
-    CONFIRMED,
-    HITS,
-    OPEN,
-    REFUTED,
-    Expectation,
-    expectation_rows,
-    hits_and_misses,
-    standing,
-)
 from disagglab.experiments import routing
-from disagglab.experiments.comparison import Comparison
-from disagglab.experiments.dynamocomparison import (
+from disagglab.experiments.beside_dynamo import (
     DYNAMO_KV,
     DYNAMO_ROUND_ROBIN,
     PAIRS,
@@ -36,9 +25,10 @@ from disagglab.experiments.dynamocomparison import (
     one_wave,
     rows_of,
     tagged,
+    untagged,
 )
-from disagglab.experiments.routing import Arm, Size
-from disagglab.experiments.talkcomparison import (
+from disagglab.experiments.comparison import Comparison
+from disagglab.experiments.conversations import (
     CONVERSATIONS,
     E2E,
     FIGURES,
@@ -53,7 +43,9 @@ from disagglab.experiments.talkcomparison import (
     talk_rows,
     value,
 )
+from disagglab.experiments.routing import Held, Size
 from disagglab.measure.talk import Spoken, Talk
+from disagglab.results.gate import State
 from disagglab.results.records import ClientLoad, Ledger, Run
 from disagglab.serving.topology import (
     DISAGGREGATED,
@@ -65,6 +57,16 @@ from disagglab.serving.topology import (
     Topology,
 )
 from disagglab.stats.verdict import judge
+from tests.dynamo.expectation import (
+    CONFIRMED,
+    HITS,
+    OPEN,
+    REFUTED,
+    Expectation,
+    expectation_rows,
+    hits_and_misses,
+    standing,
+)
 
 LAB = load_lab("embedded")
 SIZE = Size(conversations=3, turns=2, output_tokens=4, blocks=65)
@@ -82,15 +84,15 @@ def spoken(
     )  # fmt: skip
 
 
-def arm(name: str, *turns: Spoken, client: ClientLoad | None = None) -> Arm:
+def arm(name: str, *turns: Spoken, client: ClientLoad | None = None) -> Held:
     """Turns that together lasted as long as their E2E, all answered by server a."""
     talk = Talk(turns, (), sum(turn.e2e_s for turn in turns), client)
     cached = sum(turn.cached_tokens or 0 for turn in turns)
     asked = sum(turn.prompt_tokens for turn in turns)
-    return Arm(name, talk, {"a": len(turns), "b": 0}, {"a": cached}, {"a": asked})
+    return Held(name, talk, {"a": len(turns), "b": 0}, {"a": cached}, {"a": asked})
 
 
-def rounds(name: str, time_s: float, cached: int = 32) -> list[Arm]:
+def rounds(name: str, time_s: float, cached: int = 32) -> list[Held]:
     """Three rounds of a dialogue of two turns, a little different from each other."""
     return [arm(name, spoken(0, time_s=time_s * n), spoken(1, 192, cached, time_s * n)) for n in NOISE]
 
@@ -133,6 +135,9 @@ def test_names_tell_these_arms_from_those_of_the_lab() -> None:
         name + TAG for name in (*TOPOLOGIES, SINGLE_AGAIN)
     ]
     assert [tagged(name) for name in (DYNAMO_KV, HITS, "limit")] == [DYNAMO_KV, HITS, "limit"]
+    names = (*TOPOLOGIES, SINGLE_AGAIN, DYNAMO_KV)
+    assert [untagged(tagged(name)) for name in names] == list(names)
+    assert untagged("single@0.30.0") == "single@0.30.0", "of another release, not beside Dynamo"
 
 
 def test_every_pair_of_arms_has_one_row() -> None:
@@ -155,7 +160,7 @@ def test_every_pair_of_arms_has_one_row() -> None:
     assert loss.effect == pytest.approx(1 / 1.25 - 1)
     assert win.outcome == "better"
     assert win.effect == pytest.approx(0.25)
-    assert all(row.gate == "beside" for row in rows[2:])
+    assert all(row.gate.state is State.BESIDE for row in rows[2:])
 
 
 def test_figures_of_a_dialogue() -> None:
@@ -183,7 +188,7 @@ def test_dialogues_are_judged_by_pairs_of_rounds() -> None:
     assert found[HIT_RATE, tagged(REPLICATED)].effect == pytest.approx(96.5 / 32.5 - 1)
     assert all(row.p_adjusted is not None and row.noise_floor is None for row in rows)
     again = {tagged(SINGLE): rounds("s", 1.0), tagged(SINGLE_AGAIN): rounds("t", 1.0)}
-    identical = [row for row in talk_rows({**told, **again}) if row.gate.startswith("A/A")]
+    identical = [row for row in talk_rows({**told, **again}) if row.gate.state is State.IDENTICAL]
     assert [(row.baseline, row.candidate) for row in identical] == [
         (tagged(SINGLE), tagged(SINGLE_AGAIN))
     ] * len(FIGURES)
@@ -200,7 +205,7 @@ def test_rounds_of_dialogues_are_mirrored_and_never_share_a_beginning() -> None:
     arms: list[Any] = [SimpleNamespace(name=name, cycle=2) for name in ("x", "y", "z")]
     heard = []
 
-    def told(topology: Any, dialogue: Any) -> Arm:
+    def told(topology: Any, dialogue: Any) -> Held:
         heard.append((topology.name, dialogue))
         return arm(topology.name, spoken(0))
 
@@ -218,7 +223,7 @@ def test_rounds_of_dialogues_are_mirrored_and_never_share_a_beginning() -> None:
 def test_a_failed_request_leaves_no_figure_of_any_arm() -> None:
     arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in ("x", "y")]
 
-    def told(topology: Any, dialogue: Any) -> Arm:
+    def told(topology: Any, dialogue: Any) -> Held:
         if topology.name == "y":
             raise InvalidRun("y: failed requests: expected 0 of 6, got 1")
         return arm(topology.name, spoken(0))
@@ -302,14 +307,14 @@ def test_every_expectation_that_was_measured_has_a_row() -> None:
         (HIT_RATE, DYNAMO_KV, "limit"),
         (E2E, HITS, "turns that did not"),
     }
-    assert found[THROUGHPUT, DYNAMO_KV, DYNAMO_ROUND_ROBIN].gate == "expected +40% to +60%: confirmed"
-    assert found[E2E, DYNAMO_KV, tagged(SINGLE)].gate == "expected -28% to -18%: refuted"
-    assert found[HIT_RATE, DYNAMO_KV, "limit"].gate == "expected -7% to +13%: confirmed"
+    assert str(found[THROUGHPUT, DYNAMO_KV, DYNAMO_ROUND_ROBIN].gate) == "expected +40% to +60%: confirmed"
+    assert str(found[E2E, DYNAMO_KV, tagged(SINGLE)].gate) == "expected -28% to -18%: refuted"
+    assert str(found[HIT_RATE, DYNAMO_KV, "limit"].gate) == "expected -7% to +13%: confirmed"
     assert "150 ms of one node" in found[E2E, DYNAMO_KV, tagged(SINGLE)].reason
 
 
 def test_hits_and_misses_are_compared_at_equal_turn() -> None:
-    def one(name: str, cached: int, time_s: float) -> Arm:
+    def one(name: str, cached: int, time_s: float) -> Held:
         return arm(name, spoken(0, time_s=9.0), spoken(1, 192, cached, time_s), spoken(2, 288, 192, 7.0))
 
     told = {DYNAMO_ROUND_ROBIN: [one("r", 64, 3.0)], DYNAMO_KV: [one("k", 96, 2.0)]}

@@ -6,10 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from disagglab.experiments.beside_dynamo import DYNAMO_KV, DYNAMO_ROUND_ROBIN, tagged
 from disagglab.experiments.comparison import LIMIT
-from disagglab.experiments.dynamocomparison import DYNAMO_KV, DYNAMO_ROUND_ROBIN, tagged
-from disagglab.experiments.routing import BLOCK_SIZE, Arm, times_by_hit
-from disagglab.experiments.talkcomparison import (
+from disagglab.experiments.conversations import (
     CONVERSATIONS,
     E2E,
     FIGURES,
@@ -18,6 +17,8 @@ from disagglab.experiments.talkcomparison import (
     THROUGHPUT,
     values,
 )
+from disagglab.experiments.routing import BLOCK_SIZE, Held, times_by_hit
+from disagglab.results.gate import GateState, State
 from disagglab.results.records import VerdictRow
 from disagglab.serving.topology import DISAGGREGATED, SINGLE
 from disagglab.stats.verdict import Verdict, judge
@@ -57,7 +58,7 @@ EXPECTATIONS = (
 )
 
 
-def hits_and_misses(told: Mapping[str, Sequence[Arm]], figure: str = E2E) -> list[tuple[float, float]]:
+def hits_and_misses(told: Mapping[str, Sequence[Held]], figure: str = E2E) -> list[tuple[float, float]]:
     """(miss, hit) of each round: latency of turns of Dynamo's arms that found their history, and others'.
 
     Compared at equal turn, because later prompts are longer: geometric means, over the turns that have both,
@@ -100,7 +101,7 @@ def standing(one: Expectation, verdict: Verdict) -> str:
     return CONFIRMED if low <= verdict.low and verdict.high <= high else OPEN
 
 
-def expectation_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
+def expectation_rows(told: Mapping[str, Sequence[Held]]) -> list[VerdictRow]:
     """One row an expectation of which both sides were measured. ``gate`` says how it stands."""
     rows = []
     for one in EXPECTATIONS:
@@ -113,19 +114,19 @@ def expectation_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
             pairs = list(zip(*measured, strict=True)) if all(measured) else []
         if not pairs:
             continue
-        unit, better = FIGURES[one.figure]
-        verdict = judge(pairs, better, MARGIN)
+        metric = FIGURES[one.figure]
+        verdict = judge(pairs, metric.better, MARGIN)
         low, high = span(one)
         row = VerdictRow.of(
             verdict,
             workload=CONVERSATIONS,
             metric=one.figure,
-            unit=unit,
+            unit=metric.unit,
             candidate=tagged(one.candidate),
             baseline=tagged(one.baseline),
             candidate_value=statistics.fmean(right for _, right in pairs),
             baseline_value=statistics.fmean(left for left, _ in pairs),
-            gate=f"expected {low:+.0%} to {high:+.0%}: {standing(one, verdict)}",
+            gate=GateState(State.EXPECTED, about=f"{low:+.0%} to {high:+.0%}", answer=standing(one, verdict)),
             reason=f"expected: {one.said}; {verdict.reason}",
         )
         rows.append(row)

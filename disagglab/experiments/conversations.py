@@ -16,28 +16,47 @@ from collections.abc import Callable, Mapping, Sequence
 from disagglab.config.traffic import Dialogue, dialogue
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
-from disagglab.experiments.dynamocomparison import PAIRS, tagged
-from disagglab.experiments.routing import Arm, Size
+from disagglab.experiments.beside_dynamo import PAIRS, tagged
+from disagglab.experiments.rounds import turns
+from disagglab.experiments.routing import Held, Size
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import CLIENT_BOUND
 from disagglab.measure.ledger import FOUND, QUERIED
 from disagglab.measure.talk import Spoken, talk
-from disagglab.results.metrics import percentile
+from disagglab.results.gate import GateState, State
 from disagglab.results.records import FigureRow, Ledger, Sent, VerdictRow
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
-from disagglab.stats.verdict import Direction, Verdict, holm, judge, noise_floor
+from disagglab.stats.metric import Metric, percentile
+from disagglab.stats.verdict import Verdict, holm, judge, noise_floor
 
 CONVERSATIONS = "conversations"  # in the place of a workload's name
 MARGIN = 0.05
 HIT_RATE, TTFT, E2E, THROUGHPUT = "hit_rate", "ttft_p50", "e2e_mean", "output_tokens_per_s"
-FIGURES: dict[str, tuple[str, Direction]] = {
-    HIT_RATE: ("share of prompt tokens", "higher"),
-    TTFT: ("s", "lower"),
-    E2E: ("s", "lower"),
-    THROUGHPUT: ("tokens/s", "higher"),
-}
+
+
+def _hit_rate(held: Held) -> float:
+    """Of n tokens k: (k + 1/2) / (n + 1), so that its logarithm exists; see :class:`.stats.metric.Metric`."""
+    return (sum(held.hits.values()) + 0.5) / (sum(held.queries.values()) + 1)
+
+
+_OF_A_DIALOGUE: tuple[Metric[Held], ...] = (
+    Metric(HIT_RATE, "share of prompt tokens", "higher", "prompt tokens found in prefix caches", _hit_rate),
+    Metric(
+        TTFT, "s", "lower", "TTFT, median",
+        lambda held: percentile([turn.ttft_s for turn in held.talk.turns], 50),
+    ),
+    Metric(
+        E2E, "s", "lower", "E2E, mean",
+        lambda held: statistics.fmean(turn.e2e_s for turn in held.talk.turns),
+    ),
+    Metric(
+        THROUGHPUT, "tokens/s", "higher", "output tokens per second",
+        lambda held: sum(turn.output_tokens for turn in held.talk.turns) / held.talk.duration_s,
+    ),
+)  # fmt: skip
+FIGURES = {metric.name: metric for metric in _OF_A_DIALOGUE}
 
 
 def said(size: Size, order_seed: int) -> Dialogue:
@@ -56,7 +75,7 @@ def said(size: Size, order_seed: int) -> Dialogue:
     )
 
 
-def hold(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Arm:
+def hold(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Held:
     """One dialogue on one arm, with proof by the servers' counters; see :func:`.routing.run_arm`.
 
     Disaggregated, hits are those of the prefill servers, since only they save computing; bytes and tokens are
@@ -82,7 +101,7 @@ def hold(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int)
     return arm
 
 
-def _hold_apart(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Arm:
+def _hold_apart(topology: Topology, spoken: Dialogue, shape: KvShape, concurrency: int) -> Held:
     before = ledger.read(topology)
     url, model = topology.router.url, topology.served_name
     found = talk(url, model, spoken, concurrency=concurrency, ids=False)
@@ -96,7 +115,7 @@ def _hold_apart(topology: Topology, spoken: Dialogue, shape: KvShape, concurrenc
         names = [server.name for server in topology.prefill]
         return {name: round(delta(before.snapshots[name], after.snapshots[name], metric)) for name in names}
 
-    arm = Arm(topology.name, found, dict(book.finished), on_prefill(FOUND), on_prefill(QUERIED))
+    arm = Held(topology.name, found, dict(book.finished), on_prefill(FOUND), on_prefill(QUERIED))
     asked, computed = sum(arm.queries.values()), book.prefill_computed_tokens
     if asked - computed != sum(arm.hits.values()):
         raise InvalidRun(
@@ -136,9 +155,9 @@ def talk_rounds(
     arms: Sequence[Topology],
     rounds: int,
     size: Size,
-    told: Callable[[Topology, Dialogue], Arm],
+    told: Callable[[Topology, Dialogue], Held],
     progress: Callable[[str], None],
-) -> dict[str, list[Arm]]:
+) -> dict[str, list[Held]]:
     """Every arm holds the dialogue in every round, in mirrored order; by arm, one a round.
 
     Within a round all arms have the same order of turns. Before, each has a few turns that do not count.
@@ -150,47 +169,34 @@ def talk_rounds(
         InvalidRun: if a single request of any arm failed; then there is no figure of any.
         TransferError: see :func:`hold`.
     """
-    found: dict[str, list[Arm]] = {arm.name: [] for arm in arms}
+    found: dict[str, list[Held]] = {arm.name: [] for arm in arms}
     for arm in arms:
         progress(f"warm-up, {arm.name}")
         told(arm, said(dataclasses.replace(size, conversations=arm.cycle, turns=1), 0))
-    for number in range(rounds):
-        seed = random.getrandbits(31)
-        for arm in arms if number % 2 == 0 else reversed(arms):
-            progress(f"round {number + 1} of {rounds}, {arm.name}")
-            found[arm.name].append(told(arm, said(size, seed)))
+    for turn in turns(arms, lambda _: [size], rounds, lambda *_: random.getrandbits(31)):
+        progress(turn.said(turn.arm.name))
+        found[turn.arm.name].append(told(turn.arm, said(turn.subject, turn.seed)))
     return found
 
 
-def value(arm: Arm, figure: str) -> float:
+def value(arm: Held, figure: str) -> float:
     """One of FIGURES, of one arm in one round.
-
-    A share of n tokens is (k + 1/2) / (n + 1), so that its logarithm exists; see
-    :func:`disagglab.results.metrics.comparable`.
 
     Raises:
         InvalidRun: if there is no turn.
     """
-    turns = arm.talk.turns
-    if not turns:
+    found = FIGURES[figure].formula(arm) if arm.talk.turns else None
+    if found is None:
         raise InvalidRun(f"{arm.name}: no turn was answered")
-    if figure == HIT_RATE:
-        return (sum(arm.hits.values()) + 0.5) / (sum(arm.queries.values()) + 1)
-    if figure == THROUGHPUT:
-        return sum(turn.output_tokens for turn in turns) / arm.talk.duration_s
-    if figure == E2E:
-        return statistics.fmean(turn.e2e_s for turn in turns)
-    half = percentile([turn.ttft_s for turn in turns], 50)
-    assert half is not None
-    return half
+    return found
 
 
-def values(told: Mapping[str, Sequence[Arm]], arm: str, figure: str) -> list[float]:
+def values(told: Mapping[str, Sequence[Held]], arm: str, figure: str) -> list[float]:
     """A figure of an arm, a value a round; empty if the arm was not measured. ``arm``: without TAG."""
     return [value(one, figure) for one in told.get(tagged(arm), ())]
 
 
-def talk_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
+def talk_rows(told: Mapping[str, Sequence[Held]]) -> list[VerdictRow]:
     """A row a figure and pair of PAIRS that was measured; all are one family. Then the A/A pairs."""
     asked = [
         (figure, baseline, candidate)
@@ -198,31 +204,31 @@ def talk_rows(told: Mapping[str, Sequence[Arm]]) -> list[VerdictRow]:
         for figure in FIGURES
         if values(told, baseline, figure) and values(told, candidate, figure)
     ]
-    verdicts = [judge(_paired(told, *row), FIGURES[row[0]][1], MARGIN) for row in asked]
+    verdicts = [judge(_paired(told, *row), FIGURES[row[0]].better, MARGIN) for row in asked]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = [
-        _row(told, row, verdict, "beside", p)
+        _row(told, row, verdict, GateState(State.BESIDE), p)
         for row, verdict, p in zip(asked, verdicts, adjusted, strict=True)
     ]
     for figure in FIGURES:
         if values(told, SINGLE_AGAIN, figure):
             identical = (figure, SINGLE, SINGLE_AGAIN)
-            verdict = judge(_paired(told, *identical), FIGURES[figure][1], MARGIN)
-            rows.append(_row(told, identical, verdict, "A/A: identical arms", None))
+            verdict = judge(_paired(told, *identical), FIGURES[figure].better, MARGIN)
+            rows.append(_row(told, identical, verdict, GateState(State.IDENTICAL), None))
     return rows
 
 
 def _paired(
-    told: Mapping[str, Sequence[Arm]], figure: str, baseline: str, candidate: str
+    told: Mapping[str, Sequence[Held]], figure: str, baseline: str, candidate: str
 ) -> list[tuple[float, float]]:
     return list(zip(values(told, baseline, figure), values(told, candidate, figure), strict=True))
 
 
 def _row(
-    told: Mapping[str, Sequence[Arm]],
+    told: Mapping[str, Sequence[Held]],
     asked: tuple[str, str, str],
     verdict: Verdict,
-    gate: str,
+    gate: GateState,
     p_adjusted: float | None,
 ) -> VerdictRow:
     figure, baseline, candidate = asked
@@ -231,7 +237,7 @@ def _row(
         verdict,
         workload=CONVERSATIONS,
         metric=figure,
-        unit=FIGURES[figure][0],
+        unit=FIGURES[figure].unit,
         candidate=tagged(candidate),
         baseline=tagged(baseline),
         candidate_value=statistics.fmean(values(told, candidate, figure)),
@@ -242,14 +248,20 @@ def _row(
     )
 
 
-def talk_figures(told: Mapping[str, Sequence[Arm]], size: Size) -> list[FigureRow]:
+def talk_figures(told: Mapping[str, Sequence[Held]], size: Size) -> list[FigureRow]:
     """Every figure of every arm, for the history of sessions."""
     definition = "-".join(map(str, dataclasses.astuple(size)))
     return [
         FigureRow(
-            CONVERSATIONS, arm, figure, unit, better, tuple(value(one, figure) for one in made), definition
+            CONVERSATIONS,
+            arm,
+            metric.name,
+            metric.unit,
+            metric.better,
+            tuple(value(one, metric.name) for one in made),
+            definition,
         )
         for arm, made in told.items()
-        for figure, (unit, better) in FIGURES.items()
+        for metric in FIGURES.values()
         if made
     ]

@@ -1,7 +1,7 @@
 """A negative control for gates: a TCP proxy that stretches the time of every answer by a known factor.
 
-Run as a program: ``python -m disagglab.slowproxy ADDRESS PORT UPSTREAM_ADDRESS UPSTREAM_PORT FACTOR``. What
-comes back from upstream t seconds after the last byte of a request is handed on FACTOR x t seconds after it,
+Run as a program: ``python slowproxy.py ADDRESS PORT UPSTREAM_ADDRESS UPSTREAM_PORT FACTOR``. What comes back
+from upstream t seconds after the last byte of a request is handed on FACTOR x t seconds after it,
 in order and unchanged: TTFT, gaps and end-to-end time all grow by the same share, and nothing else does.
 """
 

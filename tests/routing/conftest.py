@@ -19,27 +19,13 @@ START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 
 
 @pytest.fixture(scope="session")
-def routing_size(live: Session) -> routing.Size:
-    """How much the routing tests say, and how small the workers' caches are."""
-    return routing.SHORT if live.short else routing.FULL
-
-
-@pytest.fixture(scope="session")
 def workers(
     live: Session, lab: Lab, hosts: Hosts, weights: Model, shape: KvShape, routing_size: routing.Size
 ) -> Iterator[Deployment]:
     """Two equal servers on the lab's first nodes, without a KV connector, with small caches and KV events."""
     if len(layout(shape, routing.BLOCK_SIZE).groups) > 1:
         pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
-    deployed = Deployment(
-        hosts,
-        routing.workers_lab(lab, routing_size),
-        weights,
-        connector=False,
-        nodes=routing.workers_nodes(lab),
-        tag=routing.TAG,
-        events=True,
-    )
+    deployed = routing.workers(hosts, lab, weights, routing_size)
     try:
         with live.uncaptured():
             deployed.start(live.progress("workers", START_BUDGET_S))

@@ -6,7 +6,7 @@ gets the same engine options, so the arms differ in who routes and in which prog
 one thing more: Dynamo's aggregated workers have no KV connector loaded, the others have one.
 
 Random prompts with exact lengths show what the paths cost; there is nothing to find in a cache. What a router
-that knows the caches is worth shows in conversations (disagglab/experiments/talkcomparison.py).
+that knows the caches is worth shows in conversations (disagglab/experiments/conversations.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import dataclasses
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.experiments.comparison import Comparison, pair_rows, verdict_rows
+from disagglab.results.arm import MARK, Arm
+from disagglab.results.gate import State
 from disagglab.results.records import VerdictRow
 from disagglab.serving.dynamo import parts
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, Topology
 
-TAG = "@beside-dynamo"  # of the lab's own topologies here: their engines have other options than elsewhere
+BESIDE = "beside-dynamo"  # of the lab's own topologies here: their engines have other options than elsewhere
+TAG = f"{MARK}{BESIDE}"
 
 DYNAMO_KV = f"dynamo-{parts.KV}"
 DYNAMO_ROUND_ROBIN = f"dynamo-{parts.ROUND_ROBIN}"
@@ -62,14 +65,14 @@ def rows_of(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
         InvalidRun: if a gate has no pair of valid runs.
     """
     named = Comparison(
-        [dataclasses.replace(run, topology=run.topology.removesuffix(TAG)) for run in comparison.runs],
+        [dataclasses.replace(run, topology=untagged(run.topology)) for run in comparison.runs],
         comparison.slo,
     )
     gated = verdict_rows(named, lab)
     asked = {(row.workload, row.metric, row.baseline, row.candidate) for row in gated}
     others = [
         row
-        for row in pair_rows(named, lab, PAIRS, "beside")
+        for row in pair_rows(named, lab, PAIRS, State.BESIDE)
         if (row.workload, row.metric, row.baseline, row.candidate) not in asked
     ]
     return [
@@ -80,4 +83,11 @@ def rows_of(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
 
 def tagged(arm: str) -> str:
     """The name of an arm as runs, figures and verdicts have it."""
-    return f"{arm}{TAG}" if arm in (SINGLE, SINGLE_AGAIN, REPLICATED, DISAGGREGATED) else arm
+    own = arm in (SINGLE, SINGLE_AGAIN, REPLICATED, DISAGGREGATED)
+    return str(Arm(arm, BESIDE)) if own else arm
+
+
+def untagged(name: str) -> str:
+    """The name of an arm as a lab's gates have it; the reverse of :func:`tagged`."""
+    arm = Arm.parse(name)
+    return arm.name if arm.tag == BESIDE else name

@@ -1,0 +1,65 @@
+"""The command line of the suite: ``disagglab COMMAND``, or ``python -m disagglab COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+from collections.abc import Sequence
+
+from disagglab.cli import (
+    command,
+    completion,
+    gate,
+    history,
+    kv,
+    labs,
+    plan,
+    predict,
+    provision,
+    publish,
+    scatter,
+)
+from disagglab.errors import ConfigError
+
+PROGRAM = "disagglab"
+DESCRIPTION = (
+    "What the suite does beside its experiments, which pytest runs. kv, gate, predict, history, reference,"
+    " labs and plan compute from files and start nothing; provision and scatter go to a lab's hosts."
+)
+EXAMPLES = ("disagglab labs", "disagglab kv Llama-3.1-8B-Instruct --link 100Gbps", "disagglab kv --help")
+COMMANDS = (labs, kv, predict, plan, provision, scatter, gate, history, publish, completion)
+COMPLETING = "_ARGCOMPLETE"  # argcomplete's own variable: a shell asks for completions
+
+
+def parser(prog: str = PROGRAM) -> argparse.ArgumentParser:
+    """The whole command line. Loads no more than names and defaults of options need."""
+    found = command.OneLineParser(
+        prog=prog,
+        description=textwrap.fill(DESCRIPTION, command.HELP_COLUMNS),
+        epilog=command.examples(EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = found.add_subparsers(
+        dest="command", required=True, metavar="command", parser_class=command.OneLineParser
+    )
+    for one in COMMANDS:
+        one.add(commands)
+    return found
+
+
+def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
+    """Run one command; the exit status is 2 if the input cannot be computed, and 1 if a part of it or of a
+    host is missing.
+    """
+    asked = parser(prog)
+    if COMPLETING in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(asked)
+    arguments = asked.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ConfigError as error:
+        return command.refuse(error)
+    return status

@@ -1,0 +1,39 @@
+"""One run of a workload on a topology, and its proof."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagglab.config.workload import Workload
+from disagglab.errors import InvalidRun, TransferError
+from disagglab.kv.shape import KvShape
+from disagglab.measure import ledger
+from disagglab.measure.bench import LoadEngine, require_meaning
+from disagglab.results.records import Run
+from disagglab.serving.topology import Topology
+
+
+def measure(
+    engine: LoadEngine, topology: Topology, workload: Workload, seed: int, number: int, shape: KvShape
+) -> Run:
+    """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never
+    dropped.
+    """
+    run: Run | None = None
+    try:
+        before = ledger.read(topology)
+        run = engine.run(topology, workload, seed, number)
+        after = ledger.settle(topology, before, len(run.sent))
+        run = dataclasses.replace(run, readings=(before, after))
+        require_meaning(run)
+        sent = run.sent
+        if workload.shared_prefix_tokens:
+            sent = ledger.with_shared_prefix(
+                topology, before, after, sent, workload.shared_prefix_tokens, workload.most_under_way
+            )
+        book = ledger.prove(topology, before, after, sent, shape, topology.version)
+        return dataclasses.replace(run, ledger=book)
+    except (InvalidRun, TransferError) as error:
+        if run is None:
+            run = Run(topology.name, workload, seed, number, "", 0.0, None, (), (), (), (), ())
+        return dataclasses.replace(run, invalid=str(error))

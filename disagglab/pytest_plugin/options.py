@@ -1,0 +1,60 @@
+"""The options that the suite adds to pytest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
+DEFAULT_ROUNDS = 3
+SHORT_ROUNDS = 2
+PATHS = ("--lab", "--resume")  # options whose value may be a path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the suite."""
+    group = parser.getgroup("disagg-lab")
+    group.addoption("--lab", default="embedded", help="name of a file in labs/, or a path")
+    group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds)")
+    group.addoption(
+        "--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})"
+    )
+    group.addoption(
+        "--max-rounds", type=int, default=0, help="go on to so many rounds while a gate is undecided"
+    )
+    group.addoption(
+        "--resume",
+        action="append",
+        default=[],
+        metavar="RUN_FOLDER",
+        help="go on with the rounds of this earlier session; --rounds counts them too (several: repeat)",
+    )
+    group.addoption("--vllm", metavar="X.Y.Z", help="serve with this vLLM version instead of the lab's")
+    group.addoption(
+        "--against", metavar="X.Y.Z", help="also serve with this vLLM version, and compare the two"
+    )
+    group.addoption(
+        "--endings", type=int, default=0, metavar="N", help="end N sessions in each hard way (lab two-hosts)"
+    )
+    group.addoption(
+        "--workload",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compare on this workload of the lab's gates alone (several: repeat)",
+    )
+    group.addoption(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also measure this [[variant]] of the lab file beside the lab's own settings (several: repeat)",
+    )
+    group.addoption(
+        "--dedicated", action="store_true", help="also measure on servers without any KV connector"
+    )
+    group.addoption("--no-skips", action="store_true", help="a test that lacks something has failed")
+    group.addoption(
+        "--plan", action="store_true", help="print what a session would run on every host; start nothing"
+    )
