@@ -61,6 +61,7 @@ lint: setup  ## ruff, mypy, the contract of the rooms, and imports beside depend
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache
+	.venv/bin/python docs/generate.py --check
 	.venv/bin/deptry .
 
 setup:  ## make .venv, or bring it up to date; VLLM=X.Y.Z: also one for servers of that version; DYNAMO=1: for Dynamo

@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from disagglab.errors import Problem
 from disagglab.units import meaning_of
@@ -62,7 +61,7 @@ def suggest(key: str, known: Collection[str]) -> str:
 
 
 def _explain(
-    detail: ErrorDetails, loc: Sequence[int | str], model: type[BaseModel] | None, assign: str
+    detail: Any, loc: Sequence[int | str], model: type[BaseModel] | None, assign: str
 ) -> tuple[str, str]:
     """What is wrong and what mends it, for one of pydantic's errors; ``assign``: what follows a key."""
     field, owner = _field(model, loc)
@@ -81,7 +80,7 @@ def _explain(
             return f"{detail['msg']}, got {_shown(detail)}", f"correct the value of {name}{meaning}"
 
 
-def _shown(detail: ErrorDetails) -> str:
+def _shown(detail: Any) -> str:
     text = repr(detail["input"])
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"
 

@@ -35,7 +35,7 @@ from disagglab.config.schema import (
 from disagglab.errors import ConfigError, Problem
 from disagglab.problems import problems_of, suggest
 
-_SECTIONS: dict[str, tuple[type[Section], bool]] = {
+SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "model": (ModelSection, True),
     "vllm": (VllmSection, True),
     "controller": (ControllerSection, False),
@@ -46,8 +46,8 @@ _SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "scale": (ScaleSection, False),
 }
 # Without defaults: absent is not the same as empty.
-_OPTIONAL: dict[str, type[Section]] = {"slo": SloSection, "speed": SpeedSection}
-_LISTS: dict[str, tuple[type[Section], bool]] = {
+OPTIONAL: dict[str, type[Section]] = {"slo": SloSection, "speed": SpeedSection}
+LISTS: dict[str, tuple[type[Section], bool]] = {
     "node": (NodeSection, True),
     "gate": (GateSection, False),
     "host": (HostSection, False),
@@ -99,22 +99,22 @@ def parse_lab(raw: Mapping[str, Any], file: str, origins: Mapping[str, str] | No
     """
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
-    known = {*Head.model_fields, *_SECTIONS, *_OPTIONAL, *_LISTS}
+    known = {*Head.model_fields, *SECTIONS, *OPTIONAL, *LISTS}
     for key in raw:
         if key not in known:
             problems.append(Problem(file, key, "unknown key", suggest(key, known)))
     top = {key: raw[key] for key in Head.model_fields if key in raw}
     head = _parse_section(Head, top, file, "", problems)
     parts.update(head.model_dump(include={"name", "label"}) if head else {})
-    for key, (section, required) in _SECTIONS.items():
+    for key, (section, required) in SECTIONS.items():
         if key not in raw and required:
             problems.append(Problem(file, f"[{key}]", "section is missing", f"add a [{key}] section"))
         else:
             parts[key] = _parse_section(section, raw.get(key, {}), file, key, problems)
-    for key, section in _OPTIONAL.items():
+    for key, section in OPTIONAL.items():
         if key in raw:
             parts[key] = _parse_section(section, raw[key], file, key, problems)
-    for key, (section, required) in _LISTS.items():
+    for key, (section, required) in LISTS.items():
         rows = raw.get(key, [])
         if isinstance(rows, dict):
             problems.append(

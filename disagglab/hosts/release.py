@@ -99,7 +99,7 @@ def require_ports(lab: Lab, deployments: int) -> None:
     if have < need:
         mend = f"set last to {lab.ports.first + need - 1} or more"
         wrong = f"{have} ports, the servers of {deployments} releases or variants need {need}"
-        raise ConfigError([Problem(lab.file, "ports", wrong, mend)])
+        raise ConfigError([Problem(lab.where("ports"), "ports", wrong, mend)])
 
 
 def require_room(lab: Lab) -> None:
@@ -113,7 +113,8 @@ def require_room(lab: Lab) -> None:
     if any(node.gpus for node in lab.nodes) and 2 * share > MOST_GPU_MEMORY:
         wrong = f"{share:g} of a GPU's memory for each of two servers"
         mend = f"set it to {MOST_GPU_MEMORY / 2:g} or less: both releases are resident, to take turns"
-        raise ConfigError([Problem(lab.file, "vllm.args.gpu-memory-utilization", wrong, mend)])
+        key = "vllm.args.gpu-memory-utilization"
+        raise ConfigError([Problem(lab.where(key), key, wrong, mend)])
 
 
 def require_served(name: str, url: str, version: str) -> None:

@@ -183,14 +183,16 @@ def _node(lab: Lab, peak_tflop_s: float | None, memory_gb_s: float | None) -> Sp
     memory = memory_gb_s or (lab.speed.memory_gb_s if lab.speed else None)
     if peak is None or memory is None:
         mend = "add peak_tflop_s and memory_gb_s, or give --peak-tflop-s and --memory-gb-s"
-        raise _refused("[speed]", "missing, so there are no speeds to predict from", mend, lab.file)
+        raise _refused("[speed]", "missing, so there are no speeds to predict from", mend, lab.where("speed"))
     return SpeedSection(peak_tflop_s=peak, memory_gb_s=memory)
 
 
 def _link(lab: Lab, link_bytes_per_s: float | None) -> float:
     if link_bytes_per_s is None and lab.transport.link_gbit_s is None:
         wrong = "missing, so the time of a transfer is not known"
-        raise _refused("transport.link_gbit_s", wrong, "add it, or give --link 100Gbps", lab.file)
+        raise _refused(
+            "transport.link_gbit_s", wrong, "add it, or give --link 100Gbps", lab.where("transport")
+        )
     return link_bytes_per_s or (lab.transport.link_gbit_s or 0.0) * 1e9 / BITS
 
 
@@ -203,7 +205,7 @@ def _config(lab: Lab, model: str | None) -> tuple[str, dict[str, Any]]:
         if folder.is_dir():
             return lab.model.id, modelconfig.read(folder)
     mend = f"give --model with a model folder, a config.json or one of: {', '.join(modelconfig.shipped())}"
-    raise _refused("model.id", f"no config.json of {lab.model.id} is at hand", mend, lab.file)
+    raise _refused("model.id", f"no config.json of {lab.model.id} is at hand", mend, lab.where("model.id"))
 
 
 def _assumptions(

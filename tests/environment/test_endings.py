@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from disagglab import waiting
+from disagglab.config.labs import resolved_text
 from disagglab.config.schema import HostSection, Lab
 from disagglab.hosts import namespaces
 from disagglab.hosts.host import Host, local_host
@@ -100,7 +101,7 @@ def stage(lab: Lab, live: Session, tmp_path_factory: pytest.TempPathFactory) -> 
             local, made, {host.name: lab.nodes_on(host.name)[0] for host in made}
         )
         path = folder / "lab.toml"
-        path.write_text(remote_lab(Path(lab.file).read_text(), found))
+        path.write_text(remote_lab(resolved_text(lab), found))
         yield Stage(local, holders, found, path, folder)
     finally:
         local.close()
