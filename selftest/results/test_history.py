@@ -261,6 +261,21 @@ def test_figures_without_their_run_json(capsys: Capture, tmp_path: Path) -> None
     assert summary.startswith("1 run with figures, 0 without, passed over; 0 series")
 
 
+def test_a_lab_file_is_known_by_what_it_says(tmp_path: Path) -> None:
+    """Comments and order make no other file, a value does; text that is no TOML counts as it stands."""
+    texts = [
+        'name = "a"\n[slo]\nttft_s = 1.0',
+        '# why\nslo.ttft_s = 1.0\nname = "a"',
+        'name = "a"',
+        "name = ",
+    ]
+    for day, text in enumerate(texts, 1):
+        add_runs(tmp_path, range(day, day + 1), 0.5, lab_file=text)
+    first, same, other, broken = (run.lab_file for run in archive.read(tmp_path).runs)
+    assert first == same
+    assert len({first, other, broken}) == 3
+
+
 def test_filters_keep_what_they_name(capsys: Capture, tmp_path: Path) -> None:
     """By lab, workload, arm and metric; a name that no series has is refused with those that there are."""
     for day, lab in enumerate(("embedded", "hybrid"), 1):

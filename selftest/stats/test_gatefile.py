@@ -109,6 +109,7 @@ def test_bad_files_are_refused_in_one_line(capsys: Capture, tmp_path: Path, case
     assert len(err.splitlines()) == 1
     assert err.startswith(str(path))
     assert key in err
+    assert " | " not in err, "one mistake is one problem"
 
 
 def test_a_file_that_is_not_there(capsys: Capture, tmp_path: Path) -> None:
