@@ -51,9 +51,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Both paths have a space."""
     folder = tmp_path_factory.mktemp("some where")
-    checkout, outside, metadata = (
-        folder / name for name in ("check out", "my labs", "disagglab-9.dist-info")
-    )
+    checkout, outside, site = (folder / name for name in ("check out", "my labs", "site"))
     checkout.mkdir()
     for name in COPIED:
         if (ROOT / name).is_dir():
