@@ -116,11 +116,12 @@ def test_reading_and_arithmetic_load_no_ssh_and_no_pytest(name: str, tmp_path: P
     (tmp_path / "pairs.json").write_text(json.dumps(GATE))
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports" / "reference").symlink_to(ROOT / "reports" / "reference")
+    reports = "--reports", str(tmp_path / "reports"), "--html", str(tmp_path / "history.html")
     argv = {
         "kv": ["gpt2", "--link", "100Gbps"],
         "gate": [str(tmp_path / "pairs.json")],
         "predict": ["--lab", "spark", "--load", "0.5"],
-        "history": ["--reports", str(tmp_path / "reports"), "--html", str(tmp_path / "history.html")],
+        "history": [*reports, "--lab", "two-h200", "--metric", "ttft_p50", "--workload", "one-user"],
         "labs": [],
         "completion": ["bash"],
     }
