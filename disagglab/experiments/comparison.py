@@ -11,7 +11,7 @@ from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments.rounds import WARM_UP_ROUND, Turn, runs, turns
+from disagglab.experiments.rounds import WARM_UP_ROUND, Trial, runs, trials
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.results.arm import Arm
@@ -100,7 +100,7 @@ def run_rounds(
     }
     warm_up = warm_up_of(workloads, max(topology.cycle for topology in topologies))
     first = [
-        Turn(WARM_UP_ROUND, rounds, topology, warm_up, random.getrandbits(31)) for topology in topologies
+        Trial(WARM_UP_ROUND, rounds, topology, warm_up, random.getrandbits(31)) for topology in topologies
     ]
     for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
         if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
@@ -111,7 +111,7 @@ def run_rounds(
         still_open = open_workloads(comparison) if lacking and number >= rounds else done
         return [one for one in lacking if one.name in still_open]
 
-    all_turns = turns(topologies, wanted, rounds, lambda *_: random.getrandbits(31), cap)
+    all_turns = trials(topologies, wanted, rounds, lambda *_: random.getrandbits(31), cap)
     for run in runs(engine, all_turns, shape, store, progress):
         comparison.runs.append(run)
     return comparison

@@ -17,7 +17,7 @@ from disagglab.config.traffic import Dialogue, dialogue
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
 from disagglab.experiments.beside_dynamo import PAIRS, tagged
-from disagglab.experiments.rounds import turns
+from disagglab.experiments.rounds import trials
 from disagglab.experiments.routing import Held, Size
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
@@ -125,7 +125,7 @@ def _hold_apart(topology: Topology, spoken: Dialogue, shape: KvShape, concurrenc
     return arm
 
 
-def shared_out(turns: Sequence[Spoken], book: Ledger, block: int) -> list[Sent]:
+def shared_out(trials: Sequence[Spoken], book: Ledger, block: int) -> list[Sent]:
     """The requests, with what the prefix caches held shared out so that the totals are the counters'.
 
     Which turn found how much is not known where two talk at once; the bytes that have to move depend on the
@@ -134,10 +134,10 @@ def shared_out(turns: Sequence[Spoken], book: Ledger, block: int) -> list[Sent]:
     Raises:
         InvalidRun: if a total is no multiple of ``block``, or more than the prompts' whole blocks.
     """
-    prompts = sum(turn.prompt_tokens for turn in turns)
+    prompts = sum(turn.prompt_tokens for turn in trials)
     left = {"decode": book.cached_tokens, "prefill": prompts - book.prefill_computed_tokens}
     sent = []
-    for turn in turns:
+    for turn in trials:
         most = (turn.prompt_tokens - 1) // block * block
         held = {role: min(rest, most) for role, rest in left.items()}
         left = {role: rest - held[role] for role, rest in left.items()}
@@ -173,7 +173,7 @@ def talk_rounds(
     for arm in arms:
         progress(f"warm-up, {arm.name}")
         told(arm, said(dataclasses.replace(size, conversations=arm.cycle, turns=1), 0))
-    for turn in turns(arms, lambda _: [size], rounds, lambda *_: random.getrandbits(31)):
+    for turn in trials(arms, lambda _: [size], rounds, lambda *_: random.getrandbits(31)):
         progress(turn.said(turn.arm.name))
         found[turn.arm.name].append(told(turn.arm, said(turn.subject, turn.seed)))
     return found

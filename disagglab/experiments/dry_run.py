@@ -40,7 +40,7 @@ SPEED_S = 5  # of a measurement of the link
 
 
 @dataclass(frozen=True)
-class Stage:
+class Started:
     """A deployment of the session and the topologies that are made of it. ``what``: for a heading."""
 
     what: str
@@ -100,7 +100,7 @@ def deploy(
     against: str = "",
     dedicated: bool = False,
     variants: Sequence[VariantSection] = (),
-) -> tuple[Stage, ...]:
+) -> tuple[Started, ...]:
     """The deployments of a session in the order in which they start."""
     model = model_of(lab)
     found = [_stage(hosts, Deployment(hosts, lab, model), TOPOLOGIES, "servers and routers")]
@@ -118,17 +118,17 @@ def deploy(
 
 def _stage(
     hosts: RecordingHosts, deployed: Deployment, kinds: Sequence[str], what: str, compared: bool = True
-) -> Stage:
+) -> Started:
     """Start a deployment and its routers."""
     title = f"{what}: vLLM {deployed.lab.vllm.version}"
     hosts.heading(title)
     deployed.served_name = f"{deployed.model.name}-{RUN}"
     deployed.start(_nowhere())
     topologies = tuple(deployed.topology(kind) for kind in kinds)
-    return Stage(title, deployed, topologies, compared)
+    return Started(title, deployed, topologies, compared)
 
 
-def _load(hosts: RecordingHosts, lab: Lab, stage: Stage, tokenizer: Path | None) -> None:
+def _load(hosts: RecordingHosts, lab: Lab, stage: Started, tokenizer: Path | None) -> None:
     """The load engine's jobs on one stage."""
     hosts.heading(f"jobs of the load engine in each round: {stage.what}")
     sheet = hosts.sheets[lab.controller.host]

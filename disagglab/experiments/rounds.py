@@ -30,7 +30,7 @@ def mirrored(arms: Sequence[A], number: int) -> Sequence[A]:
 
 
 @dataclass(frozen=True)
-class Turn(Generic[A, S]):
+class Trial(Generic[A, S]):
     """One arm's turn at a subject. ``number``: of the round, from 0 on, or WARM_UP_ROUND; ``planned``: how
     many rounds.
     """
@@ -48,13 +48,13 @@ class Turn(Generic[A, S]):
         return ", ".join(filter(None, (where, *what)))
 
 
-def turns(
+def trials(
     arms: Sequence[A],
     subjects: Callable[[int], Sequence[S]],
     rounds: int,
     seed: Callable[[int, int], int],
     cap: int = 0,
-) -> Iterator[Turn[A, S]]:
+) -> Iterator[Trial[A, S]]:
     """All turns, round by round; in a round subject by subject, so that what is compared is close in time.
 
     Args:
@@ -66,12 +66,12 @@ def turns(
         for position, subject in enumerate(subjects(number)):
             shared = seed(number, position)
             for arm in mirrored(arms, number):
-                yield Turn(number, rounds, arm, subject, shared)
+                yield Trial(number, rounds, arm, subject, shared)
 
 
 def runs(
     engine: LoadEngine,
-    over: Iterable[Turn[Topology, Workload]],
+    over: Iterable[Trial[Topology, Workload]],
     shape: KvShape,
     store: Store,
     show: Callable[[str], None],

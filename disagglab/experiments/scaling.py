@@ -20,11 +20,10 @@ import httpx
 
 from disagglab import waiting
 from disagglab.errors import InvalidRun, LabError
-from disagglab.measure.ledger import FINISHED
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import Change, EtcdClient
-from disagglab.serving.dynamo.parts import Worker, body
-from disagglab.serving.openai import COMPLETIONS, Completion, Stream, prompt_of
+from disagglab.serving.dynamo.parts import body
+from disagglab.serving.openai import COMPLETIONS, AnswerStream, Completion, prompt_of
 from disagglab.serving.service import POLL_S
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # longer than any answer here; only a failing test waits so long
@@ -52,7 +51,7 @@ class Attempt:
     last: str
 
 
-class Asked:
+class AskedStream:
     """A streamed request under way, in a thread of its own.
 
     Args:
@@ -65,7 +64,7 @@ class Asked:
         self._sender = sender
         self._url = url
         self._request = {**request, "stream": True, "stream_options": {"include_usage": True}}
-        self._stream = Stream(url, time.perf_counter())
+        self._stream = AnswerStream(url, time.perf_counter())
         self._begun = threading.Event()
         self._found: Attempt | None = None
         self._thread = threading.Thread(target=self._send, daemon=True)
@@ -76,7 +75,7 @@ class Asked:
         """How many tokens have come so far."""
         return len(self._stream.token_ids)
 
-    def begun(self, limit_s: float) -> Asked:
+    def begun(self, limit_s: float) -> AskedStream:
         """Return when the first token is there.
 
         Raises:
@@ -137,7 +136,7 @@ def last_event(tail: bytes) -> str:
     return (errors or said or [""])[-1]
 
 
-class Steady:
+class SteadyClients:
     """Short requests with prompts of their own, from entry to exit of the block; nothing is sent again.
 
     Args:
@@ -166,7 +165,7 @@ class Steady:
         self._users: list[threading.Thread] = []
         self._first = users
 
-    def __enter__(self) -> Steady:
+    def __enter__(self) -> SteadyClients:
         self.add(self._first)
         return self
 
@@ -216,7 +215,7 @@ class Steady:
             with self._lock:
                 salt = next(self._salts) % SALTS
             request = body(self._model, prompt_of(PROMPT_TOKENS, salt), ANSWER_TOKENS)
-            attempt = Asked(self._sender, self._url, request).attempt()
+            attempt = AskedStream(self._sender, self._url, request).attempt()
             with self._lock:
                 self._attempts.append(attempt)
             self._over.wait(self._pause_s)
@@ -306,11 +305,3 @@ def joining(present: DynamoDeployment, tag: str, drain_s: float, lease_s: int) -
     )
     found.namespace, found.served_name = present.namespace, present.served_name
     return found
-
-
-def finished(worker: Worker) -> int:
-    """Requests that a worker has finished, by its own counter; 0 while it does not answer."""
-    try:
-        return round(worker.metrics().value(FINISHED))
-    except InvalidRun:
-        return 0

@@ -18,8 +18,15 @@ import httpx
 
 from disagglab import waiting
 from disagglab.errors import InvalidRun
-from disagglab.experiments.scaling import TIMEOUT, Asked, Attempt, Steady, Watching, finished, joining
-from disagglab.measure import ledger
+from disagglab.experiments import gauges
+from disagglab.experiments.scaling import (
+    TIMEOUT,
+    AskedStream,
+    Attempt,
+    SteadyClients,
+    Watching,
+    joining,
+)
 from disagglab.progress import ProgressLine
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient
@@ -44,7 +51,6 @@ EVENT_LIMIT_S = 60.0  # for what happens within seconds; only a failing test wai
 AFTERWARDS = 5  # requests through each frontend after the dead worker's key has gone
 START_PAUSE_S = 1.0  # of the one user whose requests flow while workers start, which is slow enough
 ASK_S = 0.1  # how often a counter or gauge is asked
-GAUGE_LIMIT_S = 5.0  # a gauge follows by an engine step
 RUSH = 4  # users more when the first new worker is there: together one for each of the four, and one over
 STEER_ATTEMPTS = 3
 PLAIN_SALT = 21  # of the prompt whose blocks no other worker ever has
@@ -67,10 +73,10 @@ class Crew:
     kept_tokens: int
     stream_tokens: int
 
-    def ask(self, frontend: Frontend, tokens: int, salt: int, worker: Worker | None = None) -> Asked:
+    def ask(self, frontend: Frontend, tokens: int, salt: int, worker: Worker | None = None) -> AskedStream:
         """A request under way; addressed to one worker, or wherever the frontend sends it."""
         request = self.request(self.prompt(salt), tokens)
-        return Asked(self.sender, frontend.url, on_worker(request, worker) if worker else request)
+        return AskedStream(self.sender, frontend.url, on_worker(request, worker) if worker else request)
 
     def request(self, prompt: list[int], tokens: int) -> dict[str, object]:
         """A greedy request."""
@@ -144,9 +150,9 @@ class Killed:
     pids: tuple[int, ...]
     ended: dict[str, Any]
     to_dead: Attempt
-    acquainted: Steady
-    unacquainted: Steady
-    migrates: Steady
+    acquainted: SteadyClients
+    unacquainted: SteadyClients
+    migrates: SteadyClients
     undisturbed: Completion
     continued: Completion
 
@@ -165,7 +171,7 @@ def gathered(present: DynamoDeployment, short: bool) -> Iterator[Crew]:
         assert isinstance(stranger, Frontend)
         assert isinstance(migrating, Frontend)
         request = body(present.served_name, prompt_of(33, 1), ALONE_TOKENS)
-        alone = Asked(sender, plain.url, request).attempt()
+        alone = AskedStream(sender, plain.url, request).attempt()
         if alone.completion is None:
             raise InvalidRun(f"{plain.name}: {alone.wrong}; {alone.last}; see {plain.process.log}")
         tpot_s = (alone.completion.e2e_s - alone.completion.ttft_s) / (ALONE_TOKENS - 1)
@@ -189,7 +195,7 @@ def add(crew: Crew, line: ProgressLine) -> Added:
     before, over = _counts(present), threading.Event()
     with (
         concurrent.futures.ThreadPoolExecutor() as threads,
-        Steady(crew.plain.url, crew.present.served_name, 1, START_PAUSE_S) as steady,
+        SteadyClients(crew.plain.url, crew.present.served_name, 1, START_PAUSE_S) as steady,
     ):
         watching = Watching(
             EtcdClient(guests.planes.etcd),
@@ -219,12 +225,12 @@ def remove(crew: Crew, added: Added) -> Removed:
         InvalidRun: if what it should finish takes longer than its drain.
     """
     worker, drain_s = added.workers[0], crew.guests.drain_s
-    with Steady(crew.plain.url, crew.present.served_name) as steady:
+    with SteadyClients(crew.plain.url, crew.present.served_name) as steady:
         cut = crew.ask(crew.plain, LONG_TOKENS, 10, worker).begun(EVENT_LIMIT_S)
         kept = [
             crew.ask(crew.plain, crew.kept_tokens, salt, worker).begun(EVENT_LIMIT_S) for salt in (11, 12)
         ]
-        _await_running(worker, 3)
+        gauges.await_running(worker, 3)
         watching = crew.watch(worker, EVENT_LIMIT_S)
         asked_s = time.monotonic()
         crew.guests.remove(worker)
@@ -248,17 +254,20 @@ def kill(crew: Crew, added: Added) -> Killed:
     tokens = crew.stream_tokens
     plain = crew.ask(crew.plain, tokens, PLAIN_SALT, worker).begun(EVENT_LIMIT_S)
     addressed = crew.ask(crew.migrating, tokens, 22, worker).begun(EVENT_LIMIT_S)
-    _await_running(worker, 3)
+    gauges.await_running(worker, 3)
     pids = tuple(worker.process.tree())
     watching = crew.watch(worker, guests.planes.lease_s + EVENT_LIMIT_S)
-    with Steady(crew.plain.url, name, 1) as acquainted, Steady(crew.migrating.url, name, 1) as migrates:
+    with (
+        SteadyClients(crew.plain.url, name, 1) as acquainted,
+        SteadyClients(crew.migrating.url, name, 1) as migrates,
+    ):
         had, before_s = migrating.tokens, time.monotonic()
         guests.kill(worker)
         after_s = time.monotonic()
         remaining_s = registry.remaining_s(int(worker.instance, 16))
         told_s = time.monotonic()
         to_dead = crew.ask(crew.stranger, 1, PLAIN_SALT).attempt()
-        with Steady(crew.stranger.url, name, 1) as unacquainted:
+        with SteadyClients(crew.stranger.url, name, 1) as unacquainted:
             _await_end(worker)
             worker.process.stop()
             (deleted,) = watching.changes()
@@ -289,7 +298,7 @@ def kill(crew: Crew, added: Added) -> Killed:
     )
 
 
-def _busy(steady: Steady, keys: Watching, over: threading.Event) -> None:
+def _busy(steady: SteadyClients, keys: Watching, over: threading.Event) -> None:
     """From the first key on, as many requests at once as there are workers.
 
     With fewer, a frontend in mode ``kv`` may leave a worker that has come without work for long: between
@@ -307,10 +316,11 @@ def _first_finished(worker: Worker, keys: Watching, over: threading.Event) -> fl
     def late() -> InvalidRun:
         return InvalidRun(f"{worker.plan.process_name} finished no request; see {worker.process.log}")
 
-    waiting.until(
-        lambda: over.is_set() or (bool(keys.so_far) and finished(worker)), START_LIMIT_S, late, ASK_S
-    )
-    if over.is_set():
+    def done() -> bool:
+        return bool(keys.so_far) and gauges.finished(worker) > 0
+
+    waiting.until(lambda: done() or over.is_set(), START_LIMIT_S, late, ASK_S)
+    if not done():
         raise late()
     return time.monotonic()
 
@@ -322,42 +332,11 @@ def _counts(workers: Sequence[Worker]) -> dict[str, int]:
         InvalidRun: if one still has, although every client has its answer.
     """
     for worker in workers:
-        _await_idle(worker)
-    return {worker.plan.process_name: finished(worker) for worker in workers}
+        gauges.await_idle(worker)
+    return {worker.plan.process_name: gauges.finished(worker) for worker in workers}
 
 
-def _await_idle(worker: Worker) -> None:
-    waiting.until(
-        lambda: _running(worker) == 0,
-        GAUGE_LIMIT_S,
-        lambda: InvalidRun(f"{worker.plan.process_name} runs a request of nobody; see {worker.process.log}"),
-        ASK_S,
-    )
-
-
-def _running(worker: Worker) -> int:
-    now = worker.metrics()
-    return round(now.value(ledger.RUNNING) + now.value(ledger.WAITING))
-
-
-def _await_running(worker: Worker, count: int) -> None:
-    """Return when a worker's own gauges show so many requests, at least.
-
-    Raises:
-        InvalidRun: if they do not: then the streams that are to be watched come from somewhere else.
-    """
-    waiting.until(
-        lambda: _running(worker) >= count,
-        GAUGE_LIMIT_S,
-        lambda: InvalidRun(
-            f"{worker.plan.process_name} runs {_running(worker)} requests, {count} were addressed to it;"
-            f" look: curl -s {worker.url}/metrics | grep {ledger.RUNNING}; log: {worker.process.log}"
-        ),
-        ASK_S,
-    )
-
-
-def _steered(crew: Crew, worker: Worker) -> tuple[Asked, list[int]]:
+def _steered(crew: Crew, worker: Worker) -> tuple[AskedStream, list[int]]:
     """A stream that the worker answers although it carries no address, and its prompt.
 
     An address binds a request to its worker for good. So the worker gets the prompt first, by address, and
@@ -367,7 +346,7 @@ def _steered(crew: Crew, worker: Worker) -> tuple[Asked, list[int]]:
         crew.ask(crew.migrating, 1, salt, worker).attempt()
         asked = crew.ask(crew.migrating, crew.stream_tokens, salt).begun(EVENT_LIMIT_S)
         with contextlib.suppress(InvalidRun):
-            _await_running(worker, 1)
+            gauges.await_running(worker, 1)
             return asked, crew.prompt(salt)
         asked.attempt()
     raise InvalidRun(
@@ -399,7 +378,7 @@ def _reference(crew: Crew, prompt: list[int], tokens: int) -> Completion:
     """The answer of a worker that nothing happens to, without anything cached, with its gaps."""
     request = on_worker(crew.request(prompt, tokens), crew.present.workers[0])
     request |= {"logprobs": 2, "cache_salt": f"reference-{len(prompt)}"}
-    found = Asked(crew.sender, crew.plain.url, request).attempt()
+    found = AskedStream(crew.sender, crew.plain.url, request).attempt()
     if found.completion is None:
         raise InvalidRun(f"no undisturbed answer: {found.wrong}; {found.last}")
     return found.completion

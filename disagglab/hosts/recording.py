@@ -105,7 +105,7 @@ class RecordedProcess(HostProcess):
 
     recorded = True
 
-    def __init__(self, host: Recorder, name: str, argv: Sequence[str]) -> None:
+    def __init__(self, host: NoteTaker, name: str, argv: Sequence[str]) -> None:
         nowhere = {"pid": 0, "start_ticks": 0, "scratch": "SCRATCH"}
         super().__init__(cast(Host, host), name, argv, nowhere)
         self._sheet = host.sheet
@@ -152,7 +152,7 @@ class RecordedProcess(HostProcess):
         pass
 
 
-class Recorder:
+class NoteTaker:
     """What both kinds of recording hosts note, in place of calling a deputy.
 
     ``ports``: the lowest of the lab's range that is not given yet, by address.
@@ -233,7 +233,7 @@ class Recorder:
         """Nothing was started."""
 
 
-class RecordingHost(Recorder, Host):
+class RecordingHost(NoteTaker, Host):
     """This machine, noted."""
 
     def __init__(self, name: str, logs: Path, first_port: int, sheet: Sheet) -> None:
@@ -244,7 +244,7 @@ class RecordingHost(Recorder, Host):
         self.sheet, self.ports, self.first_port = sheet, {}, first_port
 
 
-class RecordingRemoteHost(Recorder, RemoteHost):
+class RecordingRemoteHost(NoteTaker, RemoteHost):
     """A host over SSH, noted: how one would reach it, and what it is told first."""
 
     is_local = False

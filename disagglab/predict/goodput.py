@@ -127,7 +127,7 @@ class Arms:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class GoodputForecast:
     """Both topologies at a point under an objective, predicted; one run of each a seed.
 
     ``use``: the highest of a station, in equilibrium: replicated, disaggregated.
@@ -194,7 +194,7 @@ class Forecast:
 
 def forecast(
     cluster: Cluster, point: Point, load: float, slo: SloSection, window_s: float, seeds: Sequence[int]
-) -> Forecast:
+) -> GoodputForecast:
     """A point, predicted for the arrivals that the load would draw from these seeds."""
     asked = breakeven_points.open_loop("forecast", point, window_s)
     times = [[one.arrival_s for one in arrivals(asked, seed)] for seed in seeds]
@@ -202,7 +202,7 @@ def forecast(
     ours = tuple(simulation.by_prefill_and_decode(cluster, point, one) for one in times)
     sides = (breakeven.replicated(cluster, point), breakeven.disaggregated(cluster, point))
     replicas, apart = (max(side.use.values()) for side in sides)
-    return Forecast(point, load, window_s, slo, Arms(theirs, ours), (replicas, apart))
+    return GoodputForecast(point, load, window_s, slo, Arms(theirs, ours), (replicas, apart))
 
 
 def forecasts(
@@ -214,7 +214,7 @@ def forecasts(
     budget: Budget,
     least_requests: int,
     seeds: Sequence[int],
-) -> Iterator[Forecast]:
+) -> Iterator[GoodputForecast]:
     """Every prompt length with every output length at every load that a run of this budget can show.
 
     A topology may fall behind: that is what an objective is there to tell. But no request may take longer
@@ -239,7 +239,7 @@ def forecasts(
             yield found
 
 
-def clearest_win(found: Sequence[Forecast]) -> Forecast | None:
+def clearest_win(found: Sequence[GoodputForecast]) -> GoodputForecast | None:
     """The point at which disaggregated serving is most surely ahead; None if it is so nowhere.
 
     "Most surely" is the lower limit of the ratio after an error of the model by SLACK in either arm. Of
@@ -252,7 +252,7 @@ def clearest_win(found: Sequence[Forecast]) -> Forecast | None:
     )
 
 
-def clearest_loss(found: Sequence[Forecast]) -> Forecast | None:
+def clearest_loss(found: Sequence[GoodputForecast]) -> GoodputForecast | None:
     """The point at which the replicas are most surely ahead; None if they are so nowhere."""
     return max(
         (one for one in found if one.loses),
@@ -269,10 +269,10 @@ class Named:
 
     looked_at: int
     called: int
-    clearest: Forecast | None
+    clearest: GoodputForecast | None
 
 
-def named(searches: Iterable[Sequence[Forecast]]) -> dict[str, Named]:
+def named(searches: Iterable[Sequence[GoodputForecast]]) -> dict[str, Named]:
     """By kind, what the first search that finds one says, or else the last; no search is made in vain.
 
     Args:

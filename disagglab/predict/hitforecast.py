@@ -19,7 +19,7 @@ TAIL = 0.005  # left out at each end: the central 99 %
 
 
 @dataclass(frozen=True)
-class Forecast:
+class HitForecast:
     """Hit rate = hit tokens / prompt tokens, all requests together, with the interval it should lie in.
 
     ``how``: in words.
@@ -59,7 +59,7 @@ def forecast(
     blocks: int,
     block_size: int,
     homes: Mapping[int, int] | None = None,
-) -> Forecast:
+) -> HitForecast:
     """Hit rate that a strategy leads to.
 
     Where chance decides, the rate is the mean of 1,000 replays, and the interval is their central 99 %;
@@ -99,7 +99,7 @@ def forecast(
     out = int(TAIL * len(rates))
     margin = block_size * (len(requests) - len(conversations)) / prompts
     spread = f"central 99 % of {SEEDS:,} replays" if chances else "one replay"
-    return Forecast(
+    return HitForecast(
         rate=sum(rates) / len(rates),
         low=max(0.0, rates[out] - margin),
         high=min(1.0, rates[-1 - out] + margin),

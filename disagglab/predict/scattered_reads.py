@@ -18,7 +18,7 @@ LEAST_POINTS = 4  # one more than there are constants
 
 
 @dataclass(frozen=True)
-class Point:
+class ReadTime:
     """One kind of read: bytes and pieces of it, and its median time."""
 
     bytes: int
@@ -58,7 +58,7 @@ class ScatterFit:
         )
 
 
-def fit(points: Sequence[Point]) -> ScatterFit:
+def fit(points: Sequence[ReadTime]) -> ScatterFit:
     """Least squares of relative errors, with constants of at least 0, so that short reads count like long
     ones (Lawson and Hanson's NNLS).
 
@@ -90,7 +90,7 @@ def fit(points: Sequence[Point]) -> ScatterFit:
     )
 
 
-def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+def points(rows: Sequence[Mapping[str, Any]]) -> list[ReadTime]:
     """The probe's rows (:func:`disagglab.measure.oracles.nixlprobe.between_nodes`) of single reads as points.
 
     The first repeat of a row is left out: it also connects, or maps memory.
@@ -101,7 +101,7 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     if any(len(row["seconds"]) < 2 for row in rows):
         raise ValueError("the first repeat of a read does not count; two are needed")
     single = [row for row in rows if row["at_once"] == 1]
-    return [Point(row["bytes"], row["pieces"], statistics.median(row["seconds"][1:])) for row in single]
+    return [ReadTime(row["bytes"], row["pieces"], statistics.median(row["seconds"][1:])) for row in single]
 
 
 def descriptors(blocks: KvLayout, tokens: int, vllm_version: str, cross_layer: bool = False) -> int:

@@ -60,7 +60,7 @@ class Handshake:
     prefill_s: float
 
 
-class Stream:
+class AnswerStream:
     """One streamed answer as it arrives: bytes and the times of their arrival in, a :class:`Completion` out.
 
     Events are split at newlines alone, because text may hold characters that also count as line ends
@@ -199,7 +199,7 @@ def complete(url: str, request: Mapping[str, Any]) -> Completion:
     payload = _streamed(request)
     with httpx.Client(timeout=TIMEOUT) as sender:
         start = time.perf_counter()
-        stream = Stream(url, start)
+        stream = AnswerStream(url, start)
         try:
             with sender.stream("POST", f"{url}{COMPLETIONS}", json=payload) as answer:
                 if answer.status_code != 200:
@@ -230,7 +230,7 @@ async def complete_beside_others(
     """
     payload = _streamed(request)
     start = time.perf_counter()
-    stream = Stream(url, start)
+    stream = AnswerStream(url, start)
     try:
         async with sender.stream("POST", f"{url}{path}", json=payload, headers=headers) as answer:
             if answer.status_code != 200:

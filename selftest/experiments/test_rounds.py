@@ -13,7 +13,7 @@ import pytest
 
 from disagglab.config.workload import Workload
 from disagglab.experiments import rounds
-from disagglab.experiments.rounds import WARM_UP_ROUND, Turn, mirrored, turns
+from disagglab.experiments.rounds import WARM_UP_ROUND, Trial, mirrored, trials
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 
@@ -32,7 +32,7 @@ def test_every_other_round_is_mirrored() -> None:
 
 def test_turns_of_two_rounds() -> None:
     """Subject by subject; the arms of a subject share a seed, and no two rounds or subjects do."""
-    made = list(turns("ab", lambda _: "xy", 2, lambda number, position: 10 * number + position))
+    made = list(trials("ab", lambda _: "xy", 2, lambda number, position: 10 * number + position))
     assert [(turn.number, turn.subject, turn.arm, turn.seed) for turn in made] == [
         (0, "x", "a", 0), (0, "x", "b", 0), (0, "y", "a", 1), (0, "y", "b", 1),
         (1, "x", "b", 10), (1, "x", "a", 10), (1, "y", "b", 11), (1, "y", "a", 11),
@@ -46,11 +46,11 @@ def test_subjects_of_a_round_are_asked_for_when_it_begins() -> None:
     def subjects(number: int) -> list[str]:
         return ["x"] if number < 2 or len(seen) < 7 else []
 
-    for turn in turns("ab", subjects, 2, lambda *_: 0, cap=9):
+    for turn in trials("ab", subjects, 2, lambda *_: 0, cap=9):
         seen.append(turn.number)
     assert seen == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert [turn.number for turn in turns("a", lambda _: "x", 2, lambda *_: 0, cap=3)] == [0, 1, 2]
-    assert [turn.number for turn in turns("a", lambda _: "x", 3, lambda *_: 0, cap=2)] == [0, 1, 2]
+    assert [turn.number for turn in trials("a", lambda _: "x", 2, lambda *_: 0, cap=3)] == [0, 1, 2]
+    assert [turn.number for turn in trials("a", lambda _: "x", 3, lambda *_: 0, cap=2)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_subjects_of_a_round_are_asked_for_when_it_begins() -> None:
     ],
 )
 def test_progress_says_which_turn_it_is(number: int, planned: int, line: str) -> None:
-    turn = Turn(number, planned, "a", "chat", 1)
+    turn = Trial(number, planned, "a", "chat", 1)
     assert turn.said("chat", "a") == line
     assert turn.said("", "a") == line.replace("chat, ", "")
 
@@ -80,7 +80,7 @@ def test_a_run_is_stored_before_the_next_is_made(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rounds, "measure", measure)
     none: Any = None
     arms: list[Any] = [SimpleNamespace(name=name) for name in "ab"]
-    over = turns(arms, lambda _: WORKLOADS, 2, lambda number, position: 2 * number + position)
+    over = trials(arms, lambda _: WORKLOADS, 2, lambda number, position: 2 * number + position)
     made = list(rounds.runs(none, over, none, store, shown.append, lambda one: one.name.upper()))
     assert stored == list(range(8))
     assert [(run.round, run.workload.name, run.topology, run.seed) for run in made[3:5]] == [

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from disagglab.errors import InvalidRun, LabError
-from disagglab.experiments.scaling import Asked, Attempt, Steady, Watching, joining, last_event
+from disagglab.experiments.scaling import AskedStream, Attempt, SteadyClients, Watching, joining, last_event
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EtcdClient
 from disagglab.serving.dynamo.parts import Planes, body
@@ -76,7 +76,7 @@ def sender(script: Script) -> httpx.Client:
 def attempt(*pieces: str | Exception | threading.Event, status: int = 200, asked: int = 3) -> Attempt:
     """What becomes of a request that is answered so."""
     answering = sender(lambda _: httpx.Response(status, stream=Pieces(*pieces)))
-    return Asked(answering, URL, body("m", [1, 2, 3], asked)).attempt()
+    return AskedStream(answering, URL, body("m", [1, 2, 3], asked)).attempt()
 
 
 def test_a_whole_answer_has_its_tokens_and_no_fault() -> None:
@@ -87,7 +87,7 @@ def test_a_whole_answer_has_its_tokens_and_no_fault() -> None:
         requests.append(request)
         return whole(request)
 
-    found = Asked(sender(script), URL, body("m", [1, 2, 3], 3)).attempt()
+    found = AskedStream(sender(script), URL, body("m", [1, 2, 3], 3)).attempt()
 
     assert found.completion is not None
     assert (found.status, found.token_ids, found.wrong) == (200, (0, 1, 2), "")
@@ -129,7 +129,7 @@ def test_nobody_listens() -> None:
     def refuse(_: dict[str, Any]) -> httpx.Response:
         raise httpx.ConnectError("refused")
 
-    found = Asked(sender(refuse), URL, body("m", [1], 1)).attempt()
+    found = AskedStream(sender(refuse), URL, body("m", [1], 1)).attempt()
 
     assert (found.status, found.completion, found.last) == (0, None, "")
     assert "refused" in found.wrong
@@ -156,7 +156,7 @@ def test_a_request_is_under_way_with_its_first_token() -> None:
     go_on = threading.Event()
     answering = sender(lambda _: httpx.Response(200, stream=Pieces(*tokens(7), go_on, *tokens(8), *end(2))))
 
-    asked = Asked(answering, URL, body("m", [1], 2)).begun(PATIENCE_S)
+    asked = AskedStream(answering, URL, body("m", [1], 2)).begun(PATIENCE_S)
     had = asked.tokens
     go_on.set()
 
@@ -169,7 +169,7 @@ def test_a_request_that_ends_without_a_token_has_not_begun() -> None:
     refusing = sender(lambda _: httpx.Response(503, stream=Pieces("full")))
 
     with pytest.raises(InvalidRun, match="503 answered 503 full"):
-        Asked(refusing, URL, body("m", [1], 1)).begun(PATIENCE_S)
+        AskedStream(refusing, URL, body("m", [1], 1)).begun(PATIENCE_S)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_steady_traffic_repeats_no_prompt_and_keeps_every_outcome() -> None:
             under_way -= 1
         return answer
 
-    with Steady(URL, "m", 2, 0.0, sender(script)) as steady:
+    with SteadyClients(URL, "m", 2, 0.0, sender(script)) as steady:
         steady.add(1)
         steady.await_sent(10, 0.0, PATIENCE_S)
 
@@ -220,7 +220,7 @@ def test_steady_traffic_repeats_no_prompt_and_keeps_every_outcome() -> None:
 def test_traffic_that_does_not_come_is_an_error() -> None:
     """Who waits for requests hears how many there were."""
     with (
-        Steady(URL, "m", 1, 0.0, sender(whole)) as steady,
+        SteadyClients(URL, "m", 1, 0.0, sender(whole)) as steady,
         pytest.raises(InvalidRun, match="0 of 1 requests have ended after 0 s"),
     ):
         steady.await_sent(1, float("inf"), 0.0)

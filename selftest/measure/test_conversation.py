@@ -296,14 +296,14 @@ def test_a_blocked_client_is_noticed(
     serve: Callable[[Script], Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Code that keeps the event loop from running makes every time late; the lag says by how much."""
-    feed = openai.Stream.feed
+    feed = openai.AnswerStream.feed
 
-    def slow(self: openai.Stream, data: bytes, now_s: float) -> None:
+    def slow(self: openai.AnswerStream, data: bytes, now_s: float) -> None:
         if b"block here" in data:
             time.sleep(BLOCKED_S)
         feed(self, data, now_s)
 
-    monkeypatch.setattr(openai.Stream, "feed", slow)
+    monkeypatch.setattr(openai.AnswerStream, "feed", slow)
     server = serve(lambda _: chat("a", "block here", "b", gap_s=GAP_S))
     found = converse(server.url, "m", [Conversation(("hi",), 3)])
     assert found.client is not None

@@ -19,7 +19,7 @@ from disagglab.kv.shape import KvShape, Layer
 from disagglab.predict import breakeven, goodput, simulation
 from disagglab.predict.breakeven import Cluster, Point, Prefill, Speeds, Step, at_load
 from disagglab.predict.breakeven_points import Budget
-from disagglab.predict.goodput import Arms, Forecast
+from disagglab.predict.goodput import Arms, GoodputForecast
 from disagglab.predict.simulation import Served
 from disagglab.results import metrics
 from disagglab.results.records import Run
@@ -44,7 +44,7 @@ def served(ttft: tuple[float, ...], tpot: tuple[float, ...], duration_s: float =
     return Served(ttft, tpot, e2e, duration_s)
 
 
-def forecast(prompt: int, output: int, load: float, slo: SloSection = BOTH) -> Forecast:
+def forecast(prompt: int, output: int, load: float, slo: SloSection = BOTH) -> GoodputForecast:
     """A point of the fast cluster."""
     point = at_load(FAST, prompt, output, load).point
     return goodput.forecast(FAST, point, load, slo, 6.0, SEEDS)
@@ -180,7 +180,7 @@ def test_the_same_seeds_give_the_same_forecast() -> None:
     assert len(one.arms.replicated[0].ttft_s) == one.workload.requests == math.ceil(6.0 * point.rate_per_s)
 
 
-def searched(cluster: Cluster, slo: SloSection, budget: Budget, least: int = 20) -> list[Forecast]:
+def searched(cluster: Cluster, slo: SloSection, budget: Budget, least: int = 20) -> list[GoodputForecast]:
     """A small search."""
     found = goodput.forecasts(
         cluster, slo, [1024, 2048, 4096], [16, 64], [0.3, 0.4, 0.6], budget, least, SEEDS

@@ -21,7 +21,7 @@ from disagglab.kv.layout import layout
 from disagglab.measure.oracles import nixlprobe
 from disagglab.measure.oracles.nixlprobe import Read
 from disagglab.predict import scattered_reads
-from disagglab.predict.scattered_reads import Point, ScatterFit, fit
+from disagglab.predict.scattered_reads import ReadTime, ScatterFit, fit
 
 MIB = 2**20
 LATENCY_S, PER_PIECE_S, BYTES_PER_S = 0.002, 3e-6, 300e9
@@ -51,7 +51,7 @@ def row(read: Read, seconds: list[float], **other: Any) -> dict[str, Any]:
 
 def test_the_fit_finds_known_constants() -> None:
     """Of exact times all three constants come back, and no factor is off."""
-    found = fit([Point(size, pieces, time_s(size, pieces)) for size, pieces in SHAPES])
+    found = fit([ReadTime(size, pieces, time_s(size, pieces)) for size, pieces in SHAPES])
     assert found.latency_s == pytest.approx(LATENCY_S)
     assert found.per_piece_s == pytest.approx(PER_PIECE_S)
     assert found.bytes_per_s == pytest.approx(BYTES_PER_S)
@@ -63,23 +63,23 @@ def test_the_fit_finds_known_constants() -> None:
 def test_the_fit_bears_noise() -> None:
     """With times off by a tenth, the piece's time is within a fifth, and the factors say a tenth or so."""
     noise = itertools.cycle((1.1, 0.9, 1.0))
-    found = fit([Point(size, pieces, next(noise) * time_s(size, pieces)) for size, pieces in SHAPES])
+    found = fit([ReadTime(size, pieces, next(noise) * time_s(size, pieces)) for size, pieces in SHAPES])
     assert found.per_piece_s == pytest.approx(PER_PIECE_S, rel=0.2)
     assert 1 < found.median_factor <= found.worst_factor < 1.3
 
 
 def test_no_constant_is_negative() -> None:
     """Where more pieces were faster, a piece costs nothing; where bytes did, the bandwidth is infinite."""
-    faster = fit([Point(size, pieces, 1 + size / MIB - pieces / 1e4) for size, pieces in SHAPES])
+    faster = fit([ReadTime(size, pieces, 1 + size / MIB - pieces / 1e4) for size, pieces in SHAPES])
     assert faster.per_piece_s == 0
-    flat = fit([Point(size, pieces, 1 + pieces - size / 2**40) for size, pieces in SHAPES])
+    flat = fit([ReadTime(size, pieces, 1 + pieces - size / 2**40) for size, pieces in SHAPES])
     assert flat.bytes_per_s == float("inf")
     assert flat.time_s(2**40, 1) == pytest.approx(2, rel=0.1)
 
 
 def test_a_misfit_shows() -> None:
     """Times that follow no such law have factors that say so."""
-    found = fit([Point(size, pieces, 10.0 ** (index % 3)) for index, (size, pieces) in enumerate(SHAPES)])
+    found = fit([ReadTime(size, pieces, 10.0 ** (index % 3)) for index, (size, pieces) in enumerate(SHAPES)])
     assert found.worst_factor > 3
 
 
@@ -89,13 +89,13 @@ def test_a_misfit_shows() -> None:
 def test_too_few_shapes_are_refused(shapes: list[tuple[int, int]]) -> None:
     """Three points, one size, or one number of pieces decide nothing."""
     with pytest.raises(ValueError, match="decide no fit"):
-        fit([Point(size, pieces, time_s(size, pieces)) for size, pieces in shapes])
+        fit([ReadTime(size, pieces, time_s(size, pieces)) for size, pieces in shapes])
 
 
 def test_points_are_medians_of_single_reads_after_the_first() -> None:
     """The first repeat connects; reads at once belong to another law."""
     rows = [row(Read(MIB), [9.0, 1.0, 2.0, 3.0]), row(Read(MIB, 1, 4), [9.0, 8.0])]
-    assert scattered_reads.points(rows) == [Point(MIB, 1, 2.0)]
+    assert scattered_reads.points(rows) == [ReadTime(MIB, 1, 2.0)]
     with pytest.raises(ValueError, match="first repeat"):
         scattered_reads.points([row(Read(MIB), [1.0])])
 

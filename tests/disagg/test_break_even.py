@@ -131,7 +131,7 @@ def checked(
     result = Checked(cluster, points)
     line = live.progress("break-even")
     asked = [breakeven_points.workload(point, window) for point in points]
-    turns = rounds.turns(
+    turns = rounds.trials(
         (replicated, disaggregated),
         lambda _: asked,
         live.rounds,

@@ -24,7 +24,7 @@ from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine
 from disagglab.predict import breakeven, breakeven_points, goodput
 from disagglab.predict.breakeven_points import Agreement, Budget
-from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, Forecast, Named, seen
+from disagglab.predict.goodput import KINDS, MARGIN, USEFUL, Arms, GoodputForecast, Named, seen
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
@@ -56,7 +56,7 @@ class Chosen:
     """
 
     named: dict[str, Named]
-    points: dict[str, Forecast]
+    points: dict[str, GoodputForecast]
     expected: dict[str, Arms]
     comparison: Comparison = field(default_factory=Comparison)
 
@@ -100,7 +100,7 @@ def chosen(
     )
     line = live.progress("goodput")
 
-    def searches() -> Iterator[list[Forecast]]:
+    def searches() -> Iterator[list[GoodputForecast]]:
         for stretch in STRETCHES:
             with live.uncaptured():
                 line.show(f"search, runs of {window * stretch:g} s")
@@ -134,7 +134,7 @@ def chosen(
     result = Chosen(named, points, expected, Comparison(slo=slo))
     kinds = list(points)
     said = {one.name: f"predicted {kind}: {one.said}" for kind, one in points.items()}
-    turns = rounds.turns(
+    turns = rounds.trials(
         (replicated, disaggregated),
         lambda _: [one.workload for one in points.values()],
         live.rounds,

@@ -24,7 +24,7 @@ from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.experiments import pool_ageing
 from disagglab.experiments.pool_ageing import Ageing
-from disagglab.experiments.rounds import turns
+from disagglab.experiments.rounds import trials
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger, transfer_stats
@@ -126,7 +126,7 @@ def settings(
     with live.uncaptured():
         for arm in arms:
             found.ageing[arm.name] = age(arm)
-        for turn in turns(
+        for turn in trials(
             arms,
             lambda _: found.workloads,
             live.rounds,

@@ -25,7 +25,7 @@ from disagglab.hosts.weights import Model
 from disagglab.kv.prefixcache import PrefixCache
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
-from disagglab.predict.hitforecast import Forecast, forecast
+from disagglab.predict.hitforecast import HitForecast, forecast
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
@@ -52,7 +52,7 @@ class Measured:
     ``router_hits``: growth of the frontend's own sum of hit rates.
     """
 
-    forecast: Forecast
+    forecast: HitForecast
     arm: Held
     cache: tuple[int, int]
     router_hits: float

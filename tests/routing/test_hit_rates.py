@@ -24,7 +24,7 @@ from disagglab.experiments import routing
 from disagglab.experiments.rounds import mirrored
 from disagglab.experiments.routing import Held, Size, run_arm
 from disagglab.measure import ledger
-from disagglab.predict.hitforecast import Forecast, forecast, replay
+from disagglab.predict.hitforecast import HitForecast, forecast, replay
 from disagglab.predict.strategies import ONE_AT_A_TIME, STRATEGIES, Strategy
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.gate import GateState, State
@@ -55,7 +55,7 @@ NOWHERE = "tcp://127.0.0.1:1"  # nobody publishes there
 class Measured:
     """A strategy's forecast and its arms, one a round."""
 
-    forecast: Forecast
+    forecast: HitForecast
     arms: list[Held]
 
 
@@ -71,7 +71,7 @@ def said(size: Size, shared: bool, seed: int = SEED) -> Dialogue:
     )
 
 
-def predict(workers: Deployment, one: Dialogue, strategy: Strategy) -> Forecast:
+def predict(workers: Deployment, one: Dialogue, strategy: Strategy) -> HitForecast:
     """The hit rate of a dialogue that nobody has held yet."""
     server = workers.servers[0]
     requests = sketch(one, lambda messages: openai.tokenize_chat(server.url, workers.served_name, messages))

@@ -17,7 +17,7 @@ from disagglab.config.schema import HostSection, Lab
 from disagglab.errors import StartError
 from disagglab.hosts import release
 from disagglab.hosts.facts import VERSIONS_PROGRAM
-from disagglab.hosts.provision.sync import Comparison, Parcel
+from disagglab.hosts.provision.sync import Difference, Parcel
 from disagglab.install import environments as install_environments
 from disagglab.install import requirements
 from disagglab.install.environments import Plan
@@ -195,7 +195,7 @@ class Wanted:
             raise StartError(f"{host.name}: {error}") from error
 
 
-def judge(want: Wanted, host: HostSection, found: Found, files: Comparison) -> list[Row]:
+def judge(want: Wanted, host: HostSection, found: Found, files: Difference) -> list[Row]:
     """What a host should have, row by row, beside what it has."""
     plans = want.plans(host, found)
     environments = [environment_row(want, host, found, plan) for plan in plans]
@@ -250,7 +250,7 @@ def _refusal(check: Callable[[], None]) -> str:
     return ""
 
 
-def _files(want: Wanted, host: HostSection, found: Found, files: Comparison) -> Row:
+def _files(want: Wanted, host: HostSection, found: Found, files: Difference) -> Row:
     expected = f"{len(want.parcel.files)} files, as here, in {found.root}"
     if files.equal:
         return Row(host.name, "suite's files", expected, "equal")

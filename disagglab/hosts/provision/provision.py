@@ -19,7 +19,7 @@ from disagglab.errors import ConfigError, LabError, Problem, StartError
 from disagglab.hosts import release
 from disagglab.hosts.provision import sync, wheels
 from disagglab.hosts.provision.audit import PROBE, Found, Row, Wanted, environment_row, judge, table
-from disagglab.hosts.provision.sync import Comparison, Parcel
+from disagglab.hosts.provision.sync import Difference, Parcel
 from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
 from disagglab.hosts.weights import cache_folder
@@ -100,7 +100,7 @@ def connected(lab: Lab, host: HostSection) -> Iterator[Connection]:
         yield through
 
 
-def look(want: Wanted, host: HostSection, connection: Connection) -> tuple[Found, Comparison]:
+def look(want: Wanted, host: HostSection, connection: Connection) -> tuple[Found, Difference]:
     """See what a host holds; changes nothing.
 
     Raises:

@@ -132,7 +132,7 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Difference:
     """A host's folder beside a parcel. ``put``: whether earlier parcels were put there."""
 
     exists: bool
@@ -191,7 +191,7 @@ def _below(path: Path) -> Iterable[Path]:
     return [file for file in found if "__pycache__" not in file.parts and not file.name.startswith(".")]
 
 
-def compare(connection: Connection, python: str, folder: str, parcel: Parcel) -> Comparison:
+def compare(connection: Connection, python: str, folder: str, parcel: Parcel) -> Difference:
     """Hold a folder of a host against a parcel.
 
     Raises:
@@ -201,7 +201,7 @@ def compare(connection: Connection, python: str, folder: str, parcel: Parcel) ->
     found = ask(connection, [python, "-c", COMPARE, folder, MANIFEST], given, COMPARE_LIMIT_S)
     entries, put = found["entries"], found["put"]
     ours = {MANIFEST, ".wheels", *(entry for entry in entries or () if entry.startswith(".incoming-"))}
-    return Comparison(
+    return Difference(
         exists=entries is not None,
         put=put is not None,
         others=tuple(entry for entry in entries or () if entry not in ours),

@@ -34,7 +34,7 @@ class Subscription:
 
 
 @dataclass(frozen=True)
-class Connection:
+class NatsClient:
     """A client, by the name it gave itself."""
 
     name: str
@@ -87,7 +87,7 @@ class NatsServer(Service):
         """The command as one would type it."""
         return shlex.join(self.argv)
 
-    def connections(self) -> tuple[Connection, ...]:
+    def connections(self) -> tuple[NatsClient, ...]:
         """The clients that are connected now, with their subscriptions."""
         return parse_connections(self._read("/connz?subs=detail"))
 
@@ -133,7 +133,7 @@ class NatsServer(Service):
         return found
 
 
-def parse_connections(answer: Mapping[str, Any]) -> tuple[Connection, ...]:
+def parse_connections(answer: Mapping[str, Any]) -> tuple[NatsClient, ...]:
     """``/connz?subs=detail``, in the order of the server.
 
     Raises:
@@ -142,7 +142,7 @@ def parse_connections(answer: Mapping[str, Any]) -> tuple[Connection, ...]:
     if len(answer["connections"]) < answer["total"]:
         raise LabError(f"NATS listed {len(answer['connections'])} of {answer['total']} connections")
     return tuple(
-        Connection(
+        NatsClient(
             row.get("name", ""),
             tuple(
                 Subscription(one["subject"], one.get("qgroup", ""), one["msgs"])

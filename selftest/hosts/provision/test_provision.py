@@ -24,7 +24,7 @@ from disagglab.config.schema import HostSection
 from disagglab.errors import ConfigError, LabError, StartError
 from disagglab.hosts.provision import audit, provision, sync, wheels
 from disagglab.hosts.provision.audit import READY, Environment, Found, Row, Wanted, judge, state_of, table
-from disagglab.hosts.provision.sync import MANIFEST, Comparison, Parcel
+from disagglab.hosts.provision.sync import MANIFEST, Difference, Parcel
 from disagglab.hosts.provision.wheels import Target
 from disagglab.install.environments import Plan, Stamp
 from disagglab.install.requirements import GB
@@ -207,7 +207,7 @@ def found_host(**changes: Any) -> Found:
     return replace(whole, **changes)
 
 
-NOTHING_THERE = Comparison(False, False, (), (), ())
+NOTHING_THERE = Difference(False, False, (), (), ())
 
 
 def missing(rows: Sequence[Row]) -> list[str]:
@@ -333,7 +333,7 @@ def test_a_parcel_arrives_whole_and_takes_back_what_it_no_longer_has(tmp_path: P
     box = Parcel.of({"bin/run.sh": source / "run.sh", "old": source / "old"})
     connection: Any = Connection(home)
     folder = str(home / "a folder")
-    assert sync.compare(connection, sys.executable, folder, box) == Comparison(
+    assert sync.compare(connection, sys.executable, folder, box) == Difference(
         False, False, (), ("bin/run.sh", "old"), ()
     )
     sync.put(connection, sys.executable, folder, box, ["bin/run.sh", "old"], quiet)

@@ -14,7 +14,7 @@ from disagglab.config.labs import load_lab
 from disagglab.errors import LabError, StartError
 from disagglab.hosts.host import local_host
 from disagglab.serving.dynamo import nats
-from disagglab.serving.dynamo.nats import Connection, JetStream, Stream, Subscription
+from disagglab.serving.dynamo.nats import JetStream, NatsClient, Stream, Subscription
 
 PORTS = (23700, 23709)  # none is taken
 CONNZ: dict[str, Any] = {
@@ -49,7 +49,7 @@ def test_connections_have_their_subscriptions() -> None:
     inbox, queued = probe.subscriptions
     assert (probe.name, inbox.messages) == ("probe", 2)
     assert queued == Subscription("a.b", "q", 0)
-    assert silent == Connection("", ())
+    assert silent == NatsClient("", ())
 
 
 def test_a_part_of_the_connections_is_refused() -> None:
