@@ -27,7 +27,9 @@ from pathlib import Path
 
 (router,) = entry_points(group="console_scripts", name="vllm-router")
 script = Path(sys.argv[1], router.name)
-script.write_text(f"#!{sys.executable}\nfrom {router.module} import {router.attr}\n{router.attr}()\n")
+# as pip writes it where a path has a space, which no first line of a script can name
+start = f"#!/bin/sh\n'''exec' '{sys.executable}' \"$0\" \"$@\"\n' '''\n"
+script.write_text(f"{start}from {router.module} import {router.attr}\n{router.attr}()\n")
 script.chmod(0o755)
 END
 mkdir -p "$root/labs/models/tokenizer"

@@ -56,6 +56,11 @@ def sections(lab: Lab, **options: Any) -> dict[str, list[str]]:
     return found
 
 
+def starts_router(line: str) -> bool:
+    """Whether it is the command of a router."""
+    return "/vllm-router" in line and not line.startswith("#")
+
+
 def part(lab: Lab, heading: str) -> list[str]:
     """The commands below one heading, all hosts together."""
     found, inside = [], False
@@ -88,7 +93,7 @@ def test_every_lab_has_a_plan_with_all_servers_routers_and_loads(name: str) -> N
     lab = load_lab(name)
     lines = [line for found in sections(lab).values() for line in found if not line.startswith("#")]
     assert sum(" serve " in line and "entrypoints" in line for line in lines) == len(lab.nodes)
-    assert sum("/vllm-router " in line for line in lines) == len(TOPOLOGIES)
+    assert sum(starts_router(line) for line in lines) == len(TOPOLOGIES)
     workloads = {gate.workload for gate in lab.gates}
     assert sum("vllm bench serve" in line for line in lines) == len(TOPOLOGIES) * len(workloads)
 
@@ -113,7 +118,7 @@ def test_routers_lead_to_the_ports_that_the_servers_listen_on() -> None:
     found = [line for lines in sections(load_lab("embedded")).values() for line in lines]
     a, b = (line for line in found if "entrypoints" in line)
     urls = [f"http://127.0.0.1:{option(server, '--port')}" for server in (a, b)]
-    single, replicated, split = (line for line in found if "/vllm-router " in line)
+    single, replicated, split = (line for line in found if starts_router(line))
     assert words(single)[-2:] == ["--worker-urls", urls[0]]
     assert words(replicated)[-3:] == ["--worker-urls", *urls]
     assert (option(split, "--prefill"), option(split, "--decode")) == (urls[0], urls[1])
@@ -149,7 +154,7 @@ def test_workers_publish_events_and_each_strategy_has_its_router() -> None:
     """The routers of the strategies follow one another, so they are shown with the same ports."""
     found = part(load_lab("embedded"), "tests/routing")
     servers = [line for line in found if "entrypoints" in line]
-    routers = [line for line in found if "/vllm-router " in line]
+    routers = [line for line in found if starts_router(line)]
     sources = []
     for command in servers:
         assert option(command, "--num-gpu-blocks-override") == str(routing.FULL.blocks)
@@ -240,7 +245,7 @@ def test_a_controller_of_its_own_runs_routers_and_load() -> None:
     found = sections(lab.model_copy(update={"hosts": hosts, "controller": controller}))
     assert list(found) == ["", "local", "controller", "spark-01", "spark-02"]
     assert not any("vllm-router" in line for line in found["local"] if not line.startswith("#"))
-    router = next(line for line in found["controller"] if "/vllm-router " in line)
+    router = next(line for line in found["controller"] if starts_router(line))
     assert words(router)[0] == "disagg-lab/.venv/bin/vllm-router"
     assert option(router, "--host") == "192.168.100.12"
 

@@ -76,7 +76,10 @@ TCP_TABLE = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->whe
    1: 0100007F:0016 0100007F:C350 01 00000000:00000000 02:0006B6CE 00000000     0
 """
 # Plays ib_write_bw: a server that listens as it does, a client that prints a result for GID index 3 alone.
-STANDIN = f"""#!{sys.executable}
+# For sh this is a command, for Python a string: a first line cannot name a path with a space.
+STANDIN = f"""#!/bin/sh
+'''exec' "{sys.executable}" "$0" "$@"
+' '''
 import socket, sys
 options = sys.argv[1:]
 port = int(options[options.index("-p") + 1])

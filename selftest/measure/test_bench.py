@@ -132,7 +132,7 @@ def host(state: Path, tmp_path: Path) -> Iterator[Host]:
     program = tmp_path / "worker.py"
     program.write_text(WORKER.replace("RESULT", repr(RESULT)))
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {program} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{program}" "$@"\n')
     python.chmod(0o755)
     made = local_host("selftest", (20700, 20799), tmp_path, str(python))
     yield made
