@@ -181,7 +181,7 @@ def test_both_clients_measure_alike(
     record.numbers("CPU share of the client", [load.cpu_share for load in loads], "ratio", arm=OWN)
     record.numbers("event loop lag, most", [load.lag_max_s for load in loads], "s", arm=OWN)
     require_alike(rounds[ENGINE], rounds[OWN])
-    for fault, message in ((first_token_missed, "differ by more"), (last_tokens_missed, "shorter than")):
+    for fault, message in ((first_tokens_missed, "differ by more"), (last_tokens_missed, "shorter than")):
         with pytest.raises(AssertionError, match=message):
             require_alike(rounds[ENGINE], [fault(one) for one in rounds[OWN]])
 
@@ -209,10 +209,13 @@ def record_figures(record: Recorder, rounds: dict[str, list[Round]]) -> None:
             )
 
 
-def first_token_missed(one: Round) -> Round:
-    """The fault of a client that takes the second token for the first."""
-    gap = one.median("tpot")
-    return replace(one, ttft_s=tuple(ttft + gap for ttft in one.ttft_s))
+def first_tokens_missed(one: Round) -> Round:
+    """The fault of a client that takes the third token for the first: 2 of 11 gaps, 18 % of all decoding.
+
+    One token alone would be 1 of 11, and 10 / 11 is just where the margin of 10 % ends.
+    """
+    lost = 2 * one.median("tpot")
+    return replace(one, ttft_s=tuple(ttft + lost for ttft in one.ttft_s))
 
 
 def last_tokens_missed(one: Round) -> Round:
