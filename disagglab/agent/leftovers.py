@@ -158,14 +158,16 @@ def wait_for_orphaned_supervisors(deadline_s: float = END_DEADLINE_S) -> None:
     Raises:
         StartError: if one does not finish; the message names its lease.
     """
+    left: list[Path] = []
 
-    def orphaned() -> list[Path]:
-        return [path for path in folder().glob("*.json") if _is_orphaned(path)]
+    def finished() -> bool:
+        left[:] = [path for path in folder().glob("*.json") if _is_orphaned(path)]
+        return not left
 
     waiting.until(
-        lambda: not orphaned(),
+        finished,
         deadline_s,
-        lambda: StartError(f"{orphaned()[:1]}: its supervisor has lost its owner and does not end"),
+        lambda: StartError(f"{left[0]}: its supervisor has lost its owner and does not end"),
         POLL_S,
     )
 

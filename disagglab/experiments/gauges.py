@@ -49,11 +49,18 @@ def await_running(worker: VllmServer, count: int) -> None:
     Raises:
         InvalidRun: if it does not: then the streams that are to be watched come from somewhere else.
     """
+    now = 0
+
+    def has_them() -> bool:
+        nonlocal now
+        now = running(worker)
+        return now >= count
+
     waiting.until(
-        lambda: running(worker) >= count,
+        has_them,
         LIMIT_S,
         lambda: InvalidRun(
-            f"{worker.plan.process_name} runs {running(worker)} requests, {count} were addressed to it;"
+            f"{worker.plan.process_name} runs {now} requests, {count} were addressed to it;"
             f" look: curl -s {worker.url}/metrics | grep {RUNNING}; log: {worker.process.log}"
         ),
         ASK_S,

@@ -238,11 +238,18 @@ def require_memory_back(host: Host) -> None:
     """
     before = int(host.about["memory_available"])
     wanted = before - max(MEMORY_SLACK * before, MEMORY_SLACK_BYTES)
+    now = 0
+
+    def back() -> bool:
+        nonlocal now
+        now = host.memory_available()
+        return now >= wanted
+
     waiting.until(
-        lambda: host.memory_available() >= wanted,
+        back,
         MEMORY_DEADLINE_S,
         lambda: StartError(
-            f"{host.name}: {host.memory_available() / 2**30:.1f} GiB available after the session,"
+            f"{host.name}: {now / 2**30:.1f} GiB available after the session,"
             f" {before / 2**30:.1f} before;"
             " see what took it: ps aux --sort -rss"
         ),
