@@ -15,7 +15,9 @@ command asks the kernel for SIGKILL should the supervisor be killed (PR_SET_PDEA
 the next session find what a killed supervisor could not end (agent/leftovers.py). A process is a pid *and* a
 start time, never a name.
 
-Events on standard output, one JSON object a line: ``started`` or ``refused``, then ``done``.
+Events on standard output, one JSON object a line: ``started`` or ``refused``, then ``done`` with the reason,
+the command's exit status, the pids that had to be killed, the time (``ended_s``, Unix time) and how often the
+kernel killed for want of memory meanwhile.
 """
 
 from __future__ import annotations
@@ -205,6 +207,27 @@ def memory_available() -> int:
     return int(line.split()[1]) * 1024
 
 
+def oom_kills() -> int:
+    """How often the kernel has killed for want of memory: in our cgroup where it counts that, else on the host.
+
+    Sources: ``oom_kill`` in cgroup v2's memory.events, in v1's memory.oom_control, in /proc/vmstat.
+    """
+    files = ["/proc/vmstat"]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                files.insert(0, f"/sys/fs/cgroup{path}/memory.events")
+            elif "memory" in controllers.split(","):
+                files.insert(0, f"/sys/fs/cgroup/memory{path}/memory.oom_control")
+    for file in files:
+        with contextlib.suppress(OSError):
+            for line in Path(file).read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+    return 0
+
+
 def write_atomically(path: str, text: str) -> None:
     """Write a file that its owner alone can read, so that a reader sees all of it or none."""
     temporary = f"{path}.{os.getpid()}"
@@ -223,6 +246,7 @@ class Supervisor:
         self.owner = identify(os.getppid())
         self.shm: set[str] = set()
         self.lease: dict[str, object] = {}
+        self.oom_kills = oom_kills()
 
     def start(self) -> None:
         """Start the command in its own session, bound to its cores, its output in the log."""
@@ -319,6 +343,7 @@ class Supervisor:
     def end(self, reason: str) -> None:
         """End every descendant, then remove what the tree left: shared memory, scratch folder, lease."""
         assert self.child is not None
+        ended_s = time.time()
         self.shm |= shared_memory(descendants(os.getpid()))
         deadline = time.monotonic() + self.spec.grace_s
         if reason == MEMORY:
@@ -347,7 +372,8 @@ class Supervisor:
         shutil.rmtree(self.spec.scratch, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.spec.lease)
-        report(event="done", reason=reason, code=code, killed=killed)
+        starved = oom_kills() - self.oom_kills
+        report(event="done", reason=reason, code=code, killed=killed, ended_s=ended_s, oom_kills=starved)
 
 
 def report(**event: object) -> None:

@@ -19,6 +19,7 @@ from disagglab.results.gate import GateState, State
 from disagglab.results.metrics import figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
+from disagglab.serving.death import Died
 from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.stats.metric import METRICS, of_stream
 from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
@@ -28,10 +29,14 @@ LIMIT = "limit"  # in the place of a baseline, where a gate compares with a valu
 
 @dataclass
 class Comparison:
-    """All runs of one session's comparison, valid and invalid; ``slo`` decides which requests were good."""
+    """All runs of one session's comparison, valid and invalid; ``slo`` decides which requests were good.
+
+    ``died``: what ended it before its last round.
+    """
 
     runs: list[Run] = field(default_factory=list)
     slo: SloSection | None = None
+    died: Died | None = None
 
     def valid(self, workload: str, topology: str) -> list[Run]:
         """The runs that count, by round."""
@@ -91,7 +96,7 @@ def run_rounds(
     See :func:`disagglab.experiments.rounds.turns` for order and prompts. ``cap``: fixed beforehand; up to so
     many rounds are made of the workloads that ``open_workloads`` names when the planned ones are over.
     ``earlier``: whole rounds of earlier sessions, numbered from 0 on for each workload; they come first and
-    count among ``rounds``.
+    count among ``rounds``. A server that dies ends the rounds; what was measured before is returned.
     """
     comparison = Comparison(list(earlier), slo)
     done = {
@@ -102,9 +107,6 @@ def run_rounds(
     first = [
         Trial(WARM_UP_ROUND, rounds, topology, warm_up, random.getrandbits(31)) for topology in topologies
     ]
-    for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
-        if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
-            comparison.runs.append(run)
 
     def wanted(number: int) -> list[Workload]:
         lacking = [one for one in workloads if done[one.name] <= number]
@@ -112,8 +114,14 @@ def run_rounds(
         return [one for one in lacking if one.name in still_open]
 
     all_turns = trials(topologies, wanted, rounds, lambda *_: random.getrandbits(31), cap)
-    for run in runs(engine, all_turns, shape, store, progress):
-        comparison.runs.append(run)
+    try:
+        for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
+            if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
+                comparison.runs.append(run)
+        for run in runs(engine, all_turns, shape, store, progress):
+            comparison.runs.append(run)
+    except Died as died:
+        comparison.died = died
     return comparison
 
 
@@ -156,17 +164,20 @@ def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     """One row a gate of the lab, in its order, the family corrected by Holm; then the A/A pair of each
     figure.
 
+    A comparison that a death ended has no row for a gate that it did not come to; the gate stays in the family.
+
     Raises:
-        InvalidRun: if a gate has no pair of valid runs.
+        InvalidRun: if a gate has no pair of valid runs, and no death was the reason.
     """
     families = [_pairs(comparison, gate, gate.baseline or LIMIT, DISAGGREGATED) for gate in lab.gates]
     p_values = [
-        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want)
+        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want) if pairs else 1.0
         for gate, pairs in zip(lab.gates, families, strict=True)
     ]
     rows = [
         _row(comparison, gate, pairs, p)
         for gate, pairs, p in zip(lab.gates, families, holm(p_values), strict=True)
+        if pairs
     ]
     return [*rows, *_identical_arms(comparison, lab)]
 
@@ -245,7 +256,7 @@ def _pairs(
     if gate.limit is not None:
         again = comparison.pairs(gate.workload, candidate, candidate, gate.metric, gate.stream)
         pairs = [(gate.limit, value) for _, value in again]
-    if not pairs:
+    if not pairs and comparison.died is None:
         raise InvalidRun(
             f"{gate.workload}: no valid pair of runs for {gate.figure}; see the invalid runs in the report"
         )
@@ -266,7 +277,8 @@ def _identical_arms(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     rows = []
     for gate in _by_figure(lab):
         if comparison.values(gate.workload, SINGLE_AGAIN, gate.metric, gate.stream):
-            pairs = _pairs(comparison, gate, SINGLE, SINGLE_AGAIN)
+            if not (pairs := _pairs(comparison, gate, SINGLE, SINGLE_AGAIN)):
+                continue
             rows.append(_row(comparison, gate, pairs, None, SINGLE, SINGLE_AGAIN))
     return rows
 

@@ -81,9 +81,14 @@ def runs(
 
     Args:
         named: what progress calls a workload.
+
+    Raises:
+        Died: after the run in which a server or the router died; no later one could be valid.
     """
     for turn in over:
         show(turn.said(named(turn.subject), turn.arm.name))
         run = measure(engine, turn.arm, turn.subject, turn.seed, turn.number, shape)
         store.add_run(run)
         yield run
+        if run.invalid is not None:
+            turn.arm.require_alive()

@@ -37,6 +37,8 @@ class HostProcess:
         self.log = host.logs / f"{name}.log"
         self.ended: dict[str, Any] | None = None
         self._stopped = False
+        self.asked = False  # whether somebody here wants it to end, or waits for its end
+        self.died = False
 
     @property
     def pid(self) -> int:
@@ -47,6 +49,13 @@ class HostProcess:
     def alive(self) -> bool:
         """Whether the command itself still runs."""
         return not self._stopped and bool(self.host.call("alive", self.name))
+
+    def has_died(self) -> bool:
+        """Whether it ended though nobody here asked it to. What it left is ended then; see ``ended``."""
+        if not self.asked and not self.alive:
+            self.stop()
+            self.died = True
+        return self.died
 
     def tree(self) -> list[int]:
         """Pids, on its host, of the command and its living descendants."""
@@ -108,6 +117,7 @@ class HostProcess:
             tick()
             return not self.alive
 
+        self.asked = True
         running = not waiting.last_answer(over, limit_s, WAIT_POLL_S)
         self.stop()
         lines = self.log.read_text(errors="replace").splitlines()
@@ -120,11 +130,13 @@ class HostProcess:
 
     def kill(self) -> None:
         """End the command itself as a crash would (SIGKILL); :meth:`stop` waits for what it started."""
+        self.asked = True
         if not self._stopped:
             self.host.call("kill", self.name)
 
     def ask_to_stop(self) -> None:
         """Begin to end it; :meth:`stop` waits until it has ended."""
+        self.asked = True
         if not self._stopped:
             self.host.call("ask_to_stop", self.name)
 
@@ -134,6 +146,7 @@ class HostProcess:
         Raises:
             StartError: if something of it is still alive after the deadline.
         """
+        self.asked = True
         if self._stopped:
             return
         self.ended = self.host.call("stop", self.name)
@@ -159,6 +172,7 @@ class Host:
         self.logs = logs
         self.suite_python = suite_python
         self.about: dict[str, Any] = call("about")
+        self.started: list[HostProcess] = []
 
     def reap(self) -> list[dict[str, Any]]:
         """End what earlier sessions left on this host: rows of run_id, command, pids."""
@@ -188,7 +202,8 @@ class Host:
             "start", name, list(argv), dict(env), list(cpus), list(ports), grace_s, memory_stop_bytes
         )
         self.remember(name)
-        return HostProcess(self, name, argv, started)
+        self.started.append(HostProcess(self, name, argv, started))
+        return self.started[-1]
 
     def run(
         self, name: str, argv: Sequence[str], env: Mapping[str, str], limit_s: float, cpus: Sequence[int] = ()

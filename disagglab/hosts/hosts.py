@@ -15,7 +15,7 @@ from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab, NodeSection
 from disagglab.errors import StartError
 from disagglab.hosts import facts, namespaces, release
-from disagglab.hosts.host import Host, local_host
+from disagglab.hosts.host import Host, HostProcess, local_host
 from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
 from disagglab.hosts.weights import Model
@@ -119,6 +119,11 @@ class Hosts:
     def controller(self) -> Host:
         """Where routers and the load engine run."""
         return self._hosts[self.lab.controller.host]
+
+    def died(self) -> list[HostProcess]:
+        """Processes of this session that ended though nobody here asked them to, the first to end first."""
+        found = [process for host in self._hosts.values() for process in host.started if process.has_died()]
+        return sorted(found, key=lambda process: float((process.ended or {}).get("ended_s", 0.0)))
 
     def of(self, node: NodeSection) -> Host:
         """The host of a node."""

@@ -15,9 +15,10 @@ from disagglab.config.workload import CHUNK, Workload
 from disagglab.errors import InvalidRun
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.results.records import ClientLoad, Run
-from disagglab.serving.service import read_tail
+from disagglab.serving import death
 from disagglab.serving.topology import Topology
 
+LOAD = "load"  # name of its process and log
 JOB_DEADLINE_S = 1800.0  # with the imports of vLLM beside two booting servers
 POLL_S = 0.1
 CLIENT_BOUND = 0.9  # CPU time over wall time of the load engine, which has one thread
@@ -46,7 +47,7 @@ class LoadEngine:
         if self._process is None:
             argv = [self._host.suite_python, "-m", "disagglab.measure.loadworker"]
             environment = {"HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": HASH_SEED}
-            self._process = self._host.start("load", argv, environment, self._cpus)
+            self._process = self._host.start(LOAD, argv, environment, self._cpus)
 
     def run(self, topology: Topology, workload: Workload, seed: int, number: int = 0) -> Run:
         """One run; prompts are random, exact in length, and differ with ``seed``, as do the arrivals.
@@ -88,9 +89,7 @@ class LoadEngine:
         def answered() -> bool:
             if self._host.exists(f"{job}.answer"):
                 return True
-            if not process.alive:
-                tail = "\n".join(read_tail(process.log, 20))
-                raise InvalidRun(f"the load engine died; last lines of {process.log}:\n{tail}")
+            death.require_alive(process, "load engine")
             return False
 
         waiting.until(

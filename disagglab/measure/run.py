@@ -10,6 +10,7 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine, require_meaning
 from disagglab.results.records import Run
+from disagglab.serving.death import Died
 from disagglab.serving.topology import Topology
 
 
@@ -17,7 +18,7 @@ def measure(
     engine: LoadEngine, topology: Topology, workload: Workload, seed: int, number: int, shape: KvShape
 ) -> Run:
     """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never
-    dropped.
+    dropped; if a server or the router has died, that is the reason.
     """
     run: Run | None = None
     try:
@@ -36,4 +37,13 @@ def measure(
     except (InvalidRun, TransferError) as error:
         if run is None:
             run = Run(topology.name, workload, seed, number, "", 0.0, None, (), (), (), (), ())
-        return dataclasses.replace(run, invalid=str(error))
+        return dataclasses.replace(run, invalid=_reason(topology, error))
+
+
+def _reason(topology: Topology, error: InvalidRun | TransferError) -> str:
+    """Why a run does not count: the root, where what was seen follows from a death."""
+    try:
+        topology.require_alive()
+    except Died as died:
+        return str(died)
+    return str(error)

@@ -90,8 +90,11 @@ def hosts(live: Session) -> Iterator[Hosts]:
         if found.reaped:
             live.store.write_meta(reaped=found.reaped)
         live.store.facts.update(found.survey())
+        live.hosts = found
         yield found
     finally:
+        live.causes.look()
+        live.hosts = None
         found.close()
 
 
@@ -113,6 +116,7 @@ def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) 
         changed = variant.changed(live.lab, one)
         deployed.beside[one.name] = Deployment(hosts, changed, weights, tag=f"@{one.name}")
     started = (deployed, *deployed.beside.values())
+    live.deployments += started
     require_memory_for(started)
     with live.uncaptured():
         for each in started:
@@ -204,6 +208,8 @@ def comparison(
         )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
     if len(live.comparison.invalid()) == len(live.comparison.runs):
+        if live.comparison.died:
+            raise live.comparison.died
         raise InvalidRun(
             f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}"
         )
@@ -212,6 +218,8 @@ def comparison(
         store.add(verdict)
     for figure in figure_rows(live.comparison):
         store.add(figure)
+    if live.comparison.died:
+        raise live.comparison.died
     return live.comparison
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.experiments import plan
 from disagglab.hosts import release
 from disagglab.paths import REPORTS, ROOT
+from disagglab.pytest_plugin.causes import BECAUSE, Cause
 from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
 from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, report, resume
@@ -231,6 +232,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
+def _uses(item: pytest.Item, live: Session) -> Callable[[Cause], bool]:
+    """Whether a test uses what died: the lab's own servers by a fixture, others if it stands in the same file."""
+    names = getattr(item, "fixturenames", ())
+
+    def uses(cause: Cause) -> bool:
+        if live.is_shared(cause.process):
+            return "deployment" in names
+        return cause.seen_by.partition("::")[0] == item.nodeid.partition("::")[0]
+
+    return uses
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test of servers that have died is not run."""
+    live = item.config.stash.get(SESSION, None)
+    cause = live.causes.stops(_uses(item, live)) if live is not None and module_of(item) else None
+    if cause is not None:
+        pytest.fail(f"because of it: {cause.line}", pytrace=False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Tests that failed of a root cause are counted by themselves; the cause is told once, at the end."""
+    return (BECAUSE, "B", "BECAUSE OF IT") if getattr(report, BECAUSE, None) else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Note each test's claim and outcome; tell a failed one's reader where to look next."""
@@ -242,7 +270,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     short = outcome.skipped and outcome.longrepr[2].startswith(SHORT_SKIP)
     if outcome.skipped and not short and item.config.getoption("--no-skips"):
         outcome.outcome, outcome.longrepr = "failed", f"--no-skips, yet {outcome.longrepr[2]}"
-    if outcome.failed:
+    because = None
+    if outcome.failed and call.excinfo is not None:
+        shared = call.when == "setup"
+        because = session.causes.blame(item.nodeid, call.excinfo.value, shared, _uses(item, session))
+    if because is not None:
+        outcome.longrepr = f"because of it: {because.line}"
+        setattr(outcome, BECAUSE, True)
+        session.store.write_meta(root_causes=session.causes.as_rows())
+    elif outcome.failed:
         logs = session.store.logs
         outcome.sections.append(
             (
@@ -255,7 +291,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         document = getattr(getattr(item, "function", None), "__doc__", None) or item.name
         claimed = " ".join(document.strip().partition("\n\n")[0].split())
         label = f" [{item.callspec.id}]" if hasattr(item, "callspec") else ""
-        reason = outcome.longrepr[2].removeprefix("Skipped: ") if outcome.skipped else ""
+        reason = outcome.longrepr if because else ""
+        reason = outcome.longrepr[2].removeprefix("Skipped: ") if outcome.skipped else reason
         state = outcome.outcome if outcome.when == "call" or outcome.skipped else "error"
         claim = Claim(item.nodeid, claimed.rstrip(".") + label, state, outcome.duration, reason)
         session.add_claim(module, item.path.parent / "README.md", claim)
@@ -290,9 +327,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     live = session.config.stash.get(SESSION, None)
     if live is None:
         return
+    if live.causes.found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     live.store.write_meta(
+        root_causes=live.causes.as_rows(),
         speed={**live.store.meta["speed"], "after": fingerprint.speed_probe()},
-        exitstatus=int(exitstatus),
+        exitstatus=int(session.exitstatus),
         modules={m.name: [vars(claim) for claim in m.tests] for m in live.modules.values()},
     )
     claims = [claim for module in live.modules.values() for claim in module.tests]
@@ -307,6 +347,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     live = config.stash.get(SESSION, None)
     if live is None:
         return
+    if live.causes.found:
+        terminalreporter.section("root cause", red=True, bold=True)
+        for line in live.causes.lines():
+            terminalreporter.write_line(line)
     if live.store.verdicts:
         terminalreporter.section(f"verdicts ({live.lab.label or live.lab.name})")
         for line in report.verdict_lines(live.store):

@@ -10,10 +10,16 @@ from typing import TextIO
 
 from disagglab.config.schema import Lab
 from disagglab.experiments.comparison import Comparison
+from disagglab.hosts.hosts import Hosts
+from disagglab.measure.bench import LOAD
 from disagglab.progress import ProgressLine
+from disagglab.pytest_plugin.causes import Causes
 from disagglab.results.report import Claim, Module, lesson_html
 from disagglab.results.resume import Earlier
 from disagglab.results.run_folder import Store
+from disagglab.serving import death
+from disagglab.serving.death import Death
+from disagglab.serving.topology import Deployment
 
 
 @dataclass
@@ -35,6 +41,21 @@ class Session:
     modules: dict[str, Module] = field(default_factory=dict)
     comparison: Comparison | None = None
     earlier: Earlier = field(default_factory=Earlier)
+    hosts: Hosts | None = None
+    deployments: list[Deployment] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.causes = Causes(self._deaths)
+
+    def _deaths(self) -> list[Death]:
+        roles = {f"vllm-{node.name}": node.role for node in self.lab.nodes}
+        died = self.hosts.died() if self.hosts else []
+        found = (death.of(process, roles.get(process.name.partition("@")[0], "")) for process in died)
+        return [one for one in found if one is not None]
+
+    def is_shared(self, process: str) -> bool:
+        """Whether every test of the session goes on with this process: the lab's servers, routers, load engine."""
+        return process == LOAD or any(process in one.process_names for one in self.deployments)
 
     def progress(self, what: str, budget_s: float | None = None) -> ProgressLine:
         """A progress line on the terminal."""

@@ -17,7 +17,7 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.predict.strategies import Strategy
 from disagglab.progress import ProgressLine
-from disagglab.serving import boot
+from disagglab.serving import boot, death
 from disagglab.serving.router import Hearing, Router, start_router
 from disagglab.serving.vllm import EventSource, VllmServer, plan_server, require_memory
 
@@ -57,6 +57,16 @@ class Topology:
         back to a pair after lcm(P, D) requests, and where P and D share a factor it never makes the others.
         """
         return math.lcm(len(self.prefill), len(self.decode)) if self.decode else len(self.servers)
+
+    def require_alive(self) -> None:
+        """Refuse to go on when a server or the router has died.
+
+        Raises:
+            Died: with which one, and how.
+        """
+        for server in self.servers:
+            server.require_alive()
+        death.require_alive(self.router.process)
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -136,6 +146,12 @@ class Deployment:
         for server in self.servers:
             server.require_release(self.lab.vllm.version)
         return self
+
+    @property
+    def process_names(self) -> set[str]:
+        """Names of its servers' and routers' processes."""
+        services = (*self.servers, *(topology.router for topology in self._topologies.values()))
+        return {service.process.name for service in services}
 
     def topology(self, name: str) -> Topology:
         """A topology on these servers, by its kind; its router is started when first asked for.

@@ -15,11 +15,13 @@ from pathlib import Path
 import httpx
 
 from disagglab.config.schema import Lab, NodeSection
-from disagglab.errors import InvalidRun, StartError
+from disagglab.errors import StartError
 from disagglab.hosts import release
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.hosts.weights import Model
 from disagglab.results.records import Snapshot
+from disagglab.serving import death
+from disagglab.serving.causes import cause_of
 from disagglab.serving.prometheus import scrape
 from disagglab.serving.service import HTTP_TIMEOUT_S, Service, read_tail
 from disagglab.variables import CPUS_VARIABLE
@@ -38,49 +40,6 @@ PHASES = (
     ),
     ("KV cache", re.compile(r"KV cache size|Registering KV_Caches")),
     ("open HTTP", re.compile(r"Starting vLLM server|Application startup complete")),
-)
-
-# What a dead server's log means, most specific first.
-CAUSES = (
-    (
-        re.compile(r"disagg-lab: ended by its supervisor: MemAvailable"),
-        "the host ran short of memory, and the server was killed before the host stalled",
-        "give it less: gpu-memory-utilization or max_model_len; or see what else runs there",
-    ),
-    (
-        re.compile(r"out of memory|Cannot allocate memory|MemoryError|std::bad_alloc|Killed", re.I),
-        "out of memory",
-        "give it less: VLLM_CPU_KVCACHE_SPACE, gpu-memory-utilization or max_model_len in the lab file",
-    ),
-    (
-        re.compile(r"Address already in use|EADDRINUSE|Errno 98"),
-        "a port is taken",
-        "see who listens: ss -tlnp",
-    ),
-    (
-        re.compile(
-            r"NIXL is not available|No module named 'nixl|NIXL_ERR_BACKEND|nixl.*not (found|installed)", re.I
-        ),
-        "NIXL is missing or cannot start",
-        "python -c 'import nixl_cu13._api'; and look at UCX_TLS in [transport]",
-    ),
-    (
-        re.compile(
-            r"is not a valid (local folder|model identifier)|does not appear to have a file|Can't load"
-        ),
-        "the model is missing or incomplete",
-        "check [model] id in the lab file",
-    ),
-    (
-        re.compile(r"unrecognized arguments|error: argument"),
-        "vllm serve does not know an option",
-        "check [vllm.args] in the lab file: vllm serve --help=all",
-    ),
-    (
-        re.compile(r"illegal instruction|SIGILL", re.I),
-        "an instruction this CPU lacks",
-        "unset ONEDNN_MAX_CPU_ISA",
-    ),
 )
 
 
@@ -318,10 +277,9 @@ class VllmServer(Service):
         """Refuse to go on with a dead server.
 
         Raises:
-            InvalidRun: with the end of its log.
+            Died: with how it died.
         """
-        if not self.process.alive:
-            raise InvalidRun(f"{self.name} died during the run\n{post_mortem(self.process.log)}")
+        death.require_alive(self.process, self.plan.node.role)
 
 
 def require_memory(host: Host, lab: Lab, servers: int) -> None:
@@ -348,11 +306,7 @@ def phase_of(lines: list[str]) -> str:
 
 
 def post_mortem(log: Path) -> str:
-    """Likely cause, mend and the last lines of a dead server's log."""
+    """Likely cause, mend and the last lines of a server's log that does not come up."""
     lines = read_tail(log, LOG_TAIL_LINES)
-    text = "\n".join(read_tail(log, 400))
-    cause, mend = next(
-        ((cause, mend) for pattern, cause, mend in CAUSES if pattern.search(text)),
-        ("not recognised", f"read the log: less {log}"),
-    )
+    cause, mend = cause_of("\n".join(read_tail(log, 400)))
     return f"likely cause: {cause}\nmend: {mend}\nlast {len(lines)} lines of {log}:\n" + "\n".join(lines)

@@ -1,6 +1,7 @@
-"""A vLLM general plugin with two corrections that a small CPU lab needs, and a trace of transfers.
+"""A vLLM general plugin: how a server's processes end, two corrections for a small CPU lab, a trace of transfers.
 
-Each is a setting of the lab file.
+An API server that has lost its engine says so, and not by which signal or status; the first part of the
+plugin logs that, and is always there. The rest are settings of the lab file.
 
 vLLM calls :func:`register` in each of its processes, before a connector is built. The settings arrive by
 environment variable, do nothing when unset, and are recorded with every result, because they change a stock
@@ -25,13 +26,16 @@ component.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
 import os
+from multiprocessing import popen_fork
 from typing import Any
 
 from disagglab.serving import transfer_log
+from disagglab.serving.causes import CHILD_ENDED
 from disagglab.variables import CPUS_VARIABLE, DELAY_VARIABLE, TRACE_VARIABLE
 
 _NIXL_MODULES = ("nixl_cu13._api", "nixl_cu12._api")
@@ -106,6 +110,24 @@ def trace_transfers() -> None:
         transfer_log.watch(importlib.import_module(name).nixl_agent)
 
 
+def tell_ends() -> None:
+    """Log how each process ends that this one started by multiprocessing, when its status is first seen."""
+    stock = popen_fork.Popen.poll
+    if getattr(stock, "tells", False):
+        return
+
+    @functools.wraps(stock)
+    def poll(self: Any, flag: int = os.WNOHANG) -> int | None:
+        known = self.returncode
+        status: int | None = stock(self, flag)
+        if known is None and status is not None:
+            _log.info("%spid %d, status %d", CHILD_ENDED, self.pid, status)
+        return status
+
+    poll.tells = True  # type: ignore[attr-defined]
+    popen_fork.Popen.poll = poll  # type: ignore[method-assign]
+
+
 def register() -> None:
     """Entry point of the group ``vllm.general_plugins``; safe to call more than once.
 
@@ -113,6 +135,7 @@ def register() -> None:
         ValueError: if a variable does not parse; the message names it.
         RuntimeError: if a delay is asked for and no NIXL Python API is installed.
     """
+    tell_ends()
     delay = os.environ.get(DELAY_VARIABLE, "0")
     if not delay.isdecimal():
         raise ValueError(f"{DELAY_VARIABLE}={delay!r} is not a whole number of microseconds")
