@@ -208,7 +208,7 @@ def memory_available() -> int:
 
 
 def oom_kills() -> int:
-    """How often the kernel has killed for want of memory: in our cgroup where it counts that, else on the host.
+    """How often the kernel has killed for want of memory: in our cgroup where that counts, else on the host.
 
     Sources: ``oom_kill`` in cgroup v2's memory.events, in v1's memory.oom_control, in /proc/vmstat.
     """

@@ -164,7 +164,7 @@ def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     """One row a gate of the lab, in its order, the family corrected by Holm; then the A/A pair of each
     figure.
 
-    A comparison that a death ended has no row for a gate that it did not come to; the gate stays in the family.
+    A comparison that a death ended has no row for a gate that it did not come to, which stays in the family.
 
     Raises:
         InvalidRun: if a gate has no pair of valid runs, and no death was the reason.
