@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from disagglab.errors import LabError
+from disagglab.errors import ConfigError, LabError
 from disagglab.serving.death import Death, Died
 
 BECAUSE = "because"  # pytest's category of the tests that failed of it
@@ -18,8 +18,8 @@ class Cause:
     """What broke a session.
 
     ``line``: in one line; ``text``: the whole story, several lines. ``process``: what died, or empty.
-    ``seen_by``: node id of the test that met it first, or empty. ``because``: node ids of the tests that failed
-    of it or were not run.
+    ``seen_by``: node id of the test that met it first, or empty. ``because``: node ids of the tests that
+    failed of it or were not run.
     """
 
     line: str
@@ -28,10 +28,16 @@ class Cause:
     seen_by: str = ""
     because: list[str] = field(default_factory=list)
 
+    def as_row(self) -> dict[str, Any]:
+        """For ``run.json`` and the report."""
+        return asdict(self)
+
     @classmethod
     def of(cls, error: LabError | Death) -> Cause:
         """From what was raised in a fixture, or from a death."""
         text = str(error)
+        if isinstance(error, ConfigError):
+            return cls(str(error.problems[0]).partition("\n")[0], text)
         if isinstance(error, Died):
             error = error.death
         if isinstance(error, Death):
@@ -101,7 +107,7 @@ class Causes:
 
     def as_rows(self) -> list[dict[str, Any]]:
         """For ``run.json`` and the report."""
-        return [asdict(cause) for cause in self.found]
+        return [cause.as_row() for cause in self.found]
 
     def lines(self) -> list[str]:
         """For the end of the terminal."""

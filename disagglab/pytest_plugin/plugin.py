@@ -233,7 +233,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _uses(item: pytest.Item, live: Session) -> Callable[[Cause], bool]:
-    """Whether a test uses what died: the lab's own servers by a fixture, others if it stands in the same file."""
+    """Whether a test uses what died: the lab's own servers by a fixture, others by its file."""
     names = getattr(item, "fixturenames", ())
 
     def uses(cause: Cause) -> bool:

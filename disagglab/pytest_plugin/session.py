@@ -54,7 +54,7 @@ class Session:
         return [one for one in found if one is not None]
 
     def is_shared(self, process: str) -> bool:
-        """Whether every test of the session goes on with this process: the lab's servers, routers, load engine."""
+        """Whether all tests of servers share this process: the lab's servers, routers, load engine."""
         return process == LOAD or any(process in one.process_names for one in self.deployments)
 
     def progress(self, what: str, budget_s: float | None = None) -> ProgressLine:

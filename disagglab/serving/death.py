@@ -61,7 +61,7 @@ STARVED = (
 class Death:
     """A process that ended though nobody here asked it to.
 
-    ``line``: which process, when, how; ``last_error``: the last error of its own that its log holds, or empty.
+    ``line``: which process, when, how. ``last_error``: the last one of its own that its log holds, or empty.
     """
 
     process: str
@@ -139,11 +139,12 @@ def told(process: HostProcess, lines: Sequence[str], what: str = "") -> Death:
     when = f" at {time.strftime('%H:%M:%S', time.localtime(ended['ended_s']))}" if "ended_s" in ended else ""
     role = f", {what}" if what else ""
     line = f"{process.name}{role} (pid {process.identity.pid}{where}) died{when}: {how}"
-    return Death(process.name, line, last_error(lines), cause, mend, process.log)
+    error = last_error(lines) or (lines[-1].strip() if lines and code and not number else "")
+    return Death(process.name, line, error, cause, mend, process.log)
 
 
 def last_error(lines: Sequence[str]) -> str:
-    """The last line of a log that is an error of the process's own, without what stands before it on the line.
+    """The last line of a log that is an error of the process's own, without the logger's mark before it.
 
     What the death of an engine brings to every request under way (EngineDeadError) is not looked for.
     """

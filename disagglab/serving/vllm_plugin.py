@@ -1,4 +1,4 @@
-"""A vLLM general plugin: how a server's processes end, two corrections for a small CPU lab, a trace of transfers.
+"""A vLLM general plugin: how a server's processes end, two corrections for a CPU lab, a trace of transfers.
 
 An API server that has lost its engine says so, and not by which signal or status; the first part of the
 plugin logs that, and is always there. The rest are settings of the lab file.

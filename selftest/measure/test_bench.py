@@ -19,6 +19,7 @@ from disagglab.measure import bench, loadworker
 from disagglab.measure.loadworker import keep_token_ids
 from disagglab.results import metrics
 from disagglab.results.records import Run
+from disagglab.serving.death import Died
 from disagglab.stats.metric import percentile
 
 WORKLOAD = Workload(name="w", prompt_tokens=10, output_tokens=3, concurrency=1, requests=2)
@@ -174,8 +175,9 @@ def test_a_job_that_fails_makes_the_run_invalid(host: Host, tmp_path: Path) -> N
 def test_a_worker_that_died_shows_its_last_words(host: Host, tmp_path: Path) -> None:
     """At once, not after the deadline of a job."""
     engine = bench.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
-    with pytest.raises(InvalidRun, match=r"the load engine died; last lines of .*load\.log:\nno more"):
+    with pytest.raises(Died, match=r"load, load engine \(pid \d+\) died .*: ended with status 1") as raised:
         engine.run(topology("deadly"), WORKLOAD, seed=1)
+    assert raised.value.death.last_error == "no more"
 
 
 def test_the_worker_answers_jobs_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
