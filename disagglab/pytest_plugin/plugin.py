@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -321,11 +320,15 @@ def pytest_html_results_summary(prefix: list[str], session: pytest.Session) -> N
         prefix.append(report.render(live.lab, live.store, list(live.modules.values()), invalid))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Close the run's folder before the report is written; a session that proved nothing has failed."""
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[None, None, None]:
+    """Close the run's folder before the report is written, then look at what was written.
+
+    A session that proved nothing has failed, as has one whose folder must not be kept as it is.
+    """
     live = session.config.stash.get(SESSION, None)
     if live is None:
+        yield
         return
     if live.causes.found:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -339,6 +342,17 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if exitstatus == pytest.ExitCode.OK and not any(claim.outcome == "passed" for claim in claims):
         live.store.write_meta(nothing_proved=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    yield
+    try:
+        live.store.require_no_secret()
+        page = live.store.folder / "report.html"
+        if page.is_file() and page.stat().st_size > report.SIZE_LIMIT_BYTES:
+            raise LabError(f"{page} has {page.stat().st_size:,} B, more than {report.SIZE_LIMIT_BYTES:,} B")
+    except LabError as error:
+        live.unfit = str(error)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    else:
+        live.store.point_latest()
 
 
 @pytest.hookimpl(trylast=True)
@@ -359,23 +373,16 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("servers share cores (share_cpus): the path counts, no time or rate does")
     if live.store.meta.get("nothing_proved"):
         terminalreporter.write_line("FAILED: every test was skipped; this session proved nothing", red=True)
+    if live.unfit:
+        terminalreporter.write_line(f"FAILED: {live.unfit}", red=True)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """After the report is written: look for secrets in the run's folder, then let ``latest`` point at it."""
+    """The last line says where the report is."""
     live = config.stash.get(SESSION, None)
     if live is None:
         return
     page = live.store.folder / "report.html"
-    try:
-        live.store.require_no_secret()
-        if page.is_file() and page.stat().st_size > report.SIZE_LIMIT_BYTES:
-            raise LabError(f"{page} has {page.stat().st_size:,} B, more than {report.SIZE_LIMIT_BYTES:,} B")
-    except LabError as error:
-        live.terminal.write(f"ERROR: {error}\n")
-        live.terminal.flush()
-        sys.exit(1)
-    live.store.point_latest()
     live.terminal.write(f"report: {page if page.is_file() else 'none written'}\n")
     live.terminal.flush()

@@ -41,6 +41,7 @@ class Session:
     modules: dict[str, Module] = field(default_factory=dict)
     comparison: Comparison | None = None
     earlier: Earlier = field(default_factory=Earlier)
+    unfit: str = ""  # why the run's folder must not be kept as it is
     hosts: Hosts | None = None
     deployments: list[Deployment] = field(default_factory=list)
 

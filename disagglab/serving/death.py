@@ -28,6 +28,8 @@ POLL_S = 0.1
 _CHILD_ENDED = re.compile(re.escape(CHILD_ENDED) + r"pid (\d+), status (-?\d+)")
 _DYING = re.compile(r"EngineDeadError|EngineCore encountered a fatal error|engine core exited unexpectedly")
 _PREFIX = re.compile(r"^(\([^)]*\) )?((ERROR|CRITICAL|WARNING|INFO) [\d-]+ [\d:.]+ (\[[^\]]*\] )?)?")
+_MARKED = re.compile(r"\b(ERROR|CRITICAL)\b")
+_TRACEBACK = "Traceback "
 _EXCEPTION = re.compile(
     r"^[\w.]*(Error|Exception|Exit)\b|^Fatal Python error|^Segmentation fault|^free\(\)|^malloc"
 )
@@ -148,16 +150,16 @@ def last_error(lines: Sequence[str]) -> str:
 
     What the death of an engine brings to every request under way (EngineDeadError) is not looked for.
     """
-    bare = [_PREFIX.sub("", line).strip() for line in lines]
+    bare = [_PREFIX.sub("", line).rstrip() for line in lines]
     own = [line for line in bare if _EXCEPTION.search(line) and not _FOLLOWS.search(line)]
     if own:
         return own[-1]
-    marked = [
-        rest
-        for line, rest in zip(lines, bare, strict=True)
-        if re.search(r"\b(ERROR|CRITICAL)\b", line) and rest and not _FOLLOWS.search(rest)
-    ]
-    return marked[-1] if marked else ""
+    said = ""
+    for line, rest, following in zip(lines, bare, [*bare, ""][1:], strict=True):
+        plain = rest and not rest.startswith((" ", _TRACEBACK)) and not _FOLLOWS.search(rest)
+        if _MARKED.search(line) and plain and not following.startswith(_TRACEBACK):
+            said = rest
+    return said
 
 
 def _end(code: int | None) -> tuple[str, int]:

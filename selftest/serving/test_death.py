@@ -120,6 +120,24 @@ def test_an_engine_killed_by_a_signal_is_named(run: Run, tmp_path: Path) -> None
     assert "somebody else killed it" in found.cause
 
 
+def test_what_a_killed_engine_brings_is_not_its_error() -> None:
+    """Lines of vLLM 0.31.0 after SIGKILL: all of them follow, so there is no last error to show."""
+    mark = "(APIServer pid=439) ERROR 11-28 09:49:14 [async_llm.py:871] "
+    lines = [
+        "(APIServer pid=439) WARNING 11-28 09:49:14 [core_client.py:809] engine core exited unexpectedly",
+        f"{mark}AsyncLLM output_handler failed.",
+        f"{mark}Traceback (most recent call last):",
+        f'{mark}  File "async_llm.py", line 817, in output_handler',
+        f"{mark}    outputs = await engine_core.get_output_async()",
+        f"{mark}              ^^^^^^^^^^^^",
+        f"{mark}    raise self._format_exception(outputs) from None",
+        f"{mark}vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace.",
+        "INFO:     Shutting down",
+    ]
+    assert death.last_error(lines) == ""
+    assert death.last_error([f"{mark}no room for 3 blocks", *lines]) == "no room for 3 blocks"
+
+
 def test_the_kernels_out_of_memory_kill_is_recognised(run: Run) -> None:
     """SIGKILL, and the kernel's counter has grown meanwhile."""
     process = run("exec sleep 300", signal.SIGKILL)
