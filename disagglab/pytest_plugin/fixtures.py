@@ -26,6 +26,7 @@ from disagglab.experiments.comparison import (
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model, find
 from disagglab.kv import attention, modelconfig
+from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.plugin import SESSION, module_of
@@ -76,6 +77,13 @@ def shape(lab: Lab) -> KvShape:
     else:
         config = find(lab).config
     return attention.shape(config, lab.kv_dtype, lab.model.id)
+
+
+@pytest.fixture(scope="session")
+def one_table(lab: Lab, shape: KvShape) -> None:
+    """For tests whose arithmetic is that of one block table a request; skipped where layers have several."""
+    if len(layout(shape, lab.block_size).groups) > 1:
+        pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
 
 
 @pytest.fixture(scope="session")
@@ -186,8 +194,6 @@ def comparison(
     shape: KvShape,
 ) -> Comparison:
     """All topologies on the workloads of the lab's gates, in interleaved rounds; verdicts go to the store."""
-    if not live.lab.gates:
-        pytest.skip(f"NO-GATES: {live.lab.file} has no [[gate]], so there is nothing to compare")
     topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
     topologies += [dataclasses.replace(topologies[0], name=SINGLE_AGAIN), *variants]
     workloads = live.lab.gated_workloads

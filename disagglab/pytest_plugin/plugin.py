@@ -12,6 +12,7 @@ import pytest
 
 from disagglab.config import variant
 from disagglab.config.labs import load_lab, on_workloads, resolved_text, with_release
+from disagglab.config.precondition import PRECONDITIONS, skip_reason
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.experiments import plan
@@ -86,6 +87,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {what}")
     config.addinivalue_line("markers", "hostless: needs no host, only the lab file and a model's config.json")
     config.addinivalue_line("markers", "dedicated: runs only with --dedicated")
+    config.addinivalue_line(
+        "markers", f"lab_has(name, …): runs only with labs that have {', '.join(PRECONDITIONS)}"
+    )
     if not _tests_lab(config):
         return
     try:
@@ -195,9 +199,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One case a gate of the lab file for tests that ask for ``gate``."""
     if "gate" in metafunc.fixturenames:
-        session = metafunc.config.stash.get(SESSION, None)
-        lab = session.lab if session else load_lab(metafunc.config.getoption("--lab"))
-        metafunc.parametrize("gate", lab.gates, ids=[f"{gate.workload}-{gate.metric}" for gate in lab.gates])
+        lab = _lab_of(metafunc.config)
+        cases = [pytest.param(gate, id=f"{gate.workload}-{gate.metric}") for gate in lab.gates]
+        metafunc.parametrize("gate", cases or [pytest.param(None, id="none")])
+
+
+def _lab_of(config: pytest.Config) -> Lab:
+    """The lab of the session, or of a listing, which has none."""
+    session = config.stash.get(SESSION, None)
+    return session.lab if session else load_lab(config.getoption("--lab"))
 
 
 def module_of(item: pytest.Item) -> str | None:
@@ -224,6 +234,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return dedicated, order.get(module_of(item) or "", len(order)), needs_servers
 
     items.sort(key=position)
+    asking = [item for item in items if item.get_closest_marker("lab_has")]
+    if asking:
+        lab = _lab_of(config)
+        for item in asking:
+            skip_without_preconditions(item, lab)
     if not config.getoption("--dedicated"):
         skip = pytest.mark.skip(reason="DEDICATED: asked for with --dedicated")
         for item in items:
@@ -243,7 +258,6 @@ def _uses(item: pytest.Item, live: Session) -> Callable[[Cause], bool]:
     return uses
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test of servers that have died is not run."""
     live = item.config.stash.get(SESSION, None)
@@ -256,6 +270,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """Tests that failed of a root cause are counted by themselves; the cause is told once, at the end."""
     return (BECAUSE, "B", "BECAUSE OF IT") if getattr(report, BECAUSE, None) else None
+
+
+def skip_without_preconditions(item: pytest.Item, lab: Lab) -> None:
+    """Skip a test whose marker ``lab_has`` names what the lab has not got, before anything starts.
+
+    Raises:
+        pytest.UsageError: if the marker names no precondition.
+    """
+    names = [name for marker in item.iter_markers("lab_has") for name in marker.args]
+    unknown = [name for name in names if name not in PRECONDITIONS]
+    if unknown or not names:
+        raise pytest.UsageError(f"{item.nodeid}: lab_has{tuple(unknown)}; known: {', '.join(PRECONDITIONS)}")
+    reason = skip_reason(lab, names)
+    if reason:
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)

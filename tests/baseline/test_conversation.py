@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from disagglab.errors import InvalidRun
-from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, reusable_tokens
 from disagglab.measure import ledger
 from disagglab.measure.conversation import Conversation, Transcript, converse, held_tokens
@@ -74,12 +73,9 @@ def prove_held(
 
 
 @pytest.fixture
-def block(single: Topology, shape: KvShape) -> int:
+def block(one_table: None, single: Topology) -> int:
     """Tokens of a KV block, where one table of blocks says what is held."""
-    size = ledger.block_size(single.servers[0].metrics())
-    if len(layout(shape, size).groups) > 1:
-        pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
-    return size
+    return ledger.block_size(single.servers[0].metrics())
 
 
 def test_history_is_computed_once(single: Topology, shape: KvShape, record: Recorder, block: int) -> None:

@@ -144,6 +144,7 @@ def checked(
     return result
 
 
+@pytest.mark.lab_has("own_cores")
 def test_fitted_speeds_reproduce_what_was_measured(
     calibration: Calibration, record: Recorder, timing: Callable[..., None]
 ) -> None:
@@ -205,6 +206,7 @@ def test_fitted_speeds_reproduce_what_was_measured(
     assert all(factor <= FIT_FACTOR for factor in fits.values()), f"fit and measurement differ: {fits}"
 
 
+@pytest.mark.lab_has("own_cores")
 def test_map_beside_what_was_measured(checked: Checked, live: Session, lab: Lab, record: Recorder) -> None:
     """Points that the map calls wins, losses and even are measured; which agree and which do not is recorded.
 
@@ -345,16 +347,13 @@ def draw(record: Recorder, checked: Checked, lab: Lab, verdicts: list[Verdict]) 
 
 
 @pytest.mark.hostless
+@pytest.mark.lab_has("speed", "link_rate")
 def test_predicted_map_of_the_lab_file(lab: Lab, record: Recorder) -> None:
     """From nominal figures alone: where this lab would gain, and that it never gains capacity.
 
     Prefill and decode on separate nodes can each be idle while the other is not; replicas share both. So
     disaggregation may answer sooner and never bears more.
     """
-    if lab.speed is None:
-        pytest.skip("NO-SPEED: the lab file has no [speed], so there is nothing to predict from")
-    if lab.transport.link_gbit_s is None:
-        pytest.skip("NO-LINK-RATE: the lab file gives no link_gbit_s, so the time of a transfer is not known")
     found = breakeven_map.predict(lab, loads=HOSTLESS_LOADS, efficiency=Efficiency())
     note = "; ".join(found.assumptions)
     for load, cells in found.outcomes.items():

@@ -18,6 +18,8 @@ from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
 from disagglab.stats.metric import METRICS
 
+pytestmark = pytest.mark.lab_has("gates")
+
 ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 
 

@@ -26,6 +26,8 @@ from disagglab.serving.topology import Topology
 from disagglab.stats import linefit
 from disagglab.stats.metric import percentile
 
+pytestmark = pytest.mark.lab_has("own_link")
+
 GBIT_S, SHORT_GBIT_S = (0.6, 1.0, 2.0, 10.0, None), (0.6, 2.0, None)  # None: as fast as the machine can
 BLOCKS, SHORT_BLOCKS = (1, 4, 8, 16, 24), (1, 8, 16)
 ROUNDS, SHORT_ROUNDS = 5, 3
@@ -69,8 +71,6 @@ def label(gbit_s: float | None) -> str:
 @pytest.fixture(scope="module")
 def measured(hosts: Hosts, disaggregated: Topology, lab: Lab, shape: KvShape, live: Session) -> ByRate:
     """Transfers and requests at every rate, in turns; each proved."""
-    if not any(host.namespace for host in lab.hosts):
-        pytest.skip("NO-SHAPING: the link of this lab is not ours to reshape; see --lab two-hosts")
     block = ledger.block_size(disaggregated.decode[0].metrics())
     rates = SHORT_GBIT_S if live.short else GBIT_S
     counts = SHORT_BLOCKS if live.short else BLOCKS

@@ -40,12 +40,10 @@ def test_bytes_that_each_workload_moves(lab: Lab, shape: KvShape, record: Record
 
 
 @pytest.mark.hostless
+@pytest.mark.lab_has("link_rate")
 def test_predicted_transfer_time(lab: Lab, shape: KvShape, record: Recorder) -> None:
     """Bytes of a prompt's KV cache over the nominal link: the least that disaggregation adds to TTFT."""
-    if lab.transport.link_gbit_s is None:
-        pytest.skip(
-            "NO-LINK-RATE: the lab file gives no link_gbit_s; memory of one machine has no nominal link"
-        )
+    assert lab.transport.link_gbit_s is not None
     rate = lab.transport.link_gbit_s * 1e9 / BITS
     prompts = [tokens for tokens in CURVE if tokens <= lab.model.max_model_len]
     sizes = [layout(shape, lab.block_size).bytes_to_move(tokens, lab.vllm.version) for tokens in prompts]

@@ -22,6 +22,8 @@ from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import REPLICATED, SINGLE, Topology
 
+pytestmark = pytest.mark.lab_has("slo", "own_cores")
+
 LATE_S = 0.5  # a request that left the client later than this after its time was held back
 
 
@@ -37,8 +39,6 @@ def sweep(
     store: Store,
 ) -> Sweep:
     """Capacity first, then every rate on every arm, in mirrored order."""
-    if lab.slo is None:
-        pytest.skip("NO-SLO: the lab file has no [slo], so no request can be called good")
     arms = (single, replicated, disaggregated)
     line = live.progress("rate sweep")
     with live.uncaptured():

@@ -153,6 +153,7 @@ def test_every_pair_transfers(disaggregated: Topology, lab: Lab, shape: KvShape,
     )
 
 
+@pytest.mark.lab_has("real_weights")
 def test_every_pair_says_the_same(
     single: Topology, disaggregated: Topology, lab: Lab, record: Recorder
 ) -> None:
@@ -161,8 +162,6 @@ def test_every_pair_says_the_same(
     The rule for near ties is that of the content tests (measure/same_answer.py). The answer of one pair is no
     proof for another: each has its own link, handshake and block tables.
     """
-    if lab.model.load_format == "dummy":
-        pytest.skip("RANDOM-WEIGHTS: every position is a near tie, so no answer could be told from another")
     url, model = single.servers[0].url, single.served_name
     prompts = [openai.tokenize(url, model, text) for text in PROBES]
     right = [

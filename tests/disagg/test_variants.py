@@ -254,6 +254,7 @@ def verdicts(settings: Settings, values: dict[tuple[str, str], dict[str, list[fl
     ]
 
 
+@pytest.mark.lab_has("trace")
 def test_every_transfer_is_logged(settings: Settings, lab: Lab, record: Recorder) -> None:
     """The servers' logs tell of the same transfers as the connector's counters: number, bytes, descriptors.
 
@@ -262,8 +263,6 @@ def test_every_transfer_is_logged(settings: Settings, lab: Lab, record: Recorder
     step, so a transfer that ends early in a step is found at its end. The time after the last look before is
     an upper bound of what was no work of the link: the transfer may have ended at any moment of it.
     """
-    if not lab.transport.trace:
-        pytest.skip("TRACE: asked for with trace = true in [transport]")
     for arm in settings.arms:
         runs = settings.made[arm.name]
         counted = [transfer_stats.of(run) for run in runs]

@@ -149,6 +149,7 @@ def test_block_rule_of_both_releases(
     assert moved == expected
 
 
+@pytest.mark.lab_has("gates")
 def test_figures_of_both_releases(
     pair: Pair, live: Session, lab: Lab, engine: LoadEngine, shape: KvShape, store: Store, record: Recorder
 ) -> None:
@@ -156,8 +157,6 @@ def test_figures_of_both_releases(
 
     Candidate is the lab's release. No enforced gate may find it worse, after Holm over all of them.
     """
-    if not lab.gates:
-        pytest.skip(f"NO-GATES: {lab.file} has no [[gate]], so there is no figure to compare")
     arms = [pair.lab[SINGLE], pair.other[SINGLE], pair.lab[DISAGGREGATED], pair.other[DISAGGREGATED]]
     arms.append(dataclasses.replace(pair.lab[SINGLE], name=SINGLE_AGAIN))
     workloads = lab.gated_workloads

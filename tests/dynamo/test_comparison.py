@@ -73,6 +73,8 @@ from disagglab.serving.topology import (
 )
 from tests.dynamo.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 
+pytestmark = pytest.mark.lab_has("one_host", "gates")
+
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)
 AT_ONCE = 2  # requests under way in conversations: as many as workers
 ARMS = (*map(tagged, TOPOLOGIES), DYNAMO_ROUND_ROBIN, DYNAMO_KV)
@@ -100,9 +102,9 @@ def beside(
     kv_routed: Topology,
 ) -> Iterator[Beside]:
     """The session's Dynamo workers behind two frontends, and servers with the same engines beside them."""
-    lab = compared(live.lab, dynamo_workers.lab, live.short)
-    if not lab.gates:
-        pytest.skip(f"NO-GATES: {lab.file} has no [[gate]] whose requests fit into Dynamo's workers")
+    fitting = compared(live.lab, dynamo_workers.lab, live.short)
+    if not fitting.gates:
+        pytest.skip(f"NO-GATES: {fitting.file} has no [[gate]] whose requests fit into Dynamo's workers")
     nodes = dynamo_workers.nodes
     if {node.role for node in nodes} != {"prefill", "decode"}:
         pytest.skip(f"NO-PAIR: nodes {[node.name for node in nodes]} do not both prefill and decode")
@@ -119,7 +121,7 @@ def beside(
         arms[DYNAMO_ROUND_ROBIN] = alternating(dataclasses.replace(round_robin, name=DYNAMO_ROUND_ROBIN))
         require_events(kv_routed)
         arms[DYNAMO_KV] = dataclasses.replace(kv_routed, name=DYNAMO_KV)
-        yield Beside(arms, lab, dynamo_workers.lab)
+        yield Beside(arms, fitting, dynamo_workers.lab)
     finally:
         pair.stop()
 

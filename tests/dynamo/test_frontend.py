@@ -25,6 +25,8 @@ from disagglab.serving.dynamo.parts import Frontend, body
 from disagglab.serving.openai import CHAT, COMPLETIONS
 from disagglab.serving.topology import Topology
 
+pytestmark = pytest.mark.lab_has("one_host")
+
 REQUESTS = 6
 OUTPUT_TOKENS = 8
 PROMPT = "The three things that a computer needs in order to"

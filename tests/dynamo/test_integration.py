@@ -36,6 +36,8 @@ from disagglab.serving.dynamo.parts import HIT_RATE, KV, ROUND_ROBIN, body
 from disagglab.serving.topology import Topology
 from tests.dynamo.conftest import StartDynamo
 
+pytestmark = pytest.mark.lab_has("one_host")
+
 SEED = 11  # of the order of requests
 MODES = {ROUND_ROBIN: "round_robin", KV: "kv_aware", "random": "random"}  # and whose rule a forecast takes
 SHORT_MODES = (ROUND_ROBIN, KV)
@@ -60,7 +62,7 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def modes(
-    dynamo_workers: DynamoDeployment, live: Session, routing_size: Size, weights: Model
+    one_table: None, dynamo_workers: DynamoDeployment, live: Session, routing_size: Size, weights: Model
 ) -> dict[str, Measured]:
     """An arm of each router mode, predicted before."""
     tokenizer = AutoTokenizer.from_pretrained(weights.tokenizer)

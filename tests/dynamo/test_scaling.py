@@ -17,6 +17,7 @@ import signal
 from collections.abc import Sequence
 
 import httpx
+import pytest
 
 from disagglab.experiments.scaling import Attempt
 from disagglab.experiments.scaling_events import (
@@ -32,6 +33,8 @@ from disagglab.experiments.scaling_events import (
 from disagglab.measure import same_answer
 from disagglab.measure.same_answer import Agreement
 from disagglab.results.recorder import Recorder
+
+pytestmark = pytest.mark.lab_has("one_host")
 
 
 def _failed(attempts: Sequence[Attempt]) -> list[Attempt]:
@@ -183,16 +186,13 @@ def test_a_stream_on_a_killed_worker_ends_with_an_error(crew: Crew, killed: Kill
 
 
 def test_a_stream_goes_on_on_another_worker(crew: Crew, killed: Killed, record: Recorder) -> None:
-    """With migration, a stream whose worker is killed goes on elsewhere, and has the tokens that it would
-    have had.
+    """With migration, a stream whose worker is killed goes on elsewhere, to the last token.
 
     The frontend keeps what it has passed on, and sends prompt and tokens so far to another worker as a longer
     prompt: the KV cache is lost, the text is not. It is computed again, which the client sees as a long gap.
     """
     found = killed.migrated
     assert found.completion is not None, _told([found], crew.migrating.process.log)
-    whole = same_answer.agree(killed.undisturbed, found.completion)
-    rest = _agree_from(killed, found)
 
     record.numbers(
         "longest gap of a stream that migrates",
@@ -201,11 +201,32 @@ def test_a_stream_goes_on_on_another_worker(crew: Crew, killed: Killed, record: 
         arm=f"--migration-limit {MIGRATIONS}",
         what="streams",
         command=crew.migrating.command,
-        note=f"{killed.had} tokens before; against an undisturbed answer: {whole}; after the kill: {rest}",
+        note=f"{killed.had} of {crew.stream_tokens} tokens before",
     )
     assert 0 < killed.had < crew.stream_tokens, f"{killed.had} tokens before the kill: it was not under way"
     assert found.ended_s > killed.after_s
     assert len(found.token_ids) == found.completion.output_tokens == crew.stream_tokens
+
+
+@pytest.mark.lab_has("real_weights")
+def test_a_stream_that_migrates_says_the_same(crew: Crew, killed: Killed, record: Recorder) -> None:
+    """A stream that went on on another worker has the tokens that it would have had.
+
+    Compared twice, up to near ties: with an undisturbed answer, and from the kill on with the answer to the
+    prompt and all that came before.
+    """
+    found = killed.migrated
+    assert found.completion is not None, _told([found], crew.migrating.process.log)
+    whole = same_answer.agree(killed.undisturbed, found.completion)
+    rest = _agree_from(killed, found)
+    record.numbers(
+        "tokens of a migrated stream that equal an undisturbed one's",
+        [whole.compared],
+        "tokens",
+        arm=f"--migration-limit {MIGRATIONS}",
+        what="count",
+        note=f"{killed.had} before the kill; whole: {whole}; after the kill: {rest}",
+    )
     assert rest.outcome != same_answer.DIFFERENT, f"after the kill it goes on with other tokens: {rest}"
     assert whole.outcome != same_answer.DIFFERENT, f"the whole answer is another one: {whole}"
 

@@ -25,6 +25,8 @@ from disagglab.serving.dynamo.parts import LEASE_S, Worker, body, on_worker
 from disagglab.serving.prometheus import PROCESS_START
 from disagglab.serving.topology import Topology
 
+pytestmark = pytest.mark.lab_has("one_host")
+
 WORKERS = (0, 1)
 OUTPUT_TOKENS = 4
 POLL_S = 0.2

@@ -23,8 +23,6 @@ DEGRADED_SHARE = 0.25
 @pytest.fixture(scope="module")
 def devices(hosts: Hosts, lab: Lab) -> dict[str, dict[str, rdma.Device]]:
     """RDMA devices of the hosts whose nodes name some, by host and name."""
-    if not any(node.rdma for node in lab.nodes):
-        pytest.skip("NO-RDMA: no node of this lab has an RDMA device")
     return {node.host: rdma.read(hosts.of(node).facts) for node in lab.nodes if node.rdma}
 
 
@@ -32,6 +30,7 @@ def _rdma_nodes(lab: Lab) -> list[NodeSection]:
     return [node for node in lab.nodes if node.rdma]
 
 
+@pytest.mark.lab_has("rdma")
 def test_rdma_devices_are_active_in_all_halves(devices: dict[str, dict[str, rdma.Device]], lab: Lab) -> None:
     """Every RDMA device that the lab file names is active, and so is the other half of its port.
 
@@ -45,6 +44,7 @@ def test_rdma_devices_are_active_in_all_halves(devices: dict[str, dict[str, rdma
             assert not down, f"{node.name}: {', '.join(down)}; port: {port}; look: ibstat, rdma link show"
 
 
+@pytest.mark.lab_has("rdma")
 def test_roce_v2_gid_of_the_data_address_exists(devices: dict[str, dict[str, rdma.Device]], lab: Lab) -> None:
     """One of a node's RDMA devices has a RoCE v2 GID for the node's data address.
 
@@ -85,6 +85,7 @@ def test_mtu_is_the_same_on_all_nodes(hosts: Hosts, lab: Lab, record: Recorder) 
     assert len(set(found.values())) == 1, f"MTUs differ: {found}; set one: ip link set INTERFACE mtu N"
 
 
+@pytest.mark.lab_has("rdma")
 def test_rate_and_pcie_of_each_port_are_known(
     devices: dict[str, dict[str, rdma.Device]], lab: Lab, record: Recorder
 ) -> None:
@@ -105,6 +106,7 @@ def test_rate_and_pcie_of_each_port_are_known(
             assert used.ceiling_gbit_s > 0, f"{node.name}: {used}; look: ethtool INTERFACE, lspci -vv"
 
 
+@pytest.mark.lab_has("link")
 def test_tcp_speed_between_the_nodes_is_measured(hosts: Hosts, lab: Lab, record: Recorder) -> None:
     """iperf3 moves data from the prefill node's data address to the decode node's; its speed is recorded.
 
@@ -112,10 +114,6 @@ def test_tcp_speed_between_the_nodes_is_measured(hosts: Hosts, lab: Lab, record:
     not bound by it.
     """
     prefill, decode = lab.prefill[0], lab.decode[0]
-    if prefill.kv_address == decode.kv_address:
-        pytest.skip(
-            f"NO-LINK: both nodes have the data address {decode.kv_address}; nothing lies between them"
-        )
     for node in (prefill, decode):
         if not hosts.of(node).facts.exists("iperf3"):
             pytest.skip(f"NO-IPERF3: {node.host} has no iperf3 (apt-get install iperf3)")
@@ -141,6 +139,7 @@ def test_tcp_speed_between_the_nodes_is_measured(hosts: Hosts, lab: Lab, record:
     assert speed.bits_per_s > 0
 
 
+@pytest.mark.lab_has("rdma", "rail")
 def test_rdma_speed_between_the_nodes_is_measured(
     hosts: Hosts, devices: dict[str, dict[str, rdma.Device]], lab: Lab, record: Recorder
 ) -> None:
@@ -150,8 +149,6 @@ def test_rdma_speed_between_the_nodes_is_measured(
     of it: only moving data shows that. It moves host memory, as KV does with kv_buffer_device = "cpu".
     """
     prefill, decode = lab.prefill[0], lab.decode[0]
-    if not prefill.rdma or not decode.rdma or prefill.host == decode.host:
-        pytest.skip(f"NO-RAIL: {prefill.name} and {decode.name} are not joined by RDMA devices of two hosts")
     for node in (prefill, decode):
         if not hosts.of(node).facts.exists("ib_write_bw"):
             pytest.skip(f"NO-PERFTEST: {node.host} has no ib_write_bw (apt-get install perftest)")

@@ -58,10 +58,9 @@ def test_versions_are_those_of_the_lab(hosts: Hosts, lab: Lab) -> None:
     assert ours["vllm-router"] == lab.router.version
 
 
+@pytest.mark.lab_has("gpus")
 def test_gpus_of_each_node_exist(hosts: Hosts, lab: Lab) -> None:
     """Every GPU that the lab file gives to a node answers nvidia-smi."""
-    if not any(node.gpus for node in lab.nodes):
-        pytest.skip("NO-GPU: no node of this lab has a GPU")
     for node in lab.nodes:
         found = gpu.read_gpus(hosts.of(node).facts)
         assert all(number < len(found) for number in node.gpus), (

@@ -14,6 +14,7 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.results.recorder import Recorder
 from disagglab.serving.topology import Topology
+from disagglab.variables import CPU_KV_SPACE_VARIABLE
 
 GIB = 2**30
 KNOWN_BYTES_PER_TOKEN = {
@@ -42,15 +43,14 @@ def test_bytes_per_token(lab: Lab, shape: KvShape, record: Recorder) -> None:
     assert shape.bytes_per_token == known
 
 
+@pytest.mark.lab_has("fixed_budget")
 def test_block_count_equals_the_servers(single: Topology, lab: Lab, shape: KvShape, record: Recorder) -> None:
     """The number of KV blocks the server made of its memory budget is the budget divided by our bytes per
     block.
     """
     server = single.servers[0]
     config = ledger.cache_config(server.metrics())
-    budget_gib = server.plan.env.get("VLLM_CPU_KVCACHE_SPACE")
-    if budget_gib is None:
-        pytest.skip("NO-FIXED-BUDGET: this lab leaves the KV memory budget to a profiling run of vLLM")
+    budget_gib = server.plan.env[CPU_KV_SPACE_VARIABLE]
     block = int(config["block_size"])
     blocks = layout(shape, block)
     expected = blocks.blocks_in(int(float(budget_gib) * GIB))

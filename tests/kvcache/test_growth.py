@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pytest
 
-from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, blocks, reusable_tokens
 from disagglab.measure import ledger
 from disagglab.measure.kv_usage import peak_blocks
@@ -25,6 +24,7 @@ STEP = 16  # tokens between points of the computed lines
 REPEATED = (1, 4, 8, 16)  # blocks of the prompt, plus one token
 
 
+@pytest.mark.usefixtures("one_table")
 def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: Recorder) -> None:
     """At every prompt length the server holds ceil(tokens / block size) blocks, no more and no fewer.
 
@@ -32,8 +32,6 @@ def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: 
     """
     server = single.servers[0]
     block = ledger.block_size(server.metrics())
-    if len(layout(shape, block).groups) > 1:
-        pytest.skip("HYBRID: what sliding layers hold at most depends on how prefill is cut into chunks")
     lengths = [count * block - 1 for count in GROWTH]
     used = []
     for length in lengths:

@@ -10,8 +10,6 @@ from disagglab.config.schema import Lab
 from disagglab.experiments import routing
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
-from disagglab.kv.layout import layout
-from disagglab.kv.shape import KvShape
 from disagglab.pytest_plugin.session import Session
 from disagglab.serving.topology import Deployment
 
@@ -20,11 +18,9 @@ START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 
 @pytest.fixture(scope="session")
 def workers(
-    live: Session, lab: Lab, hosts: Hosts, weights: Model, shape: KvShape, routing_size: routing.Size
+    live: Session, lab: Lab, one_table: None, hosts: Hosts, weights: Model, routing_size: routing.Size
 ) -> Iterator[Deployment]:
     """Two equal servers on the lab's first nodes, without a KV connector, with small caches and KV events."""
-    if len(layout(shape, routing.BLOCK_SIZE).groups) > 1:
-        pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
     deployed = routing.workers(hosts, lab, weights, routing_size)
     try:
         with live.uncaptured():

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from disagglab.config.schema import Lab
 from disagglab.config.traffic import dialogue
 from disagglab.experiments.routing import Finisher, require_no_failure
 from disagglab.measure import ledger
@@ -38,15 +37,6 @@ def in_roles(name: str) -> Strategy:
     strategy = STRATEGIES[name]
     roles = ("--prefill-policy", strategy.policy, "--decode-policy", strategy.policy)
     return dataclasses.replace(strategy, options=(*strategy.options, *roles))
-
-
-@pytest.fixture(scope="module")
-def two_prefill(lab: Lab, request: pytest.FixtureRequest) -> Deployment:
-    """The lab's servers, asked for only if two of them prefill."""
-    if len(lab.prefill) < 2:
-        pytest.skip("ONE-PREFILL: nothing to choose between; try --lab two-to-one")
-    found: Deployment = request.getfixturevalue("deployment")
-    return found
 
 
 def hold(topology: Topology, session_header: bool) -> tuple[Talk, Ledger]:
@@ -101,17 +91,18 @@ def test_one_pair_leaves_nothing_to_choose(
     )
 
 
+@pytest.mark.lab_has("two_prefill")
 @pytest.mark.parametrize("name", POLICIES)
-def test_prefill_servers_follow_the_policy(two_prefill: Deployment, name: str, record: Recorder) -> None:
+def test_prefill_servers_follow_the_policy(deployment: Deployment, name: str, record: Recorder) -> None:
     """Of two prefill servers a turn gets the one that the prefill policy names, one request at a time.
 
     Round robin deals them in turn, so that a history lies on one server and its next turn comes to the other.
     A session hash keeps a conversation where it began. The router's own tree of prompts sends what it does
     not know to the least loaded server: without any load that is always the same one.
     """
-    prefill = [server for server in two_prefill.servers if server.plan.node.role == "prefill"]
-    decode = [server for server in two_prefill.servers if server.plan.node.role == "decode"]
-    with two_prefill.routed(in_roles(name), prefill=prefill, decode=decode) as topology:
+    prefill = [server for server in deployment.servers if server.plan.node.role == "prefill"]
+    decode = [server for server in deployment.servers if server.plan.node.role == "decode"]
+    with deployment.routed(in_roles(name), prefill=prefill, decode=decode) as topology:
         found, book = hold(topology, STRATEGIES[name].session_header)
         command = topology.router.command
     taken = places(found, [server.name for server in prefill])
