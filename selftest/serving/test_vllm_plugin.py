@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
+import multiprocessing
+import signal
 import sys
+import time
+from multiprocessing import popen_fork
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from disagglab.serving.causes import CHILD_ENDED
 from disagglab.serving.vllm_plugin import cores_of_node, register
 from disagglab.variables import CPUS_VARIABLE, DELAY_VARIABLE
 
@@ -24,9 +30,10 @@ VLLM_CPU = "vllm.platforms.cpu"
 
 @pytest.fixture(autouse=True)
 def _unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting comes in from the shell that runs the selftests."""
+    """No setting comes in from the shell that runs the selftests; no patch of multiprocessing stays."""
     monkeypatch.delenv(DELAY_VARIABLE, raising=False)
     monkeypatch.delenv(CPUS_VARIABLE, raising=False)
+    monkeypatch.setattr(popen_fork.Popen, "poll", popen_fork.Popen.poll)  # put back afterwards
 
 
 @pytest.fixture
@@ -170,3 +177,19 @@ def test_the_entry_point_that_vllm_loads_is_register() -> None:
     """The package announces the plugin in vLLM's group for every process."""
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="disagglab")
     assert entry.load() is register
+
+
+def test_how_a_child_ended_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real child process killed by SIGKILL: pid and signal, once, in the words that a death is read from."""
+    monkeypatch.setattr(popen_fork.Popen, "poll", popen_fork.Popen.poll)  # put back afterwards
+    register()
+    register()
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+    child.start()
+    with caplog.at_level(logging.INFO, logger="vllm.disagglab"):
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    assert caplog.messages == [f"{CHILD_ENDED}pid {child.pid}, status -9"]
