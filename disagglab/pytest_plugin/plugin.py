@@ -21,7 +21,7 @@ from disagglab.paths import REPORTS, ROOT
 from disagglab.pytest_plugin.causes import BECAUSE, Cause
 from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
 from disagglab.pytest_plugin.session import Session
-from disagglab.results import fingerprint, report, resume
+from disagglab.results import fingerprint, report, resume, speed
 from disagglab.results.recorder import VIRTUAL_CLOCK
 from disagglab.results.report import Claim
 from disagglab.results.run_folder import Store, new_run_id
@@ -131,19 +131,20 @@ def _earlier(config: pytest.Config, lab: Lab) -> resume.Earlier:
     folders = [config.invocation_params.dir / name for name in config.getoption("--resume")]
     if not folders:
         return resume.Earlier()
-    print_key = fingerprint.fingerprint(lab.vllm.version)
-    return resume.read(folders, lab, config.getoption("--variant"), print_key, fingerprint.commit())
+    machine = fingerprint.of_machine(lab.vllm.version)
+    return resume.read(folders, lab, config.getoption("--variant"), machine, fingerprint.commit())
 
 
 def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> Session:
     run_id = new_run_id()
     store = Store.create(REPORTS, run_id)
-    print_key = fingerprint.fingerprint(lab.vllm.version)
+    machine = fingerprint.of_machine(lab.vllm.version)
     options = config.option
     options.htmlpath = options.htmlpath or str(store.folder / "report.html")
     options.self_contained_html = True
     options.css = [*options.css, str(report.CSS)]
-    options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{print_key['key']}"
+    # pytest-benchmark opens its storage now, before a host is reached; its files have the whole fingerprint
+    options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{machine[fingerprint.KEY]}"
     options.benchmark_autosave = options.benchmark_autosave or run_id
     options.benchmark_save_data = True
     options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")
@@ -163,8 +164,8 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
         lab_file=resolved_text(lab),
         model=lab.model.id,
         commit=fingerprint.commit(),
-        fingerprint=print_key,
-        speed={"before": fingerprint.speed_probe()},
+        fingerprint=machine,
+        speed={"before": speed.probe()},
     )
     return Session(
         lab=lab,
@@ -188,11 +189,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     session = config.stash.get(SESSION, None)
     if session is None:
         return []
-    probe = session.store.meta["speed"]["before"]
     return [
         f"lab: {session.lab.name} ({session.lab.file})",
-        f"run: {session.store.folder}; machine speed: copy {probe['copy_gb_per_s']:.1f} GB/s,"
-        f" matrix {probe['matrix_gflop_per_s']:.0f} GFLOP/s",
+        f"run: {session.store.folder}; machine speed: {speed.text(session.store.meta['speed']['before'])}",
     ]
 
 
@@ -363,7 +362,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     live.store.write_meta(
         root_causes=live.causes.as_rows(),
-        speed={**live.store.meta["speed"], "after": fingerprint.speed_probe()},
+        speed={**live.store.meta["speed"], "after": speed.probe()},
         exitstatus=int(session.exitstatus),
         modules={m.name: [vars(claim) for claim in m.tests] for m in live.modules.values()},
     )

@@ -1,4 +1,9 @@
-"""What a result depends on: hardware, software, code. Results of different fingerprints are not compared."""
+"""What a result depends on: hardware, software, code. Results of different fingerprints are not compared.
+
+A fingerprint is made in two steps: of this machine, when a session begins, and of the lab, once its hosts
+have been surveyed. Until then it is incomplete, as are those that earlier versions recorded, which knew this
+machine alone. An incomplete one is equal to no other, because nodes with other GPUs may stand behind it.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,17 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from disagglab.paths import ROOT
 
 PACKAGES = ("vllm", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")
-COPY_BYTES = 256 * 2**20  # several times the last-level cache of what this runs on
-MATRIX = 512
-PROBE_REPEATS = 3
+KEY, LAB = "key", "lab"  # in run.json; a complete one has both
+INCOMPLETE = "incomplete"
 
 
 def versions() -> dict[str, str]:
@@ -55,8 +58,8 @@ def commit() -> str:
     return head + ("+changes" if git("status", "--porcelain") else "")
 
 
-def fingerprint(served: str) -> dict[str, Any]:
-    """Hardware and software of this machine, with a short key over both.
+def of_machine(served: str) -> dict[str, Any]:
+    """Hardware and software of this machine, with a short key over both; incomplete.
 
     Args:
         served: the vLLM version that the servers run; the client's is among the packages here.
@@ -68,28 +71,34 @@ def fingerprint(served: str) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "versions": {**versions(), "vllm served": served},
     }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    return {**facts, "key": key}
+    return _with_key(facts)
 
 
-def speed_probe() -> dict[str, float]:
-    """How fast this machine is right now: best of a few memory copies (GB/s, bytes copied) and matrix
-    products (GFLOP/s).
+def of_lab(machine: Mapping[str, Any], lab: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """The fingerprint of a lab, complete, with a key over all of it.
 
-    Shared machines slow down several times over for minutes; a run is read beside its probe.
+    Args:
+        machine: that of this machine.
+        lab: what tells every host and node from another, by title, of at least one.
     """
-    source = np.ones(COPY_BYTES // 8)
-    target = np.empty_like(source)
-    left = np.ones((MATRIX, MATRIX), dtype=np.float32)
-    copies, products = [], []
-    for _ in range(PROBE_REPEATS):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        copies.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        left @ left
-        products.append(time.perf_counter() - start)
-    return {
-        "copy_gb_per_s": COPY_BYTES / min(copies) / 1e9,
-        "matrix_gflop_per_s": 2 * MATRIX**3 / min(products) / 1e9,
-    }
+    return _with_key({**machine_of(machine), LAB: {title: dict(facts) for title, facts in lab.items()}})
+
+
+def machine_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fingerprint says of the machine that ran pytest, without its key."""
+    return {name: value for name, value in found.items() if name not in (KEY, LAB)}
+
+
+def complete(found: Mapping[str, Any]) -> bool:
+    """Whether it is of a whole lab."""
+    return bool(found.get(LAB))
+
+
+def label(found: Mapping[str, Any]) -> str:
+    """Its key, and whether it is incomplete."""
+    return f"{found.get(KEY)}{'' if complete(found) else f' ({INCOMPLETE})'}"
+
+
+def _with_key(facts: Mapping[str, Any]) -> dict[str, Any]:
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return {**facts, KEY: key}
