@@ -40,15 +40,14 @@ PHASES = (
     ("open HTTP", re.compile(r"Starting vLLM server|Application startup complete")),
 )
 
-# Lines that a server wrote and lived on after: what vLLM, uvicorn, torch and NIXL log at a level below ERROR, with
-# the traceback that vLLM repeats the level in front of; and failed transfers, which the connector answers itself.
+# Lines that a server wrote and lived on after: what vLLM, uvicorn, torch and NIXL log below ERROR, vLLM also in front of every line of a traceback; and failed transfers, which the connector answers itself.
 HANDLED = re.compile(
     r"^(\(\S+ pid=\d+\) )?(DEBUG|INFO|WARNING)\b"
     r"|^(\(\S+ pid=\d+\) )?ERROR \S+ \S+ \[(base|pull|push)_worker\.py:\d+\]"
     r"|^\[?[IW]\d{4} "
     r"|NIXL (DEBUG|INFO|WARN)"
 )
-# One request failed, or an object was cleaned up: the traceback below it, up to the next record, is not the server's.
+# One request failed, or an object was cleaned up: the traceback up to the next record is not the server's.
 ONE_REQUEST = re.compile(r"Exception in ASGI application|Exception ignored in")
 RECORD = re.compile(r"^(\(\S+ pid=\d+\) |(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b|\[?[EFIW]\d{4} |disagg-lab: )")
 
