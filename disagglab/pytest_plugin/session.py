@@ -36,9 +36,9 @@ class Session:
     comparison: Comparison | None = None
     earlier: Earlier = field(default_factory=Earlier)
 
-    def progress(self, what: str, budget_s: float | None = None) -> ProgressLine:
-        """A progress line on the terminal."""
-        return ProgressLine(what, budget_s, self.terminal)
+    def progress(self, what: str, usual_s: float | None = None) -> ProgressLine:
+        """A progress line on the terminal; ``usual_s``: how long that takes mostly, shown beside the time."""
+        return ProgressLine(what, usual_s, self.terminal)
 
     def add_claim(self, module: str, readme: Path, claim: Claim) -> None:
         """Note how a test ended, under its learning module."""

@@ -40,8 +40,8 @@ PHASES = (
     ("open HTTP", re.compile(r"Starting vLLM server|Application startup complete")),
 )
 
-# Lines that a server wrote and lived on after: what vLLM, uvicorn, torch and NIXL log below ERROR (vLLM puts the
-# level on every line of a traceback); and failed transfers, which the connector answers itself.
+# Lines that a server wrote and lived on after: what vLLM, uvicorn, torch and NIXL log below ERROR (vLLM puts
+# the level on every line of a traceback); and failed transfers, which the connector answers itself.
 HANDLED = re.compile(
     r"^(\(\S+ pid=\d+\) )?(DEBUG|INFO|WARNING)\b"
     r"|^(\(\S+ pid=\d+\) )?ERROR \S+ \S+ \[(base|pull|push)_worker\.py:\d+\]"
