@@ -10,7 +10,7 @@ PLAIN_INTERVAL_S = 15.0  # between two lines when the output is a file or a CI l
 
 
 class ProgressLine:
-    """Shows ``what: detail [12 s]``, or ``[12 s, usually 60 s]`` where ``usual_s`` says how long it takes. No bound."""
+    """Shows ``what: detail [12 s]``; with ``usual_s``, how long it takes mostly, ``[12 s, usually 60 s]``."""
 
     def __init__(self, what: str, usual_s: float | None = None, stream: TextIO | None = None) -> None:
         self.what = what
