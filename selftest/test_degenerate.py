@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagglab.config.schema import SloSection
@@ -31,6 +31,7 @@ from disagglab.stats.verdict import gate_p, judge, noise_floor
 EXTREME = [0.0, 1.0, 1.0, 2.0, -1.0, 5e-324, 1e-300, 1e300, math.inf, math.nan]
 figures = st.sampled_from(EXTREME) | st.floats()
 sizes = st.sampled_from([0, 1, 1, 2, 2**62])
+unhurried = settings(deadline=None)  # a busy machine is no finding
 LINK = LineFit(0.001, (0.0, 0.002), 1e9, (1e8, 1e10), 1.0, 9)
 
 
@@ -44,18 +45,21 @@ def finite_or_refused(ask: Any) -> None:
     assert not any(isinstance(value, float) and math.isnan(value) for value in flat), answer
 
 
+@unhurried
 @given(st.lists(st.tuples(figures, figures), max_size=6))
 def test_a_line(points: list[tuple[float, float]]) -> None:
     """Transfer times against sizes."""
     finite_or_refused(lambda: linefit.fit([x for x, _ in points], [y for _, y in points]))
 
 
+@unhurried
 @given(st.lists(st.builds(ReadTime, sizes, sizes, figures), max_size=6))
 def test_scattered_reads(points: list[ReadTime]) -> None:
     """Read times against sizes and pieces."""
     finite_or_refused(lambda: scattered_reads.fit(points))
 
 
+@unhurried
 @given(st.lists(st.lists(figures, max_size=3), max_size=3))
 def test_repeats_of_reads(repeats: list[list[float]]) -> None:
     """The probe's rows, with too few repeats."""
@@ -63,6 +67,7 @@ def test_repeats_of_reads(repeats: list[list[float]]) -> None:
     finite_or_refused(lambda: len(scattered_reads.points(rows)))
 
 
+@unhurried
 @given(st.lists(st.tuples(figures, figures), max_size=6), st.sampled_from(["better", "not worse"]))
 def test_verdicts(pairs: list[tuple[float, float]], want: Any) -> None:
     """Pairs of figures, one a round."""
@@ -71,12 +76,14 @@ def test_verdicts(pairs: list[tuple[float, float]], want: Any) -> None:
     finite_or_refused(lambda: noise_floor(pairs))
 
 
+@unhurried
 @given(st.lists(st.sampled_from(EXTREME), max_size=9))
 def test_change_points(values: list[float]) -> None:
     """Medians of sessions."""
     finite_or_refused(lambda: len(changepoint.find(values)))
 
 
+@unhurried
 @given(
     st.lists(st.builds(PrefillTime, st.sampled_from([64, 128]), figures, figures), max_size=3),
     st.lists(st.builds(StepTime, st.sampled_from([1, 2]), st.just(64.0), figures), max_size=3),
@@ -97,6 +104,7 @@ def run_of(count: int, time_s: float, tokens: int, ledger: Ledger | None = None)
     )  # fmt: skip
 
 
+@unhurried
 @given(
     st.integers(0, 2), st.sampled_from([0.0, 1.0]), st.integers(1, 2), st.sampled_from(["", "main", "steady"])
 )
