@@ -10,11 +10,11 @@ PLAIN_INTERVAL_S = 15.0  # between two lines when the output is a file or a CI l
 
 
 class ProgressLine:
-    """Shows ``what: detail [elapsed / budget]``."""
+    """Shows ``what: detail [12 s]``; with ``usual_s``, how long it takes mostly, ``[12 s, usually 60 s]``."""
 
-    def __init__(self, what: str, budget_s: float | None = None, stream: TextIO | None = None) -> None:
+    def __init__(self, what: str, usual_s: float | None = None, stream: TextIO | None = None) -> None:
         self.what = what
-        self.budget_s = budget_s
+        self.usual_s = usual_s
         self._stream = stream or sys.__stderr__ or sys.stderr
         self._tty = self._stream.isatty()
         self._start = time.monotonic()
@@ -29,8 +29,8 @@ class ProgressLine:
     def show(self, detail: str) -> None:
         """Show the present state; a log gets a line when the state changes or the interval has passed."""
         now = time.monotonic()
-        budget = f" / {self.budget_s:.0f}" if self.budget_s else ""
-        text = f"{self.what}: {detail} [{self.elapsed_s:.0f}{budget} s]"
+        usual = f", usually {self.usual_s:.0f} s" if self.usual_s else ""
+        text = f"{self.what}: {detail} [{self.elapsed_s:.0f} s{usual}]"
         if self._tty:
             self._stream.write(f"\r\x1b[2K{text}")
         elif detail != self._last_detail or now - self._last_shown >= PLAIN_INTERVAL_S:

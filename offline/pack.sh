@@ -28,7 +28,7 @@ for wheel in "$work"/whl/*.whl; do unzip -q -o "$wheel" -d "$work/site"; done
 # FlashAttention 2, MLA, MoE-only and Blackwell kernels: a dense Llama on Hopper runs without them.
 cd "$work/site"
 rm -rf vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so vllm/vllm-rs vllm/third_party/deep_gemm \
-    vllm/third_party/fmha_sm100 vllm/_qutlass_C* vllm/_flashmla* nixl_ep_cu13
+    vllm/third_party/fmha_sm100 vllm/_qutlass_C* vllm/_flashmla*
 find . -name __pycache__ -prune -exec rm -rf {} +
 find . -name '*.a' -delete
 cd "$work"

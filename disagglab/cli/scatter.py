@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from disagglab.cli import command, words
-from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.errors import ConfigError, InvalidRun, LabError, Problem
 
 if TYPE_CHECKING:
     from disagglab.config.schema import Lab
@@ -214,7 +214,7 @@ def screen(lab: Lab, wanted: Sequence[Read], repeats: int, threads: int | None) 
         raise LabError(f"{len(wanted)} kinds of reads were asked for, {len(rows)} reported; run it again")
     try:
         fitted = scattered_reads.fit(scattered_reads.points(rows))
-    except ValueError:  # too few shapes were asked for
+    except InvalidRun:  # too few shapes were asked for
         fitted = None
     return Screen(lab.name, nixlprobe.environment(lab, lab.decode[0]), command, rows, fitted)
 

@@ -126,7 +126,7 @@ def alone_on(topology: Topology, run: Run) -> tuple[PrefillTime, StepTime]:
     """TTFT of prompts that came one at a time, and the steps between their tokens.
 
     Raises:
-        InvalidRun: if the run has no readings of its servers' counters.
+        InvalidRun: if the run has no readings of its servers' counters, or no gap between two tokens.
     """
     if run.readings is None:
         raise InvalidRun(f"{run.topology}: the run has no counters, so what the server counts is not known")
@@ -136,8 +136,10 @@ def alone_on(topology: Topology, run: Run) -> tuple[PrefillTime, StepTime]:
         for server in topology.servers
     )
     length, output = run.workload.prompt_tokens, run.workload.output_tokens
-    outside = (sum(run.ttft_s) - counted) / len(run.ttft_s)
     gaps = [gap for one in run.itl_s for gap in one]
+    if not gaps:
+        raise InvalidRun(f"{run.topology}: no answer has two tokens, so the time of a step is not known")
+    outside = (sum(run.ttft_s) - counted) / len(run.ttft_s)
     return (
         PrefillTime(length, statistics.median(run.ttft_s), outside),
         StepTime(1, length + output / 2, statistics.median(gaps)),
@@ -148,10 +150,10 @@ def handed_over(run: Run) -> HandedTime:
     """TTFT of prompts that came one at a time and crossed the link, and their transfers.
 
     Raises:
-        InvalidRun: if the run was not proved.
+        InvalidRun: if the run was not proved, or nothing was transferred in it.
     """
     book = run.ledger
-    if book is None:
+    if book is None or not book.transfers:
         raise InvalidRun(f"{run.topology}: the run has no ledger, so its transfers are not known")
     moved, seconds = book.kv_bytes / book.transfers, book.transfer_s / book.transfers
     return HandedTime(run.workload.prompt_tokens, statistics.median(run.ttft_s), moved, seconds)

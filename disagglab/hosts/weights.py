@@ -31,7 +31,7 @@ PACKAGE_PREFIX = "package:"
 MANIFEST = "disagglab.json"
 LOCK_DEADLINE_S = 600.0  # another run may be converting the same model on a slow machine
 CONVERSION_LIMIT_S = 900.0
-CONVERSION_BUDGET_S = 60.0  # shown beside the elapsed time, not enforced
+USUAL_CONVERSION_S = 60.0  # shown beside the elapsed time, not enforced
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _from_package(wanted: _Wanted, progress: ProgressLine | None) -> Model:
     key = hashlib.sha256(f"{package} {version} {model.dtype} {transformers}".encode()).hexdigest()[:8]
     folder = cache_folder() / "models" / f"{name}-{model.dtype}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    line = progress or ProgressLine(f"model {name}", CONVERSION_BUDGET_S)
+    line = progress or ProgressLine(f"model {name}", USUAL_CONVERSION_S)
     lock = filelock.FileLock(f"{folder}.lock")
     try:
         lock.acquire(timeout=0)

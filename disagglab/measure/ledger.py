@@ -26,6 +26,7 @@ TRANSFERS = "vllm:nixl_bytes_transferred_count"
 TRANSFER_TIME = "vllm:nixl_xfer_time_seconds_sum"
 FAILED = "vllm:nixl_num_failed_transfers_total"
 FAILED_NOTIFICATIONS = "vllm:nixl_num_failed_notifications_total"
+NOTIFICATIONS_APART_UNTIL = (0, 30)  # the last vLLM release whose FAILED does not hold them; see failures
 EXPIRED = "vllm:nixl_num_kv_expired_reqs_total"
 FINISHED = "vllm:request_success_total"
 PROMPT_TOKENS = "vllm:prompt_tokens_total"
@@ -118,6 +119,22 @@ def _delta(before: Reading, after: Reading, server: str, name: str, **labels: st
     return delta(before.snapshots[server], after.snapshots[server], name, **labels)
 
 
+def failures(version: str, transfers: int, notifications: int) -> int:
+    """Failed transfers and notifications of one server, each counted once.
+
+    Args:
+        version: of vLLM. Up to 0.30 ``vllm:nixl_num_failed_transfers`` leaves notifications out; from 0.31 on
+            it counts them (and failed handshakes) too, and the other counter is "retained for compatibility".
+            Source: ``NixlPromMetrics.observe`` in
+            ``vllm/distributed/kv_transfer/kv_connector/v1/nixl/stats.py`` of 0.26.0, 0.30.0 and 0.31.0.
+        transfers: growth of FAILED.
+        notifications: growth of FAILED_NOTIFICATIONS.
+    """
+    release = tuple(int(part) for part in version.split(".")[:2])
+    apart = release <= NOTIFICATIONS_APART_UNTIL
+    return transfers + notifications if apart else max(transfers, notifications)
+
+
 def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
     """What the counters grew by between two readings of the same processes.
 
@@ -144,7 +161,10 @@ def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
         kv_bytes=round(total(connected, BYTES)),
         transfers=round(total(connected, TRANSFERS)),
         transfer_s=total(connected, TRANSFER_TIME),
-        failed=round(total(connected, FAILED) + total(connected, FAILED_NOTIFICATIONS)),
+        failed=sum(
+            failures(topology.version, *(round(total([name], one)) for one in (FAILED, FAILED_NOTIFICATIONS)))
+            for name in connected
+        ),
         expired=round(total(connected, EXPIRED)),
         external_tokens=round(total(decode, BY_SOURCE, source="external_kv_transfer")),
         computed_tokens=round(total(decode, BY_SOURCE, source="local_compute")),

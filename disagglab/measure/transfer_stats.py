@@ -56,7 +56,7 @@ def of(run: Run) -> Moved:
     Raises:
         InvalidRun: if the run has no readings, or no KV moved in it.
     """
-    if run.readings is None or run.ledger is None or not run.ledger.transfers:
+    if run.readings is None or run.ledger is None or not run.ledger.transfers or not run.ledger.kv_bytes:
         raise InvalidRun(f"{run.topology}: no transfer was counted in this run of {run.workload.name}")
     before, after = run.readings
     return Moved(

@@ -19,6 +19,7 @@ from functools import cached_property
 from disagglab.config.arrivals import arrivals
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Workload
+from disagglab.errors import InvalidRun
 from disagglab.predict import breakeven, breakeven_points, simulation
 from disagglab.predict.breakeven import Cluster, Point
 from disagglab.predict.breakeven_points import MOST_REQUESTS, MOST_USE, Budget
@@ -61,8 +62,15 @@ class Goodput:
 
 
 def seen(run: Run) -> Served:
-    """The requests of a measured run."""
-    return Served(run.ttft_s, tuple(metrics.tpot_s(run)), run.e2e_s, run.duration_s)
+    """The requests of a measured run.
+
+    Raises:
+        InvalidRun: if there is none, or an answer has one token and so no time per token.
+    """
+    tpot = metrics.tpot_s(run)
+    if not tpot or len(tpot) < len(run.ttft_s):
+        raise InvalidRun(f"{run.topology}: {len(tpot)} of {len(run.ttft_s)} answers have two tokens or more")
+    return Served(run.ttft_s, tuple(tpot), run.e2e_s, run.duration_s)
 
 
 def goodput(run: Served, slo: SloSection, slack: float = 1.0) -> Goodput:

@@ -7,11 +7,13 @@ own, however few bytes it has.
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from disagglab import text
+from disagglab.errors import InvalidRun
 from disagglab.kv.layout import KvLayout
 
 LEAST_POINTS = 4  # one more than there are constants
@@ -63,23 +65,29 @@ def fit(points: Sequence[ReadTime]) -> ScatterFit:
     ones (Lawson and Hanson's NNLS).
 
     Raises:
-        ValueError: with fewer than four points, one size only, or one number of pieces only.
+        InvalidRun: with fewer than four points, one size only, one number of pieces only, a figure that is
+            not positive and finite, or where no constant is above 0.
     """
     import numpy as np
     import scipy.optimize
 
     sizes, counts = {point.bytes for point in points}, {point.pieces for point in points}
     if len(points) < LEAST_POINTS or len(sizes) < 2 or len(counts) < 2:
-        raise ValueError(
+        raise InvalidRun(
             f"{len(points)} points of {len(sizes)} sizes and {len(counts)} numbers of pieces decide no"
             f" fit; {LEAST_POINTS} of two and two are needed"
         )
+    if not all(_usable(value) for one in points for value in (one.bytes, one.pieces, one.seconds)):
+        raise InvalidRun(f"bytes, pieces and seconds of a read must be positive and finite: {list(points)}")
     table = np.array([[1.0, point.pieces, point.bytes] for point in points])
     table /= np.array([[point.seconds] for point in points])
     scale = table.max(axis=0)  # columns of like size, for the arithmetic's sake
     found, _ = scipy.optimize.nnls(table / scale, np.ones(len(points)))
     latency, per_piece, per_byte = (float(constant) for constant in found / scale)
-    factors = [max(share, 1 / share) for share in map(float, table @ (found / scale))]
+    shares = [float(share) for share in table @ (found / scale)]
+    if not all(map(_usable, shares)):
+        raise InvalidRun(f"no constants fit these reads: {list(points)}")
+    factors = [max(share, 1 / share) for share in shares]
     return ScatterFit(
         latency_s=latency,
         per_piece_s=per_piece,
@@ -90,16 +98,21 @@ def fit(points: Sequence[ReadTime]) -> ScatterFit:
     )
 
 
+def _usable(value: float) -> bool:
+    """Whether it is positive, and neither it nor its reciprocal is too large for a number."""
+    return 1 / sys.float_info.max < value < sys.float_info.max
+
+
 def points(rows: Sequence[Mapping[str, Any]]) -> list[ReadTime]:
     """The probe's rows (:func:`disagglab.measure.oracles.nixlprobe.between_nodes`) of single reads as points.
 
     The first repeat of a row is left out: it also connects, or maps memory.
 
     Raises:
-        ValueError: if a row has one repeat only.
+        InvalidRun: if a row has one repeat only.
     """
     if any(len(row["seconds"]) < 2 for row in rows):
-        raise ValueError("the first repeat of a read does not count; two are needed")
+        raise InvalidRun("the first repeat of a read does not count; two are needed")
     single = [row for row in rows if row["at_once"] == 1]
     return [ReadTime(row["bytes"], row["pieces"], statistics.median(row["seconds"][1:])) for row in single]
 

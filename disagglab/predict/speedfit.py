@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from disagglab.errors import InvalidRun
 from disagglab.predict.breakeven import Prefill, Speeds, Step
 from disagglab.results.records import Run
 from disagglab.stats.linefit import LineFit
@@ -49,9 +50,19 @@ def fit_speeds(
 ) -> Speeds:
     """All speeds. What a request costs outside the engine, and what the hand-over costs, are medians over
     the lengths: of what the server does not count, and of what TTFT has beside all else.
+
+    Raises:
+        InvalidRun: if a kind of measurement is missing, no length was measured both ways, a prompt took no
+            time beside what is outside the engine, or a step took none.
     """
+    if not prefills or not steps or not handed:
+        raise InvalidRun(f"speeds of {len(prefills)} prompts, {len(steps)} steps, {len(handed)} hand-overs")
     outside = max(0.0, statistics.median(one.outside_s for one in prefills))
-    computed = {one.tokens: max(one.ttft_s - outside, 0.0) for one in prefills}
+    computed = {one.tokens: one.ttft_s - outside for one in prefills}
+    if not all(seconds > 0 for seconds in computed.values()):
+        raise InvalidRun(f"prompts took no longer than the {outside:.3g} s outside the engine: {computed}")
+    if not all(one.step_s > 0 for one in steps):
+        raise InvalidRun(f"a step took no time: {list(steps)}")
     step = fit_step(steps)
     latency = max(0.0, link.latency_s)
     rest = [
@@ -63,6 +74,8 @@ def fit_speeds(
         for one in handed
         if one.tokens in computed
     ]
+    if not rest:
+        raise InvalidRun(f"no prompt of {sorted(computed)} tokens was handed over")
     prefill = fit_prefill(list(computed), list(computed.values()))
     handoff = max(0.0, statistics.median(rest))
     return Speeds(prefill, step, link.bytes_per_s, latency, outside, handoff)
@@ -101,6 +114,8 @@ def worst_factor(fitted: Sequence[float], measured: Sequence[float]) -> float:
 
 def full_gaps(run: Run) -> list[float]:
     """Gaps between tokens that lie wholly in the time in which all requests of a run decode, s."""
+    if not run.start_s:
+        return []
     begin = max(start + ttft for start, ttft in zip(run.start_s, run.ttft_s, strict=True))
     end = min(start + e2e for start, e2e in zip(run.start_s, run.e2e_s, strict=True))
     found = []

@@ -35,6 +35,7 @@ from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, resume
 from disagglab.results.recorder import Recorder, timing_into
 from disagglab.results.run_folder import Store
+from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.topology import (
     DISAGGREGATED,
     REPLICATED,
@@ -45,8 +46,6 @@ from disagglab.serving.topology import (
     Topology,
     require_memory_for,
 )
-
-START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +143,7 @@ def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) 
         for each in started:
             each.launch()
         for each in started:
-            each.wait(live.progress(f"servers{each.tag}", START_BUDGET_S))
+            each.wait(live.progress(f"servers{each.tag}", USUAL_START_S))
     for each in started:
         for server in each.servers:
             name = f"{server.name}{each.tag}"

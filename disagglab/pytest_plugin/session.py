@@ -58,9 +58,9 @@ class Session:
         """Whether all tests of servers share this process: the lab's servers, routers, load engine."""
         return process == LOAD or any(process in one.process_names for one in self.deployments)
 
-    def progress(self, what: str, budget_s: float | None = None) -> ProgressLine:
-        """A progress line on the terminal."""
-        return ProgressLine(what, budget_s, self.terminal)
+    def progress(self, what: str, usual_s: float | None = None) -> ProgressLine:
+        """A progress line on the terminal; ``usual_s``: how long that takes mostly, shown beside the time."""
+        return ProgressLine(what, usual_s, self.terminal)
 
     def add_claim(self, module: str, readme: Path, claim: Claim) -> None:
         """Note how a test ended, under its learning module."""

@@ -78,7 +78,7 @@ def kept_rate(run: Run) -> float | None:
     if arriving < LEAST_ANSWERS * usual:
         return None
     answering = max(run.start_s[i] + run.e2e_s[i] for i in main) - min(starts) - usual
-    return arriving / answering
+    return arriving / answering if answering > 0 else None
 
 
 def saturated(run: Run) -> bool:

@@ -13,6 +13,7 @@ from disagglab.progress import ProgressLine
 from disagglab.serving.service import POLL_S
 from disagglab.serving.vllm import VllmServer, post_mortem
 
+USUAL_START_S = 60.0  # shown beside the elapsed time of a start, not enforced
 CPU_PROGRESS_S = 0.05  # CPU time between two looks that counts as a sign of life
 
 
@@ -34,7 +35,7 @@ class _Watch:
 
 
 def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> None:
-    """Return when every server is ready; show phase, elapsed time and budget while they boot.
+    """Return when every server is ready; show phase and elapsed time while they boot.
 
     Raises:
         StartError: at once when one dies (likely cause, last log lines), shows no sign of life for

@@ -18,7 +18,7 @@ from disagglab import waiting
 from disagglab.agent.supervisor import MEMORY
 from disagglab.errors import InvalidRun
 from disagglab.hosts.host import HostProcess
-from disagglab.serving.causes import CHILD_ENDED, cause_of
+from disagglab.serving.causes import CHILD_ENDED, cause_of, last_words
 from disagglab.serving.service import read_tail
 
 LOG_LINES = 2000  # of a log's end: an engine's error stands above one traceback a request that it took along
@@ -141,7 +141,7 @@ def told(process: HostProcess, lines: Sequence[str], what: str = "") -> Death:
     when = f" at {time.strftime('%H:%M:%S', time.localtime(ended['ended_s']))}" if "ended_s" in ended else ""
     role = f", {what}" if what else ""
     line = f"{process.name}{role} (pid {process.identity.pid}{where}) died{when}: {how}"
-    error = last_error(lines) or (lines[-1].strip() if lines and code and not number else "")
+    error = last_error(last_words(lines)) or (lines[-1].strip() if lines and code and not number else "")
     return Death(process.name, line, error, cause, mend, process.log)
 
 
@@ -184,4 +184,4 @@ def _cause(ended: Mapping[str, Any], number: int, lines: Sequence[str]) -> tuple
         return STARVED
     if ended.get("reason") != MEMORY and number in SIGNALS:
         return SIGNALS[signal.Signals(number)]
-    return cause_of("\n".join(lines))
+    return cause_of(lines)

@@ -308,5 +308,5 @@ def phase_of(lines: list[str]) -> str:
 def post_mortem(log: Path) -> str:
     """Likely cause, mend and the last lines of a server's log that does not come up."""
     lines = read_tail(log, LOG_TAIL_LINES)
-    cause, mend = cause_of("\n".join(read_tail(log, 400)))
+    cause, mend = cause_of(read_tail(log, 400))
     return f"likely cause: {cause}\nmend: {mend}\nlast {len(lines)} lines of {log}:\n" + "\n".join(lines)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from disagglab.errors import InvalidRun
 from disagglab.stats.verdict import CONFIDENCE, holm
 
 MIN_SIDE = 3  # values on each side of a change point
@@ -65,10 +66,10 @@ def find(values: Sequence[float]) -> tuple[ChangePoint, ...]:
     """The confirmed change points of a series, in order.
 
     Raises:
-        ValueError: if there are fewer than ``MIN_VALUES`` values, or one is not positive and finite.
+        InvalidRun: if there are fewer than ``MIN_VALUES`` values, or one is not positive and finite.
     """
     if len(values) < MIN_VALUES:
-        raise ValueError(f"{len(values)} values are too few for a change point; {MIN_VALUES} are needed")
+        raise InvalidRun(f"{len(values)} values are too few for a change point; {MIN_VALUES} are needed")
     logs = np.array(_logs(values))
     proposed = propose(logs)
     edges = [0, *proposed, len(logs)]
@@ -85,7 +86,7 @@ def segments(values: Sequence[float], indices: Sequence[int]) -> list[Segment]:
     """The pieces between change points at ``indices``.
 
     Raises:
-        ValueError: if a value is not positive and finite.
+        InvalidRun: if a value is not positive and finite.
     """
     logs = _logs(values)
     edges = [0, *indices, len(logs)]
@@ -110,7 +111,7 @@ def propose(logs: Any) -> list[int]:
 
 def _logs(values: Sequence[float]) -> list[float]:
     if not all(math.isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"values must be positive and finite: {list(values)}")
+        raise InvalidRun(f"values must be positive and finite: {list(values)}")
     return [math.log(value) for value in values]
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from disagglab.errors import InvalidRun
 
 CONFIDENCE = 0.95
 
@@ -31,17 +35,25 @@ def fit(sizes: Sequence[float], times_s: Sequence[float]) -> LineFit:
     """Least squares through (bytes, seconds).
 
     Raises:
-        ValueError: with fewer than three points, with one size only, or if time does not grow with size.
+        InvalidRun: with fewer than three points, with one size only, if a figure is not a finite number or
+            too large or small for a line, or if time does not grow with size.
     """
+    import numpy as np
     import scipy.stats
 
     if len(sizes) < 3 or len(set(sizes)) < 2:
-        raise ValueError(
+        raise InvalidRun(
             f"{len(sizes)} points of {len(set(sizes))} sizes decide no line; three of two are needed"
         )
-    line = scipy.stats.linregress(sizes, times_s)
-    if line.slope <= 0:
-        raise ValueError(f"time does not grow with size: slope {line.slope:g} s/B")
+    if not all(math.isfinite(value) for value in (*sizes, *times_s)):
+        raise InvalidRun(f"a line needs finite sizes and times: {list(zip(sizes, times_s, strict=True))}")
+    with np.errstate(all="ignore"):
+        line = scipy.stats.linregress(sizes, times_s)
+    constants = (line.slope, line.intercept, line.stderr, line.intercept_stderr, line.rvalue)
+    if not all(map(math.isfinite, constants)):
+        raise InvalidRun(f"sizes from {min(sizes):g} to {max(sizes):g} B decide no line: {constants}")
+    if line.slope <= 1 / sys.float_info.max:
+        raise InvalidRun(f"time does not grow with size: slope {line.slope:g} s/B")
     width = float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(sizes) - 2))
     low, high = line.slope - width * line.stderr, line.slope + width * line.stderr
     spread = width * line.intercept_stderr

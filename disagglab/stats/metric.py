@@ -6,7 +6,7 @@ A metric is defined here and nowhere else. What METRICS lists is a figure of eve
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -83,15 +83,22 @@ def of_stream(name: str, stream: str) -> str:
 
 
 def _attainment(run: Answers) -> float | None:
-    return None if run.good is None else run.good / len(run.ttft_s)
+    return run.good / len(run.ttft_s) if run.good is not None and run.ttft_s else None
 
 
 def _goodput(run: Answers) -> float | None:
-    return None if run.good is None else run.good / run.duration_s
+    return run.good / run.duration_s if run.good is not None and run.duration_s > 0 else None
 
 
 def _transfer_share(run: Answers) -> float | None:
-    return None if run.transfer_s is None else run.transfer_s / statistics.fmean(run.ttft_s)
+    waited_s = math.fsum(run.ttft_s)
+    return (
+        run.transfer_s * len(run.ttft_s) / waited_s if run.transfer_s is not None and waited_s > 0 else None
+    )
+
+
+def _throughput(run: Answers) -> float | None:
+    return sum(run.output_tokens) / run.duration_s if run.duration_s > 0 else None
 
 
 _OF_A_RUN: tuple[Metric[Answers], ...] = (
@@ -100,10 +107,7 @@ _OF_A_RUN: tuple[Metric[Answers], ...] = (
     Metric("itl_p50", "s", "lower", lambda run: percentile(run.gaps_s, 50), gated=False),
     Metric("itl_p99", "s", "lower", lambda run: percentile(run.gaps_s, 99)),
     Metric("e2e_p50", "s", "lower", lambda run: percentile(run.e2e_s, 50)),
-    Metric(
-        "output_tokens_per_s", "tokens/s", "higher",
-        lambda run: sum(run.output_tokens) / run.duration_s,
-    ),
+    Metric("output_tokens_per_s", "tokens/s", "higher", _throughput),
     Metric(
         "slo_attainment", "share of sent", "higher", _attainment,
         by_stream=False, needs_slo=True, share=True,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +25,7 @@ POWER = 0.80
 
 Outcome = Literal["better", "worse", "equivalent", "undecided"]
 Want = Literal["better", "not worse"]
+LARGEST_LOG = math.log(sys.float_info.max)
 EXACT_FLIPS = 16  # rounds up to which all 2^n sign patterns are tried
 
 
@@ -77,7 +79,18 @@ def _log_ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
         raise InvalidRun("no pair of valid runs to compare")
     if not all(math.isfinite(value) and value > 0 for pair in pairs for value in pair):
         raise InvalidRun(f"values must be positive and finite: {pairs}")
-    return [math.log(candidate / baseline) for baseline, candidate in pairs]
+    return [_log_ratio(candidate, baseline) for baseline, candidate in pairs]
+
+
+def _log_ratio(candidate: float, baseline: float) -> float:
+    ratio = candidate / baseline
+    exact = 0 < ratio < math.inf  # else it is too small or too large for a number, its logarithm is not
+    return math.log(ratio) if exact else math.log(candidate) - math.log(baseline)
+
+
+def _ratio(log: float) -> float:
+    """Ratio - 1 of a log-ratio; infinite where that is too large for a number."""
+    return math.expm1(log) if log < LARGEST_LOG else math.inf
 
 
 def _sample(ratios: Sequence[float]) -> _Sample:
@@ -102,11 +115,11 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
     if sample.n < 2:
         reason = "one round has no spread; run more rounds"
         return Verdict(
-            "undecided", math.expm1(sample.mean), -1.0, math.inf, sample.n, margin, None, 1.0, 1.0, reason
+            "undecided", _ratio(sample.mean), -1.0, math.inf, sample.n, margin, None, 1.0, 1.0, reason
         )
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1))
     low, high = sample.mean - t * sample.error, sample.mean + t * sample.error
-    detectable = math.expm1((t + float(stats.t.ppf(POWER, sample.n - 1))) * sample.error)
+    detectable = _ratio((t + float(stats.t.ppf(POWER, sample.n - 1))) * sample.error)
     bound = math.log1p(margin)
     outcome: Outcome
     if -bound <= low and high <= bound:
@@ -121,9 +134,9 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
         reason += f"; underpowered: the smallest detectable difference, {detectable:.3g}, exceeds the margin"
     return Verdict(
         outcome=outcome,
-        effect=math.expm1(sample.mean),
-        low=math.expm1(low),
-        high=math.expm1(high),
+        effect=_ratio(sample.mean),
+        low=_ratio(low),
+        high=_ratio(high),
         rounds=sample.n,
         margin=margin,
         smallest_detectable=detectable,
@@ -197,4 +210,4 @@ def noise_floor(pairs: Sequence[tuple[float, float]]) -> float | None:
     sample = _sample(_log_ratios(pairs))
     if sample.n < 2:
         return None
-    return math.expm1(float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1)) * sample.error)
+    return _ratio(float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1)) * sample.error)

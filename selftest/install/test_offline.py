@@ -39,6 +39,19 @@ def test_the_lab_serves_what_is_packed() -> None:
     assert packed["nixl-cu13"] == main["nixl-cu13"]
 
 
+def test_what_nixl_imports_stays_in_the_pack() -> None:
+    """Every package of the NIXL wheels is carried: nixl_ep without its backend nixl_ep_cu13 (both are in what
+    the pins download) is found by vLLM's probe, fails to import, and leaves a traceback in a healthy log.
+    """
+    wheels = [importlib.metadata.distribution(name) for name in ("nixl", "nixl-cu13")]
+    packages = {file.parts[0] for wheel in wheels for file in wheel.files or () if file.suffix == ".py"}
+    assert {"nixl", "nixl_cu13", "nixl_ep", "nixl_ep_cu13"} <= packages
+    script = (OFFLINE / "pack.sh").read_text().replace("\\\n", " ")
+    removed = [word for line in script.splitlines() if line.startswith("rm -rf") for word in line.split()[2:]]
+    assert removed, "the script removes what a dense model does without"
+    assert not packages.intersection(name.split("/")[0] for name in removed)
+
+
 @pytest.mark.parametrize("script", ["pack.sh", "install.sh"])
 def test_the_scripts_parse_and_explain_themselves(script: str) -> None:
     """Without arguments each says how it is called."""

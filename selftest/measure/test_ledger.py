@@ -138,6 +138,44 @@ def test_the_true_story_passes(name: str) -> None:
     assert book.cached_tokens == (128 if name == HELD else 0)
 
 
+def exposed(transfers: int, notifications: int, release: str) -> str:
+    """NIXL's two failure counters as that release writes them, behind the metrics that every scrape needs."""
+    note = ", including handshake and notification failures" if release == "0.31.0" else ""
+    return f"""\
+# HELP vllm:nixl_num_failed_transfers_total Number of failed NIXL KV Cache transfers{note}.
+# TYPE vllm:nixl_num_failed_transfers_total counter
+vllm:nixl_num_failed_transfers_total{{engine="0",model_name="M"}} {transfers}.0
+# HELP vllm:nixl_num_failed_notifications_total Number of failed NIXL KV Cache notifications.
+# TYPE vllm:nixl_num_failed_notifications_total counter
+vllm:nixl_num_failed_notifications_total{{engine="0",model_name="M"}} {notifications}.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("release", "transfers", "notifications", "failed"),
+    [("0.26.0", 2, 3, 5), ("0.30.0", 0, 3, 3), ("0.31.0", 5, 3, 5), ("0.31.0", 3, 3, 3), ("0.31.0", 0, 0, 0)],
+)
+def test_a_failed_notification_is_counted_once(
+    release: str, transfers: int, notifications: int, failed: int
+) -> None:
+    """Two failed transfers and three notifications are five, whether or not the release adds them up itself;
+    the texts are in the form that 0.30.0 and 0.31.0 expose.
+    """
+    true = story(DISAGGREGATED)
+    zero, grown = (
+        prometheus.parse("b", "u", exposed(*counts, release)).samples
+        for counts in ((0, 0), (transfers, notifications))
+    )
+    readings = []
+    for reading, counted in ((true.before, zero), (true.after, grown)):
+        one = reading.snapshots["b"]
+        kept = tuple(row for row in one.samples if row[0] not in (ledger.FAILED, ledger.FAILED_NOTIFICATIONS))
+        snapshots = {**reading.snapshots, "b": replace(one, samples=kept + counted)}
+        readings.append(replace(reading, snapshots=snapshots))
+    topology = replace(true.topology, version=release)
+    assert ledger.compare(topology, *readings).failed == failed
+
+
 WRONG: list[tuple[str, dict[str, float], type[Exception], str]] = [
     (DISAGGREGATED, {"b__BYTES": 4 * BLOCK_BYTES - 1}, TransferError, "bytes moved"),
     (DISAGGREGATED, {"b__BYTES": 0}, TransferError, "bytes moved"),

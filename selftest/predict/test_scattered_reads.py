@@ -15,7 +15,7 @@ from disagglab.cli.main import main
 from disagglab.cli.scatter import Screen
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import TransportSection
-from disagglab.errors import ConfigError
+from disagglab.errors import ConfigError, InvalidRun
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import layout
 from disagglab.measure.oracles import nixlprobe
@@ -88,7 +88,7 @@ def test_a_misfit_shows() -> None:
 )
 def test_too_few_shapes_are_refused(shapes: list[tuple[int, int]]) -> None:
     """Three points, one size, or one number of pieces decide nothing."""
-    with pytest.raises(ValueError, match="decide no fit"):
+    with pytest.raises(InvalidRun, match="decide no fit"):
         fit([ReadTime(size, pieces, time_s(size, pieces)) for size, pieces in shapes])
 
 
@@ -96,7 +96,7 @@ def test_points_are_medians_of_single_reads_after_the_first() -> None:
     """The first repeat connects; reads at once belong to another law."""
     rows = [row(Read(MIB), [9.0, 1.0, 2.0, 3.0]), row(Read(MIB, 1, 4), [9.0, 8.0])]
     assert scattered_reads.points(rows) == [ReadTime(MIB, 1, 2.0)]
-    with pytest.raises(ValueError, match="first repeat"):
+    with pytest.raises(InvalidRun, match="first repeat"):
         scattered_reads.points([row(Read(MIB), [1.0])])
 
 

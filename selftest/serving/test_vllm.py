@@ -19,6 +19,7 @@ from disagglab.hosts.weights import Model
 from disagglab.progress import ProgressLine
 from disagglab.serving import router
 from disagglab.serving.boot import wait_ready
+from disagglab.serving.causes import CAUSES, causes_of
 from disagglab.serving.vllm import (
     ServerPlan,
     VllmServer,
@@ -28,6 +29,7 @@ from disagglab.serving.vllm import (
     require_memory,
 )
 
+LOGS = Path(__file__).parent / "logs"
 PYTHON = "/opt/vllm/bin/python"
 MODEL = Model("M", Path("/models/m"), {"max_position_embeddings": 8192})
 
@@ -113,30 +115,80 @@ def test_phases_are_read_from_the_log(line: str, phase: str) -> None:
     assert phase_of([line]) == phase
 
 
+HEALTHY = sorted(LOGS.glob("healthy-*.log"))
+FAILED = {
+    "failed-option.log": "does not know an option",
+    "failed-model-folder.log": "model is missing",
+    "failed-model-empty.log": "model is missing",
+    "failed-port.log": "a port is taken",
+}
+DIED = "(EngineCore pid=9) ERROR 11-28 09:41:10 [core.py:1330] "
+
+
+@pytest.mark.parametrize("log", HEALTHY, ids=lambda log: log.name)
+def test_a_healthy_log_names_no_cause(log: Path) -> None:
+    """What servers logged and lived on after is no cause: warnings, import probes with their tracebacks, a
+    transfer and a request that failed. The logs are of vLLM 0.31.0; healthy-handled-errors.log has a probe of
+    nixl_ep without nixl_ep_cu13, and after "startup complete" two failures written in by hand.
+    """
+    assert len(log.read_text().splitlines()) > 60
+    assert causes_of(log.read_text().splitlines()) == []
+
+
+@pytest.mark.parametrize(("log", "cause"), FAILED.items())
+def test_a_log_of_a_failed_start_names_one_cause(log: str, cause: str) -> None:
+    """Whole logs of vLLM 0.31.0: an unknown option, a folder that is missing or empty, a taken port."""
+    (found,) = causes_of((LOGS / log).read_text().splitlines())
+    assert cause in found[0]
+
+
 @pytest.mark.parametrize(
     ("line", "cause"),
     [
         ("torch.OutOfMemoryError: CUDA out of memory.", "out of memory"),
+        ("Killed", "out of memory"),
+        (f"{DIED}ValueError: No available memory for the cache blocks. Try", "out of memory"),
+        (f"{DIED}ValueError: (0.5 GiB KV cache is needed, which is larger than the available KV cache memory",
+         "out of memory"),
+        (f"{DIED}is less than desired GPU memory utilization (0.9, 70 GiB).", "out of memory"),
         ("OSError: [Errno 98] Address already in use", "a port is taken"),
-        ("RuntimeError: NIXL is not available", "NIXL"),
+        (f"{DIED}zmq.error.ZMQError: Address already in use (addr='tcp://*:5557')", "a port is taken"),
+        (f"{DIED}RuntimeError: NIXL is not available", "NIXL"),
+        ("ModuleNotFoundError: No module named 'nixl_cu13'", "NIXL"),
+        (f"{DIED}nixl_cu13._bindings.nixlBackendError: NIXL_ERR_BACKEND", "NIXL"),
+        ("ImportError: detected CUDA 13 but nixl-cu13 is not installed", "NIXL"),
         ("OSError: /m does not appear to have a file named config.json", "model is missing"),
+        (f"{DIED}RuntimeError: Cannot find any model weights with `/m`", "model is missing"),
         ("vllm serve: error: unrecognized arguments: --enforce-eagr", "does not know an option"),
+        ("Fatal Python error: Illegal instruction", "this CPU lacks"),
         (
             "disagg-lab: ended by its supervisor: MemAvailable fell below 0.5 GiB ([memory] stop_gib)",
             "before the host stalled",
         ),
         ("something new", "not recognised"),
     ],
-)
+)  # fmt: skip
 def test_a_dead_servers_log_names_the_likely_cause(tmp_path: Path, line: str, cause: str) -> None:
-    """The last 40 lines are shown, with cause and mend in front."""
+    """At the end of a healthy log one line decides, and fits one cause; the last 40 lines are shown, with
+    cause and mend in front.
+    """
     log = tmp_path / "vllm-a.log"
-    log.write_text("\n".join(["noise"] * 100 + [line]))
+    lines = [*HEALTHY[0].read_text().splitlines(), line]
+    log.write_text("\n".join(lines))
+    assert len(causes_of(lines)) == (cause != "not recognised")
     text = post_mortem(log)
-    assert cause in text
+    assert cause in text.splitlines()[0]
     assert "mend: " in text
     assert "last 40 lines" in text
     assert text.rstrip().endswith(line)
+
+
+def test_every_cause_is_shown_by_a_failure() -> None:
+    """No entry of CAUSES is without a line above that only it fits; the test counts them."""
+    shown = {cause for log in FAILED for cause, _ in causes_of((LOGS / log).read_text().splitlines())}
+    by_line = test_a_dead_servers_log_names_the_likely_cause.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    shown |= {cause for line, _ in by_line for cause, _ in causes_of([line])}
+    assert shown == {cause for _, cause, _ in CAUSES}
 
 
 class Models(http.server.BaseHTTPRequestHandler):

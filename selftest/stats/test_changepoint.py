@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from disagglab.errors import InvalidRun
 from disagglab.stats import changepoint
 from disagglab.stats.changepoint import MIN_SIDE, NULL_DRAWS, PENALTY, find, propose, segments
 
@@ -160,7 +161,7 @@ def test_values_without_noise(values: list[float], places: list[int]) -> None:
 )
 def test_what_has_no_logarithm_or_is_too_short_is_refused(values: list[float]) -> None:
     """Never a change point from fewer than six values, nor from a value without a logarithm."""
-    with pytest.raises(ValueError, match="values"):
+    with pytest.raises(InvalidRun, match="values"):
         find(values)
 
 

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from disagglab.errors import InvalidRun
 from disagglab.stats import linefit
 
 LATENCY_S, BYTES_PER_S = 0.004, 2e9
@@ -49,5 +50,5 @@ def test_noise_larger_than_the_effect_leaves_the_bandwidth_open() -> None:
 )
 def test_what_decides_no_line_is_refused(sizes: list[float], times: list[float]) -> None:
     """Too few points, one size, or times that fall with size."""
-    with pytest.raises(ValueError, match=r"points|grow"):
+    with pytest.raises(InvalidRun, match=r"points|grow"):
         linefit.fit(sizes, times)

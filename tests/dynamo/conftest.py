@@ -23,14 +23,13 @@ from disagglab.hosts.weights import Model
 from disagglab.install.environments import dynamo_python
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.run_folder import Store
+from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.dynamo import etcd, nats
 from disagglab.serving.dynamo.deployment import PAIR_TAG, WORKERS_TAG, DynamoDeployment
 from disagglab.serving.dynamo.etcd import EtcdServer
 from disagglab.serving.dynamo.nats import NatsServer
 from disagglab.serving.dynamo.parts import AGGREGATED, KV, ROUND_ROBIN, Planes, Worker
 from disagglab.serving.topology import DISAGGREGATED, Topology
-
-START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 
 StartDynamo = Callable[..., DynamoDeployment]
 
@@ -118,7 +117,7 @@ def start_dynamo(
         with contextlib.ExitStack() as undo:
             undo.callback(deployed.stop)
             with live.uncaptured():
-                deployed.start(live.progress(f"workers{tag}", START_BUDGET_S))
+                deployed.start(live.progress(f"workers{tag}", USUAL_START_S))
             for worker in deployed.workers:
                 note(live, worker, tag)
             undo.pop_all()

@@ -11,9 +11,8 @@ from disagglab.experiments import routing
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.pytest_plugin.session import Session
+from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.topology import Deployment
-
-START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +23,7 @@ def workers(
     deployed = routing.workers(hosts, lab, weights, routing_size)
     try:
         with live.uncaptured():
-            deployed.start(live.progress("workers", START_BUDGET_S))
+            deployed.start(live.progress("workers", USUAL_START_S))
         for server in deployed.servers:
             name = f"{server.name}{routing.TAG}"
             live.store.commands[f"server {name}"] = server.plan.command
