@@ -1,4 +1,4 @@
-"""However a session ends, nothing of it is left on its hosts.
+"""However a session ends, nothing of it is left on its hosts; and what broke it is told once.
 
 Whole sessions of this suite, on real servers over SSH, are ended the hard way at different moments of their
 life. The oracle is the machine that carries the hosts: it sees every process of each from outside, so nothing
@@ -35,6 +35,7 @@ HEARTBEAT_S = 6.0
 GONE_DEADLINE_S = HEARTBEAT_S + 45.0  # silence, SIGTERM, 15 s of grace, SIGKILL
 STAGE_DEADLINE_S = 240.0
 RUNNER_DEADLINE_S = 120.0
+TOLD_LINES = 25  # of a terminal, for all that a session that broke has to say at its end
 POLL_S = 0.1
 # The moment of the end: what the session says on its terminal then.
 STAGES = ("servers: ", "load weights", "servers: ", "KV cache", "ready after")
@@ -168,6 +169,16 @@ def last_words(log: Path, moment: str) -> str:
     return f"{moment} in {log}: {log.read_text()[-500:]}"
 
 
+def session_on(stage: Stage, log: Path) -> subprocess.Popen[bytes]:
+    """A whole session of this suite on the stage's hosts, its output in ``log``."""
+    environment = {**os.environ, "DISAGGLAB_STATE": str(stage.folder / "state")}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, *SESSION, f"--lab={stage.lab_file}", f"--html={log}.html"],
+            cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recorder, way: str) -> None:
     """A session ended the hard way leaves no process, no shared memory and no lease on either host.
@@ -178,12 +189,7 @@ def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recor
     took = []
     for number, moment in zip(range(live.endings), itertools.cycle(STAGES), strict=False):
         log = stage.folder / f"{way.replace(' ', '-')}-{number}.log"
-        environment = {**os.environ, "DISAGGLAB_STATE": str(stage.folder / "state")}
-        with log.open("wb") as output:
-            runner = subprocess.Popen(
-                [sys.executable, *SESSION, f"--lab={stage.lab_file}", f"--html={log}.html"],
-                cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+        runner = session_on(stage, log)
         try:
             until(partial(has_come_to, log, moment), STAGE_DEADLINE_S, partial(last_words, log, moment))
             before = stage.pids()
@@ -205,3 +211,35 @@ def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recor
         f"time until both hosts are clear, {way}", took, "s", what="endings",
         note=f"moments: {', '.join(repr(STAGES[i % len(STAGES)]) for i in range(live.endings))}",
     )  # fmt: skip
+
+
+def test_a_server_that_dies_is_told_once(stage: Stage) -> None:
+    """An engine is killed under a session: one root cause with process and signal, a line for each test of it.
+
+    The engine is a child of the server's API process, on another host: its signal is seen there by the plugin
+    inside of vLLM, its server's end by the supervisor, and both reach the end of the terminal here.
+    """
+    log = stage.folder / "root-cause.log"
+    runner = session_on(stage, log)
+    try:
+        moment = STAGES[-1]
+        until(partial(has_come_to, log, moment), STAGE_DEADLINE_S, partial(last_words, log, moment))
+        decode = stage.pids()[stage.holders[-1]]
+        (engine,) = [pid for pid in decode if title(pid).startswith("VLLM::EngineCore")]
+        os.kill(engine, signal.SIGKILL)
+        runner.wait(RUNNER_DEADLINE_S)
+    finally:
+        runner.send_signal(signal.SIGINT if runner.poll() is None else 0)
+        runner.wait(RUNNER_DEADLINE_S)
+    text = log.read_text()
+    assert runner.returncode == pytest.ExitCode.TESTS_FAILED, text
+    assert "Traceback" not in text, text
+    _, _, end = text.partition(" root cause ")
+    assert "was ended by SIGKILL" in end, text
+    assert "because of it " in end, text
+    assert len(end.splitlines()) < TOLD_LINES, end
+
+
+def title(pid: int) -> str:
+    """What a process calls itself."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
