@@ -214,7 +214,7 @@ def test_nothing_is_left_on_the_hosts(stage: Stage, live: Session, record: Recor
 
 
 def test_a_server_that_dies_is_told_once(stage: Stage) -> None:
-    """An engine is killed under a session: one root cause with process and signal, a line for each test of it.
+    """An engine is killed under a session: one root cause with process and signal, a line for each test.
 
     The engine is a child of the server's API process, on another host: its signal is seen there by the plugin
     inside of vLLM, its server's end by the supervisor, and both reach the end of the terminal here.
