@@ -21,7 +21,7 @@ from disagglab.paths import REPORTS, ROOT
 from disagglab.pytest_plugin.causes import BECAUSE, Cause
 from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
 from disagglab.pytest_plugin.session import Session
-from disagglab.results import fingerprint, report, resume
+from disagglab.results import fingerprint, report, resume, speed
 from disagglab.results.recorder import VIRTUAL_CLOCK
 from disagglab.results.report import Claim
 from disagglab.results.run_folder import Store, new_run_id
@@ -164,7 +164,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
         model=lab.model.id,
         commit=fingerprint.commit(),
         fingerprint=print_key,
-        speed={"before": fingerprint.speed_probe()},
+        speed={"before": speed.probe()},
     )
     return Session(
         lab=lab,
@@ -188,11 +188,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     session = config.stash.get(SESSION, None)
     if session is None:
         return []
-    probe = session.store.meta["speed"]["before"]
     return [
         f"lab: {session.lab.name} ({session.lab.file})",
-        f"run: {session.store.folder}; machine speed: copy {probe['copy_gb_per_s']:.1f} GB/s,"
-        f" matrix {probe['matrix_gflop_per_s']:.0f} GFLOP/s",
+        f"run: {session.store.folder}; machine speed: {speed.text(session.store.meta['speed']['before'])}",
     ]
 
 
@@ -363,7 +361,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     live.store.write_meta(
         root_causes=live.causes.as_rows(),
-        speed={**live.store.meta["speed"], "after": fingerprint.speed_probe()},
+        speed={**live.store.meta["speed"], "after": speed.probe()},
         exitstatus=int(session.exitstatus),
         modules={m.name: [vars(claim) for claim in m.tests] for m in live.modules.values()},
     )

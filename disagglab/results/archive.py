@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from disagglab import jsonfile
 from disagglab.errors import ConfigError, Problem
+from disagglab.results import speed
 from disagglab.results.records import FigureRow
 from disagglab.results.run_folder import META
 from disagglab.stats.metric import Direction
@@ -30,8 +31,7 @@ class HistoryRun:
     """One session as its folder tells it.
 
     ``fingerprint``: name → value, with a package's version as ``versions.NAME``. ``lab_file``: a short hash
-    of what the lab file says. ``copy_gb_per_s``: the speed probe before the session, None where there was
-    none.
+    of what the lab file says. ``copy_speed``: of memory, as the probe before the session found it.
     """
 
     run_id: str
@@ -42,7 +42,7 @@ class HistoryRun:
     lab_file: str
     key: str
     fingerprint: Mapping[str, str]
-    copy_gb_per_s: float | None
+    copy_speed: str
     figures: tuple[FigureRow, ...]
 
 
@@ -142,7 +142,7 @@ def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[Fig
         lab_file=_lab_hash(text) if isinstance(text, str) else NOT_RECORDED,
         key=str(named["fingerprint.key"]),
         fingerprint=dict(_flat({key: value for key, value in facts.items() if key != "key"})),
-        copy_gb_per_s=_copy_speed(meta.get("speed")),
+        copy_speed=_copy_speed(meta.get("speed")),
         figures=tuple(figures),
     )
 
@@ -164,10 +164,8 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str
             yield f"{prefix}{name}", str(value)
 
 
-def _copy_speed(speed: Any) -> float | None:
-    before = speed.get("before") if isinstance(speed, Mapping) else None
-    value = before.get("copy_gb_per_s") if isinstance(before, Mapping) else None
-    return float(value) if value is not None and _is_figure(value) else None
+def _copy_speed(probes: Any) -> str:
+    return speed.one(probes.get("before") if isinstance(probes, Mapping) else None, speed.COPY)
 
 
 def _figures(path: Path) -> tuple[list[FigureRow], list[Problem]]:

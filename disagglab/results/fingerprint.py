@@ -7,19 +7,14 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from disagglab.paths import ROOT
 
 PACKAGES = ("vllm", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")
-COPY_BYTES = 256 * 2**20  # several times the last-level cache of what this runs on
-MATRIX = 512
-PROBE_REPEATS = 3
 
 
 def versions() -> dict[str, str]:
@@ -70,26 +65,3 @@ def fingerprint(served: str) -> dict[str, Any]:
     }
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     return {**facts, "key": key}
-
-
-def speed_probe() -> dict[str, float]:
-    """How fast this machine is right now: best of a few memory copies (GB/s, bytes copied) and matrix
-    products (GFLOP/s).
-
-    Shared machines slow down several times over for minutes; a run is read beside its probe.
-    """
-    source = np.ones(COPY_BYTES // 8)
-    target = np.empty_like(source)
-    left = np.ones((MATRIX, MATRIX), dtype=np.float32)
-    copies, products = [], []
-    for _ in range(PROBE_REPEATS):
-        start = time.perf_counter()
-        np.copyto(target, source)
-        copies.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        left @ left
-        products.append(time.perf_counter() - start)
-    return {
-        "copy_gb_per_s": COPY_BYTES / min(copies) / 1e9,
-        "matrix_gflop_per_s": 2 * MATRIX**3 / min(products) / 1e9,
-    }

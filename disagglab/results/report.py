@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from disagglab import text
 from disagglab.config.schema import Lab
-from disagglab.results import plot
+from disagglab.results import plot, speed
 from disagglab.results.records import Record, Run, VerdictRow
 from disagglab.results.run_folder import Store
 
@@ -51,11 +51,11 @@ def lesson_html(readme: Path) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """A template of ours, with the filters ``number`` and ``percent``."""
+    """A template of ours, with the filters ``number``, ``percent`` and ``speed``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
     )
-    environment.filters.update(number=text.number, percent=text.percent)
+    environment.filters.update(number=text.number, percent=text.percent, speed=speed.text)
     return environment.get_template(name)
 
 

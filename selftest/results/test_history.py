@@ -93,7 +93,7 @@ def test_a_step_is_named_by_its_first_run(capsys: Capture, tmp_path: Path) -> No
         "commit08 → commit09",
         "lab file",
         "pytest -m disagg # 9",
-        "10.25",
+        "10.2 GB/s",
     ):
         assert text in page
 
