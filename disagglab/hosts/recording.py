@@ -340,6 +340,7 @@ def _answers(lab: Lab, nodes: Sequence[NodeSection]) -> dict[str, str]:
     addresses = [{"ifname": "IF", "mtu": 0, "addr_info": [{"local": node.kv_address} for node in nodes]}]
     return {
         "uname -s": "Linux",
+        "uname -r": "KERNEL",
         "uname -m": "x86_64",
         "command -v etcd": "etcd",
         "command -v nats-server": "nats-server",

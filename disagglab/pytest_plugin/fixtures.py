@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from disagglab.config import variant
 from disagglab.config.labs import check_against_model
 from disagglab.config.schema import Lab
-from disagglab.errors import InvalidRun
+from disagglab.errors import ConfigError, InvalidRun
 from disagglab.experiments import routing
 from disagglab.experiments.calibration import Calibration, calibrate
 from disagglab.experiments.comparison import (
@@ -23,6 +23,7 @@ from disagglab.experiments.comparison import (
     variant_rows,
     verdict_rows,
 )
+from disagglab.hosts import identity
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model, find
 from disagglab.kv import attention, modelconfig
@@ -31,7 +32,7 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.plugin import SESSION, module_of
 from disagglab.pytest_plugin.session import Session
-from disagglab.results import resume
+from disagglab.results import fingerprint, resume
 from disagglab.results.recorder import Recorder, timing_into
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import (
@@ -97,13 +98,26 @@ def hosts(live: Session) -> Iterator[Hosts]:
             found.open()
         if found.reaped:
             live.store.write_meta(reaped=found.reaped)
-        live.store.facts.update(found.survey())
+        know_lab(live, found.survey())
         live.hosts = found
         yield found
     finally:
         live.causes.look()
         live.hosts = None
         found.close()
+
+
+def know_lab(live: Session, survey: Mapping[str, Mapping[str, str]]) -> None:
+    """Complete the session's fingerprint by what its hosts are; end it, before anything is measured, if
+    ``--resume`` named sessions of another lab.
+    """
+    live.store.facts.update({title: dict(facts) for title, facts in survey.items()})
+    whole = fingerprint.of_lab(live.store.meta["fingerprint"], identity.of(live.lab, survey))
+    live.store.write_meta(fingerprint=whole)
+    try:
+        resume.require_same_lab(live.earlier, whole)
+    except ConfigError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.fixture(scope="session")

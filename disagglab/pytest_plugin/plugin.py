@@ -131,19 +131,20 @@ def _earlier(config: pytest.Config, lab: Lab) -> resume.Earlier:
     folders = [config.invocation_params.dir / name for name in config.getoption("--resume")]
     if not folders:
         return resume.Earlier()
-    print_key = fingerprint.fingerprint(lab.vllm.version)
-    return resume.read(folders, lab, config.getoption("--variant"), print_key, fingerprint.commit())
+    machine = fingerprint.of_machine(lab.vllm.version)
+    return resume.read(folders, lab, config.getoption("--variant"), machine, fingerprint.commit())
 
 
 def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> Session:
     run_id = new_run_id()
     store = Store.create(REPORTS, run_id)
-    print_key = fingerprint.fingerprint(lab.vllm.version)
+    machine = fingerprint.of_machine(lab.vllm.version)
     options = config.option
     options.htmlpath = options.htmlpath or str(store.folder / "report.html")
     options.self_contained_html = True
     options.css = [*options.css, str(report.CSS)]
-    options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{print_key['key']}"
+    # pytest-benchmark opens its storage now, before a host is reached; its files have the whole fingerprint
+    options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{machine[fingerprint.KEY]}"
     options.benchmark_autosave = options.benchmark_autosave or run_id
     options.benchmark_save_data = True
     options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")
@@ -163,7 +164,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
         lab_file=resolved_text(lab),
         model=lab.model.id,
         commit=fingerprint.commit(),
-        fingerprint=print_key,
+        fingerprint=machine,
         speed={"before": speed.probe()},
     )
     return Session(

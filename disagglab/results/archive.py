@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from disagglab import jsonfile
 from disagglab.errors import ConfigError, Problem
-from disagglab.results import speed
+from disagglab.results import fingerprint, speed
 from disagglab.results.records import FigureRow
 from disagglab.results.run_folder import META
 from disagglab.stats.metric import Direction
@@ -30,8 +30,9 @@ LAB_FILE_DIGITS = 8
 class HistoryRun:
     """One session as its folder tells it.
 
-    ``fingerprint``: name → value, with a package's version as ``versions.NAME``. ``lab_file``: a short hash
-    of what the lab file says. ``copy_speed``: of memory, as the probe before the session found it.
+    ``key``: of its fingerprint, and whether that is incomplete. ``fingerprint``: name → value, with a
+    package's version as ``versions.NAME``, a host's fact as ``lab.TITLE.NAME``. ``lab_file``: a short hash of
+    what the lab file says. ``copy_speed``: of memory, as the probe before the session found it.
     """
 
     run_id: str
@@ -41,9 +42,15 @@ class HistoryRun:
     command: str
     lab_file: str
     key: str
+    complete: bool
     fingerprint: Mapping[str, str]
     copy_speed: str
     figures: tuple[FigureRow, ...]
+
+    @property
+    def identity(self) -> str:
+        """Equal for two sessions only where hardware and software are known to be."""
+        return self.key if self.complete else f"{self.key} of {self.run_id}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,11 @@ def reason(error: OSError) -> str:
 def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[FigureRow]) -> HistoryRun:
     facts = meta.get("fingerprint")
     facts = facts if isinstance(facts, Mapping) else {}
-    named = {"lab": meta.get("lab"), "model": meta.get("model"), "fingerprint.key": facts.get("key")}
+    named = {
+        "lab": meta.get("lab"),
+        "model": meta.get("model"),
+        "fingerprint.key": facts.get(fingerprint.KEY),
+    }
     missing = [
         Problem(str(path), key, "missing, or no text", "a session writes it; move the run folder away")
         for key, value in named.items()
@@ -140,8 +151,9 @@ def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[Fig
         commit=str(meta.get("commit", NOT_RECORDED)),
         command=str(meta.get("command", NOT_RECORDED)),
         lab_file=_lab_hash(text) if isinstance(text, str) else NOT_RECORDED,
-        key=str(named["fingerprint.key"]),
-        fingerprint=dict(_flat({key: value for key, value in facts.items() if key != "key"})),
+        key=fingerprint.label(facts),
+        complete=fingerprint.complete(facts),
+        fingerprint=dict(_flat({key: value for key, value in facts.items() if key != fingerprint.KEY})),
         copy_speed=_copy_speed(meta.get("speed")),
         figures=tuple(figures),
     )

@@ -1,4 +1,9 @@
-"""What a result depends on: hardware, software, code. Results of different fingerprints are not compared."""
+"""What a result depends on: hardware, software, code. Results of different fingerprints are not compared.
+
+A fingerprint is made in two steps: of this machine, when a session begins, and of the lab, once its hosts
+have been surveyed. Until then it is incomplete, as are those that earlier versions recorded, which knew this
+machine alone. An incomplete one is equal to no other, because nodes with other GPUs may stand behind it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ import psutil
 from disagglab.paths import ROOT
 
 PACKAGES = ("vllm", "torch", "nixl", "nixl-cu13", "vllm-router", "transformers", "disagglab")
+KEY, LAB = "key", "lab"  # in run.json; a complete one has both
+INCOMPLETE = "incomplete"
 
 
 def versions() -> dict[str, str]:
@@ -50,8 +58,8 @@ def commit() -> str:
     return head + ("+changes" if git("status", "--porcelain") else "")
 
 
-def fingerprint(served: str) -> dict[str, Any]:
-    """Hardware and software of this machine, with a short key over both.
+def of_machine(served: str) -> dict[str, Any]:
+    """Hardware and software of this machine, with a short key over both; incomplete.
 
     Args:
         served: the vLLM version that the servers run; the client's is among the packages here.
@@ -63,5 +71,34 @@ def fingerprint(served: str) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "versions": {**versions(), "vllm served": served},
     }
+    return _with_key(facts)
+
+
+def of_lab(machine: Mapping[str, Any], lab: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """The fingerprint of a lab, complete, with a key over all of it.
+
+    Args:
+        machine: that of this machine.
+        lab: what tells every host and node from another, by title, of at least one.
+    """
+    return _with_key({**machine_of(machine), LAB: {title: dict(facts) for title, facts in lab.items()}})
+
+
+def machine_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fingerprint says of the machine that ran pytest, without its key."""
+    return {name: value for name, value in found.items() if name not in (KEY, LAB)}
+
+
+def complete(found: Mapping[str, Any]) -> bool:
+    """Whether it is of a whole lab."""
+    return bool(found.get(LAB))
+
+
+def label(found: Mapping[str, Any]) -> str:
+    """Its key, and whether it is incomplete."""
+    return f"{found.get(KEY)}{'' if complete(found) else f' ({INCOMPLETE})'}"
+
+
+def _with_key(facts: Mapping[str, Any]) -> dict[str, Any]:
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    return {**facts, "key": key}
+    return {**facts, KEY: key}

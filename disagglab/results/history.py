@@ -2,7 +2,8 @@
 changed.
 
 A point is one session (its run folder). Sessions of different fingerprints, which means other hardware or
-other package versions, are never in one series unless the caller joins them.
+other package versions, are never in one series unless the caller joins them; neither are two of which one has
+an incomplete fingerprint, because nobody knows on which GPUs it ran.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def collect(
     found: dict[tuple[str, ...], Series] = {}
     for run in runs:
         for f in run.figures:
-            group = (run.lab, run.model) if across_fingerprints else (run.lab, run.model, run.key)
+            group = (run.lab, run.model) if across_fingerprints else (run.lab, run.model, run.identity)
             name = (*group, f.workload, f.definition, f.arm, f.metric, f.unit, f.better)
             series = found.get(name) or Series(
                 group, run.lab, run.model, (), f.workload, f.arm, f.metric, f.unit, f.better

@@ -19,7 +19,7 @@ from typing import Any
 from disagglab import text
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import REPORTS
-from disagglab.results import plot, report
+from disagglab.results import fingerprint, plot, report
 from disagglab.results.records import Plot, VerdictRow
 from disagglab.results.run_folder import META, TOKEN_PATTERN
 
@@ -297,13 +297,18 @@ def _section(one: Finished, folder: Path, meta: Mapping[str, Any], link: str) ->
     label = tomllib.loads(text).get("label") if isinstance(text, str) else None
     facts = meta.get("fingerprint") or {}
     versions = facts.get("versions") or {}
-    hardware = {key: value for key, value in facts.items() if key not in ("versions", "key")}
+    lab = facts.get(fingerprint.LAB) or {}
+    hardware = {k: v for k, v in fingerprint.machine_of(facts).items() if k != "versions"}
     yield from ("", f"## {one.run_id}", "")
     yield f"- Lab `{meta.get('lab')}`" + (f" ({label})" if label else "")
     yield f"- Date: {_date(one.run_id)}"
     yield f"- vLLM {meta.get('vllm')}; model {meta.get('model')}; code {meta.get('commit')}"
-    yield f"- Fingerprint `{facts.get('key')}`: " + ", ".join(f"{k} {v}" for k, v in hardware.items())
+    yield f"- Fingerprint `{fingerprint.label(facts)}`: " + ", ".join(f"{k} {v}" for k, v in hardware.items())
     yield "- Versions: " + ", ".join(f"{key} {value}" for key, value in versions.items())
+    yield from (
+        f"- {title}: " + ", ".join(f"{name} {value}" for name, value in known.items())
+        for title, known in lab.items()
+    )
     if meta.get("resumed"):
         yield f"- Rounds of earlier sessions come first: {', '.join(meta['resumed'])}"
     yield f"- [Report]({link}{PAGE}), [run.json]({link}{META})" + "".join(

@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 
 from disagglab import text
 from disagglab.config.schema import Lab
-from disagglab.results import plot, speed
+from disagglab.results import fingerprint, plot, speed
 from disagglab.results.records import Record, Run, VerdictRow
 from disagglab.results.run_folder import Store
 
@@ -51,11 +51,13 @@ def lesson_html(readme: Path) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """A template of ours, with the filters ``number``, ``percent`` and ``speed``."""
+    """A template of ours, with the filters ``number``, ``percent``, ``speed`` and ``fingerprint``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
     )
-    environment.filters.update(number=text.number, percent=text.percent, speed=speed.text)
+    environment.filters.update(
+        number=text.number, percent=text.percent, speed=speed.text, fingerprint=fingerprint.label
+    )
     return environment.get_template(name)
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from disagglab.config.labs import parse_lab, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
 from disagglab.problems import problems_of
+from disagglab.results import fingerprint
 from disagglab.results.records import Reading, Run, Snapshot
 from disagglab.results.run_folder import META, Store
 
@@ -44,29 +45,35 @@ class KeptRun:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What ``--resume`` named: ids of sessions, the runs of their folders by time, what to know of them."""
+    """What ``--resume`` named: ids of sessions, the runs of their folders by time, what to know of them.
+
+    ``fingerprints``: by the ``run.json`` that holds it.
+    """
 
     sessions: tuple[str, ...] = ()
     runs: tuple[KeptRun, ...] = ()
     notes: tuple[str, ...] = ()
+    fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read(
-    folders: Sequence[Path], lab: Lab, variants: Sequence[str], fingerprint: Mapping[str, Any], commit: str
+    folders: Sequence[Path], lab: Lab, variants: Sequence[str], machine: Mapping[str, Any], commit: str
 ) -> Earlier:
     """The runs of earlier sessions on the workloads of the lab's gates; a run in two folders counts once.
 
     Args:
         lab: of this session, as it will be served; ``variants``: names of those that it measures.
-        fingerprint: of this session. Another ``commit`` is noted, not refused.
+        machine: the fingerprint of this one; that of the lab is not known yet, and held against theirs by
+            :func:`require_same_lab`. Another ``commit`` is noted, not refused.
 
     Raises:
         ConfigError: if a file is missing or damaged, or a session measured something else: another lab,
-            vLLM version, workload or fingerprint.
+            vLLM version, workload or machine, or does not tell on which hosts.
     """
     problems: list[Problem] = []
     sessions: list[str] = []
     notes: list[str] = []
+    fingerprints: dict[str, Mapping[str, Any]] = {}
     kept: dict[tuple[str, str, int], KeptRun] = {}
     for folder in sorted({folder.resolve() for folder in folders}, key=lambda path: path.name):
         try:
@@ -76,7 +83,8 @@ def read(
         except ConfigError as error:
             problems += error.problems
             continue
-        problems += _differences(folder, meta, lab, variants, fingerprint)
+        problems += _differences(folder, meta, lab, variants, machine)
+        fingerprints[str(folder / META)] = meta["fingerprint"]
         problems += _other_workloads(found, lab)
         sessions += [*map(str, meta.get("resumed") or ()), name]
         if meta.get("commit") != commit:
@@ -88,7 +96,22 @@ def read(
     definitions = {workload.definition for workload in lab.gated_workloads}
     runs = sorted(kept.values(), key=lambda one: one.moment)
     counted = tuple(one for one in runs if one.run.workload.definition in definitions and one.run.round >= 0)
-    return Earlier(tuple(dict.fromkeys(sessions)), counted, tuple(notes))
+    return Earlier(tuple(dict.fromkeys(sessions)), counted, tuple(notes), fingerprints)
+
+
+def require_same_lab(earlier: Earlier, whole: Mapping[str, Any]) -> None:
+    """Hold the earlier sessions' fingerprints against this session's, now that its hosts are surveyed.
+
+    Raises:
+        ConfigError: with what differs, if a session ran on other nodes, GPUs, drivers or links.
+    """
+    problems = [
+        Problem(file, "fingerprint", f"another lab: {differs}", f"resume on the same hardware, {LEAVE_OUT}")
+        for file, there in earlier.fingerprints.items()
+        if (differs := _unlike(there, whole))
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def complete(earlier: Earlier, arms: Sequence[str]) -> tuple[list[KeptRun], list[str]]:
@@ -224,7 +247,7 @@ def _readings(path: Path) -> tuple[Reading, Reading]:
 
 
 def _differences(
-    folder: Path, meta: Mapping[str, Any], lab: Lab, variants: Sequence[str], fingerprint: Mapping[str, Any]
+    folder: Path, meta: Mapping[str, Any], lab: Lab, variants: Sequence[str], machine: Mapping[str, Any]
 ) -> list[Problem]:
     """What of a session makes its runs another measurement than this session's."""
     file = str(folder / META)
@@ -232,16 +255,18 @@ def _differences(
     if meta["vllm"] != lab.vllm.version:
         wrong = f"{meta['vllm']} there, {lab.vllm.version} here"
         problems.append(Problem(file, "vllm", wrong, f"pass --vllm {meta['vllm']}, {LEAVE_OUT}"))
-    if meta["fingerprint"].get("key") != fingerprint["key"]:
-        there, here = _flat(meta["fingerprint"]), _flat(fingerprint)
-        differs = [
-            f"{key} {there.get(key, 'none')} there, {here.get(key, 'none')} here"
-            for key in sorted(there.keys() | here.keys())
-            if key != "key" and there.get(key) != here.get(key)
-        ]
-        wrong = f"another machine or other versions: {'; '.join(differs) or 'unknown'}"
+    recorded = meta["fingerprint"]
+    if not fingerprint.complete(recorded):
+        wrong = (
+            f"{fingerprint.label(recorded)}: it tells of the machine that ran pytest alone, not of hosts,"
+            " GPUs and links, so these runs may be of other hardware"
+        )
+        problems.append(Problem(file, "fingerprint", wrong, "measure anew: leave this --resume out"))
+    differs = _unlike(fingerprint.machine_of(recorded), fingerprint.machine_of(machine))
+    if differs:
+        wrong = f"another machine or other versions: {differs}"
         mend = f"resume on the same kind of machine and versions, {LEAVE_OUT}"
-        problems.append(Problem(file, "fingerprint.key", wrong, mend))
+        problems.append(Problem(file, "fingerprint", wrong, mend))
     try:
         earlier = parse_lab(tomllib.loads(meta["lab_file"]), file)
         measured = [name for name in map(str, meta.get("variants") or ()) if name in variants]
@@ -301,6 +326,18 @@ def _other_workloads(found: Sequence[KeptRun], lab: Lab) -> list[Problem]:
         mend = f"give workloads/{name}.toml the values of that session, {LEAVE_OUT}"
         problems.append(Problem(str(own[0].path), "workload", f"another {name}: {differs}", mend))
     return problems
+
+
+def _unlike(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What differs between two fingerprints, whatever their keys."""
+    theirs, ours = (
+        _flat({key: value for key, value in one.items() if key != fingerprint.KEY}) for one in (there, here)
+    )
+    return "; ".join(
+        f"{key} {theirs.get(key, 'none')} there, {ours.get(key, 'none')} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+    )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:

@@ -58,7 +58,10 @@ def session(tmp_path: Path) -> Made:
             "vllm": "0.31.0",
             "model": "llama",
             "commit": "abc",
-            "fingerprint": {"key": "f00d", "cpu": "Xeon", "versions": {"torch": "2.13.0"}},
+            "fingerprint": {
+                **{"key": "f00d", "cpu": "Xeon", "versions": {"torch": "2.13.0"}},
+                "lab": {"node a (prefill)": {"CPU": "Xeon", "GPU 0 of the node, name": "H100"}},
+            },
             "exitstatus": 0,
             "modules": {"disagg": [claim]} if meta.get("exitstatus") else {},
         }
@@ -94,7 +97,8 @@ def test_a_reference_holds_what_the_session_showed(session: Made, tmp_path: Path
         "- Lab `two-gpus` (two cards)",
         "- Date: 2026-11-22 05:34:23 UTC",
         "- vLLM 0.31.0; model llama; code abc",
-        "Fingerprint `f00d`: cpu Xeon",
+        "- Fingerprint `f00d`: cpu Xeon\n- Versions: torch 2.13.0\n"
+        "- node a (prefill): CPU Xeon, GPU 0 of the node, name H100\n",
         "$VENV/bin/vllm-router --port 21004",
         "| chat | ttft_p50 | disaggregated 0.5 s | single 0.4 s | worse | +25.0 % [+20.0 %, +30.0 %] | 3 |"
         " ±4.0 % | not met: wants not worse |",

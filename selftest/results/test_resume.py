@@ -30,7 +30,7 @@ from disagglab.experiments.comparison import (
 )
 from disagglab.experiments.rounds import WARM_UP_ROUND
 from disagglab.paths import ROOT
-from disagglab.results import resume
+from disagglab.results import fingerprint, resume
 from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
@@ -38,7 +38,11 @@ from disagglab.serving.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
 LAB = load_lab("embedded")
 NAMES = list(dict.fromkeys(gate.workload for gate in LAB.gates))
 ARMS = (*TOPOLOGIES, SINGLE_AGAIN)
-PRINT = {"machine": "x86_64", "versions": {"torch": "2.13.0"}, "key": "aaaa"}
+MACHINE = {"machine": "x86_64", "versions": {"torch": "2.13.0"}, "key": "aaaa"}
+H100, H200 = (
+    {"node a (prefill)": {"GPU 0 of the node, name": f"NVIDIA {name}"}} for name in ("H100", "H200")
+)
+PRINT = fingerprint.of_lab(MACHINE, H100)
 COMMIT = "0123456789ab"
 LIMIT_S = 90
 BASE_S = {name: 1.0 + place / 3 for place, name in enumerate(ARMS)}
@@ -85,7 +89,7 @@ def session(reports: Path, name: str, rounds: int, arms: Sequence[str] = ARMS, *
 
 def read(*folders: Path) -> resume.Earlier:
     """What a session of the embedded lab takes from these folders."""
-    return resume.read(folders, LAB, (), PRINT, COMMIT)
+    return resume.read(folders, LAB, (), MACHINE, COMMIT)
 
 
 def refusal(*folders: Path) -> ConfigError:
@@ -234,13 +238,18 @@ def test_rounds_that_are_there_are_not_measured_again(
         ({"vllm": "0.30.0"}, "vllm", "0.30.0 there"),
         (
             {"fingerprint": {**PRINT, "versions": {"torch": "2.11.0"}, "key": "bbbb"}},
-            "fingerprint.key",
+            "fingerprint",
             "versions.torch 2.11.0 there, 2.13.0 here",
         ),
         (
             {"lab_file": Path(LAB.file).read_text().replace("max_model_len = 4096", "max_model_len = 2048")},
             "lab_file: model.max_model_len",
             "2048 there, 4096",
+        ),
+        (
+            {"fingerprint": MACHINE},
+            "fingerprint",
+            "aaaa (incomplete): it tells of the machine that ran pytest alone",
         ),
         ({"lab_file": "name = "}, "lab_file", "does not take it"),
         ({"lab_file": None}, "lab_file", "missing"),
@@ -255,6 +264,20 @@ def test_another_measurement_is_refused(
     assert (problem.file, problem.key) == (str(folder / "run.json"), key)
     assert wrong in problem.wrong
     assert problem.mend
+
+
+def test_other_gpus_behind_equal_machines_are_refused(tmp_path: Path) -> None:
+    """What only the hosts tell is held against the earlier sessions once they are surveyed."""
+    folder = session(tmp_path, "20260101-000000-aaaa", 1)
+    earlier = read(folder)
+    resume.require_same_lab(earlier, fingerprint.of_lab(MACHINE, H100))
+    with pytest.raises(ConfigError) as caught:
+        resume.require_same_lab(earlier, fingerprint.of_lab(MACHINE, H200))
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.key) == (str(folder / "run.json"), "fingerprint")
+    named = "lab.node a (prefill).GPU 0 of the node, name"
+    assert problem.wrong == f"another lab: {named} NVIDIA H100 there, NVIDIA H200 here"
+    assert "resume on the same hardware" in problem.mend
 
 
 def test_label_and_gates_may_differ(tmp_path: Path) -> None:
@@ -272,7 +295,7 @@ def test_a_lab_that_extends_another_is_read_from_run_json_alone(tmp_path: Path) 
     mine = load_lab(str(path))
     kept = session(tmp_path, "20260101-000000-aaaa", 1, lab_file=resolved_text(mine))
     path.unlink()
-    assert resume.read([kept], mine, (), PRINT, COMMIT).runs
+    assert resume.read([kept], mine, (), MACHINE, COMMIT).runs
     (problem,) = refusal(kept).problems
     assert problem.key == "lab_file: model.max_model_len"
 
