@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 BETWEEN = "  "  # two columns
+LEFT_OUT = "…"
 
 
 def number(value: float) -> str:
@@ -33,6 +34,15 @@ def interval(value: float, low: float, high: float) -> str:
 def margin(value: float | None) -> str:
     """A relative difference to either side; ``none`` if there is no such figure."""
     return "none" if value is None else percent(value).replace("+", "±")
+
+
+def shortened(line: str, width: int, end: bool = False) -> str:
+    """A line of at most so many columns: the middle of a longer one is left out, or its end."""
+    if len(line) <= width:
+        return line
+    kept = max(width - len(LEFT_OUT), 0)
+    tail = 0 if end else kept // 2
+    return (line[: kept - tail] + LEFT_OUT + line[len(line) - tail :])[: max(width, 0)]
 
 
 def column(cells: Iterable[str], right: bool = False) -> list[str]:

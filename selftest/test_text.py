@@ -35,6 +35,23 @@ def test_shares_are_signed_percent() -> None:
     assert text.margin(None) == "none"
 
 
+@pytest.mark.parametrize(
+    ("width", "end", "shown"),
+    [
+        (9, False, "abcdefghi"),
+        (8, False, "abcd…ghi"),
+        (8, True, "abcdefg…"),
+        (2, False, "a…"),
+        (1, True, "…"),
+        (0, False, ""),
+        (-3, True, ""),
+    ],
+)
+def test_a_line_is_shortened_to_a_width(width: int, end: bool, shown: str) -> None:
+    """The middle goes, or the end; what fits stays whole, and nothing is wider than was asked."""
+    assert text.shortened("abcdefghi", width, end) == shown
+
+
 def test_columns_are_aligned() -> None:
     """Words begin below each other and numbers end so; an empty last cell leaves no space behind."""
     rows = [("arm", "tokens", "note"), ("single", "1,024", ""), ("r", "16", "[+1.0 %, +2.0 %] → b")]

@@ -18,12 +18,13 @@ from disagglab.errors import ConfigError, Problem
 from disagglab.results import fingerprint, speed
 from disagglab.results.records import FigureRow
 from disagglab.results.run_folder import META
-from disagglab.stats.metric import Direction
+from disagglab.stats.metric import Direction, of_stream
 
 RUN_ID = re.compile(r"\d{8}-\d{6}")
 FIGURES, COMMITTED = "figures.jsonl", "reference"
 NOT_RECORDED = "not recorded"
 LAB_FILE_DIGITS = 8
+CANDIDATE = "disaggregated"  # of every gate
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class HistoryRun:
 
     ``key``: of its fingerprint, and whether that is incomplete. ``fingerprint``: name → value, with a
     package's version as ``versions.NAME``, a host's fact as ``lab.TITLE.NAME``. ``lab_file``: a short hash of
-    what the lab file says. ``copy_speed``: of memory, as the probe before the session found it.
+    what the lab file says. ``gated``: workload, arm and metric of what its gates compare. ``copy_speed``: of
+    memory, as the probe before the session found it.
     """
 
     run_id: str
@@ -41,6 +43,7 @@ class HistoryRun:
     commit: str
     command: str
     lab_file: str
+    gated: frozenset[tuple[str, str, str]]
     key: str
     complete: bool
     fingerprint: Mapping[str, str]
@@ -77,7 +80,7 @@ def read(reports: Path) -> Archive:
     if not reports.is_dir():
         problem = Problem(str(reports), "--reports", "no such folder", "name the folder of the run folders")
         raise ConfigError([problem])
-    found = _references(reports / COMMITTED)
+    found = _references(reports) | _references(reports / COMMITTED)
     found |= {path.name: path for path in [*_run_folders(reports / COMMITTED), *_run_folders(reports)]}
     runs, problems, passed_over = [], [], 0
     for run_id in sorted(found):
@@ -104,7 +107,8 @@ def _run_folders(parent: Path) -> list[Path]:
 def _references(parent: Path) -> dict[str, Path]:
     """Sessions that ``python -m disagglab reference`` made, by run id: a folder each, or folders in one."""
     found = {}
-    for path in sorted([*parent.glob(f"*/{META}"), *parent.glob(f"*/*/{META}")]):
+    paths = [*parent.glob(f"*/{META}"), *parent.glob(f"*/*/{META}")]
+    for path in sorted(path for path in paths if not path.parent.is_symlink()):
         run_id = path.parent.name
         if not RUN_ID.match(run_id):
             with contextlib.suppress(ConfigError):  # said of the folder's name when it is read
@@ -151,6 +155,7 @@ def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[Fig
         commit=str(meta.get("commit", NOT_RECORDED)),
         command=str(meta.get("command", NOT_RECORDED)),
         lab_file=_lab_hash(text) if isinstance(text, str) else NOT_RECORDED,
+        gated=frozenset(_gated(text)) if isinstance(text, str) else frozenset(),
         key=fingerprint.label(facts),
         complete=fingerprint.complete(facts),
         fingerprint=dict(_flat({key: value for key, value in facts.items() if key != fingerprint.KEY})),
@@ -166,6 +171,18 @@ def _lab_hash(text: str) -> str:
     except ValueError:
         said = text
     return hashlib.sha256(said.encode(errors="replace")).hexdigest()[:LAB_FILE_DIGITS]
+
+
+def _gated(text: str) -> Iterable[tuple[str, str, str]]:
+    """What the gates of a lab file of any version compare; a gate that names no figure compares none."""
+    try:
+        gates = tomllib.loads(text).get("gate")
+    except ValueError:
+        return
+    for gate in filter(lambda one: isinstance(one, Mapping), gates if isinstance(gates, list) else ()):
+        figure = of_stream(str(gate.get("metric")), str(gate.get("stream") or ""))
+        for arm in filter(None, (CANDIDATE, gate.get("baseline"))):
+            yield str(gate.get("workload")), str(arm), figure
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -18,10 +18,11 @@ from disagglab.results.archive import Archive, HistoryRun
 from disagglab.stats.changepoint import MIN_VALUES, ChangePoint, find
 from disagglab.stats.metric import Direction
 
-HEADER = (
-    *("lab", "model", "fingerprint", "workload", "arm", "metric", "unit", "runs", "rounds"),
-    *("first", "last", "last change point"),
-)
+HEADER = ("arm", "runs", "first", "last", "last change point")
+NUMBERS = (1, 2, 3)  # columns of it
+OF_FIGURE, OF_ARM = "  ", "    "  # indents: of a figure below its lab, of an arm below its figure
+DATE_DIGITS = 8  # of a run's id
+NARROWEST = 8  # to which a name is shortened
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ class Series:
         return [point.median for point in self.points]
 
     @property
+    def newest(self) -> HistoryRun:
+        """Its last session."""
+        return self.points[-1].run
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate of the last session's lab file compares it."""
+        return (self.workload, self.arm, self.metric) in self.newest.gated
+
+    @property
     def rounds(self) -> str:
         """How many rounds the sessions had."""
         counts = [len(point.values) for point in self.points]
@@ -88,7 +99,7 @@ class Filters:
 def collect(
     runs: Sequence[HistoryRun], filters: Filters | None = None, across_fingerprints: bool = False
 ) -> list[Series]:
-    """The series of these sessions, judged, in the order in which they first appear.
+    """The series of these sessions, judged: the newest session's first, those of one lab and figure together.
 
     Raises:
         ConfigError: if a filter leaves nothing of what there is, naming what there is.
@@ -107,8 +118,12 @@ def collect(
                 points=(*series.points, SessionValues(run, f.values)),
             )
     kept = _filtered(list(found.values()), filters or Filters())
-    groups = list(dict.fromkeys(series.group for series in kept))
-    return [_judged(series) for series in sorted(kept, key=lambda series: groups.index(series.group))]
+    kept.sort(key=lambda series: series.newest.run_id, reverse=True)  # stable: in a session as it wrote them
+    groups: dict[tuple[str, ...], dict[tuple[str, str], list[Series]]] = {}
+    for series in kept:
+        of_group = groups.setdefault(series.group, {})
+        of_group.setdefault((series.workload, series.metric), []).append(series)
+    return [_judged(series) for figures in groups.values() for arms in figures.values() for series in arms]
 
 
 def _filtered(found: list[Series], filters: Filters) -> list[Series]:
@@ -148,30 +163,75 @@ def change_text(series: Series, change: ChangePoint) -> str:
     return f"{run_id}: {levels}, {effect}, p {change.p:.2g}"
 
 
-def lines(found: Sequence[Series]) -> list[str]:
-    """The series as a plain text table, one line each."""
-    rows: list[Sequence[str]] = [HEADER]
-    for series in found:
-        medians = series.medians
-        last = change_text(series, series.changes[-1]) if series.changes else "none"
-        rows.append(
-            (
-                *(series.lab, series.model, "+".join(series.keys)),
-                *(series.workload, series.arm, series.metric, series.unit),
-                *(str(len(medians)), series.rounds, text.number(medians[0]), text.number(medians[-1])),
-                series.not_judged or last,
-            )
-        )
-    return text.table(rows)
+def lines(found: Sequence[Series], width: int) -> list[str]:
+    """The series as plain text, one line each below their lab and figure, none wider than ``width`` columns
+    as long as numbers fit: names and change points are shortened, numbers never.
+    """
+    if not found:
+        return []
+    rows = [HEADER, *map(_row, found)]
+    others = sum(max(len(row[n]) for row in rows) + len(text.BETWEEN) for n in NUMBERS) + len(OF_ARM)
+    room = width - others - len(text.BETWEEN)
+    arms = min(max(len(row[0]) for row in rows), max(room // 2, NARROWEST))
+    cut = [
+        (text.shortened(row[0], arms), *row[1:-1], text.shortened(row[-1], room - arms, end=True))
+        for row in rows
+    ]
+    head, *below = (OF_ARM + line for line in text.table(cut, NUMBERS))
+    told = [head]
+    lab: tuple[str, ...] = ()
+    figure: tuple[str, ...] = ()
+    for series, line in zip(found, below, strict=True):
+        if lab != series.group:
+            lab, figure = series.group, ()
+            told.append(_lab_line(series, width))
+        if figure != (series.workload, series.metric):
+            figure = (series.workload, series.metric)
+            told.append(_figure_line(series, width))
+        told.append(line)
+    return told
 
 
-def summary(archive: Archive, found: Sequence[Series]) -> str:
-    """One line: what was read, what was passed over, how many series changed."""
+def _row(series: Series) -> tuple[str, ...]:
+    medians = series.medians
+    ends = text.number(medians[0]), text.number(medians[-1])
+    last = _short_change(series, series.changes[-1]) if series.changes else "none"
+    return series.arm, str(len(medians)), *ends, series.not_judged or last
+
+
+def _short_change(series: Series, change: ChangePoint) -> str:
+    """What happened first, because a narrow terminal shows the beginning; levels and p are in the page."""
+    run_id = series.points[change.index].run.run_id
+    return f"{text.percent(change.change)} {series.outcome(change)} at {run_id}"
+
+
+def _lab_line(series: Series, width: int) -> str:
+    """Lab, model, fingerprint, last session of a group; where room lacks, its date, and less of the model."""
+    keys, last = "+".join(series.keys), series.newest.run_id
+    line = f"{series.lab}, {series.model}, {keys}, last {last}"
+    if len(line) > width:
+        end = f", {keys}, last {last[:DATE_DIGITS]}"
+        room = width - len(series.lab) - len(", ") - len(end)
+        line = f"{series.lab}, {text.shortened(series.model, max(room, NARROWEST))}{end}"
+    return text.shortened(line, width, end=True)
+
+
+def _figure_line(series: Series, width: int) -> str:
+    """Workload, metric and unit; the workload's name is shortened first."""
+    end = f": {series.metric}, {series.unit}"
+    room = width - len(OF_FIGURE) - len(end)
+    line = f"{OF_FIGURE}{text.shortened(series.workload, max(room, NARROWEST))}{end}"
+    return text.shortened(line, width, end=True)
+
+
+def summary(archive: Archive, found: Sequence[Series], left_out: int = 0) -> list[str]:
+    """Two lines: what was read and passed over; how many series changed, and how many were left out."""
     changed = sum(bool(series.changes) for series in found)
-    return (
-        f"{_count(len(archive.runs), 'run')} with figures, {archive.passed_over} without, passed over; "
-        f"{len(found)} series, {changed} with a change point"
-    )
+    more = f"; {left_out:,} more with --all" if left_out else ""
+    return [
+        f"{_count(len(archive.runs), 'run')} with figures, {archive.passed_over} without, passed over",
+        f"{len(found)} series, {changed} with a change point{more}",
+    ]
 
 
 def _count(number: int, noun: str) -> str:

@@ -20,15 +20,21 @@ JOINED = "different fingerprints joined on request"
 MOST_TICKS = 20
 
 
-def render(archive: Archive, found: Sequence[Series], across_fingerprints: bool = False) -> str:
-    """The whole HTML page: fingerprints, then charts and runs of each group of series."""
+def render(
+    archive: Archive, found: Sequence[Series], across_fingerprints: bool = False, left_out: int = 0
+) -> str:
+    """The whole HTML page: fingerprints, then charts and runs of each group of series.
+
+    Args:
+        left_out: how many series are not shown, because no gate compares them.
+    """
     groups: dict[tuple[str, ...], list[Series]] = {}
     for series in found:
         groups.setdefault(series.group, []).append(series)
     shown = {point.run.run_id: point.run for series in found for point in series.points}
     return report.template("history.html").render(
         css=report.CSS.read_text(),
-        summary=summary(archive, found),
+        summary="; ".join(summary(archive, found, left_out)),
         problems=archive.problems,
         joined=JOINED if across_fingerprints else "",
         fingerprints=_fingerprints([shown[run_id] for run_id in sorted(shown)]),
@@ -72,7 +78,8 @@ def _group_facts(group: Sequence[Series]) -> Mapping[str, Any]:
                 "first": series.medians[0],
                 "last": series.medians[-1],
                 "changes": [_change_facts(series, change) for change in series.changes],
-                "svg": plot.render(_chart(series, numbers)),
+                # one point makes no chart, and a chart takes a tenth of a second
+                "svg": plot.render(_chart(series, numbers)) if len(series.points) > 1 else "",
             }
             for series in group
         ],

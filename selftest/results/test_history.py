@@ -17,8 +17,21 @@ from disagglab.cli.main import main
 from disagglab.results import archive, history, historypage
 
 OLD, NEW = "a" * 12, "b" * 12
+GATES = """
+[[gate]]
+workload = "chat"
+metric = "ttft_p50"
+baseline = "single"
+"""
+NODES = {"node a (prefill)": {"GPU 0 of the node, name": "H200"}}
 WIGGLE = (0.99, 1.0, 1.01, 1.0, 0.995, 1.005)  # run by run, around a level
 Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def columns_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as where the output is no terminal, whatever these tests are run in."""
+    monkeypatch.setenv("COLUMNS", "100")
 
 
 def figure(**changes: Any) -> dict[str, Any]:
@@ -42,10 +55,10 @@ def add_run(reports: Path, day: int, *figures: dict[str, Any] | str, key: str = 
     whole = {
         "command": f"pytest -m disagg # {day}",
         "lab": "embedded",
-        "lab_file": "name = 'embedded'",
+        "lab_file": "name = 'embedded'" + GATES,
         "model": "M",
         "commit": f"commit{day:02d}",
-        "fingerprint": {"cpu": "C", "cores": 2, "versions": versions, "key": key},
+        "fingerprint": {"cpu": "C", "cores": 2, "versions": versions, "key": key, "lab": NODES},
         "speed": {"before": {"copy_gb_per_s": 10.25, "matrix_gflop_per_s": 150.0}},
         **meta,
     }
@@ -78,18 +91,21 @@ def told(capsys: Capture, reports: Path, *options: str, status: int = 0) -> tupl
 def test_a_step_is_named_by_its_first_run(capsys: Capture, tmp_path: Path) -> None:
     """The line has both levels, the ratio, what it means for this metric and p; so has the page."""
     add_runs(tmp_path, range(1, 9), 0.5)
-    add_runs(tmp_path, range(9, 15), 0.6, lab_file="name = 'other'")
-    (header, line, summary, path), err, page = told(capsys, tmp_path)
+    add_runs(tmp_path, range(9, 15), 0.6, lab_file="name = 'other'" + GATES)
+    (header, lab, name, line, runs, series, path), err, page = told(capsys, tmp_path)
     assert err == ""
-    assert header.split()[:9] == list(history.HEADER[:9])
-    assert line.split()[:9] == ["embedded", "M", OLD, "chat", "single", "ttft_p50", "s", "14", "3"]
-    assert "20261109-120000-0009: 0.5" in line
-    assert " → 0.6, +19.9 % (worse), p 0.000" in line
-    assert line.index("20261109") == header.index("last change point")
-    assert summary == "14 runs with figures, 0 without, passed over; 1 series, 1 with a change point"
+    assert " ".join(header.split()) == "arm runs first last last change point"
+    assert lab == f"embedded, M, {OLD}, last 20261114-120000-000e"
+    assert name == "  chat: ttft_p50, s"
+    assert line.split()[:3] == ["single", "14", "0.5"]
+    assert line.endswith("+19.9 % worse at 20261109-120000-0009")
+    assert line.index("+19.9") == header.index("last change point")
+    assert runs == "14 runs with figures, 0 without, passed over"
+    assert series == "1 series, 1 with a change point"
     assert path == str(tmp_path / "history.html")
     for text in (
         "20261109-120000-0009: 0.5",
+        " → 0.6, +19.9 % (worse), p 0.000",
         "commit08 → commit09",
         "lab file",
         "pytest -m disagg # 9",
@@ -103,7 +119,7 @@ def test_a_higher_figure_that_rises_is_better(capsys: Capture, tmp_path: Path) -
     for day in range(1, 13):
         values = level(40.0 if day < 7 else 50.0, day)
         add_run(tmp_path, day, figure(metric="output_tokens_per_s", better="higher", values=values))
-    assert "% (better)" in told(capsys, tmp_path)[0][1]
+    assert "% better at " in told(capsys, tmp_path, "--all")[0][3]
 
 
 def test_fingerprints_are_kept_apart(capsys: Capture, tmp_path: Path) -> None:
@@ -111,8 +127,8 @@ def test_fingerprints_are_kept_apart(capsys: Capture, tmp_path: Path) -> None:
     add_runs(tmp_path, range(1, 8), 0.5)
     add_runs(tmp_path, range(8, 15), 0.6, key=NEW)
     lines, _, page = told(capsys, tmp_path)
-    assert [line.split()[2] for line in lines[1:3]] == [OLD, NEW]
-    assert all(line.endswith("none") for line in lines[1:3])
+    assert [line.split(", ")[2] for line in lines[1:7:3]] == [NEW, OLD]
+    assert all(line.endswith("none") for line in lines[3:7:3])
     assert "<td>versions.torch</td><td>2.13.0</td><td>2.14.0</td>" in page
     assert "<td>versions.vllm</td><td>0.31.0</td></tr>" in page
     assert historypage.JOINED not in page
@@ -122,10 +138,11 @@ def test_fingerprints_are_joined_on_request(capsys: Capture, tmp_path: Path) -> 
     """The joined series has the step; table, heading, chart and runs say of which fingerprints it is."""
     add_runs(tmp_path, range(1, 8), 0.5)
     add_runs(tmp_path, range(8, 15), 0.6, key=NEW)
-    (head, _, line, *_), _, page = told(capsys, tmp_path, "--across-fingerprints")
+    (head, _, lab, _, line, *_), _, page = told(capsys, tmp_path, "--across-fingerprints")
     assert head == "different fingerprints joined on request"
-    assert f"{OLD}+{NEW}" in line
-    assert "20261108-120000-0008: " in line
+    assert f"{OLD}+{NEW}" in lab
+    assert line.endswith("20261108-120000-0008")
+    assert "20261108-120000-0008: " in page
     assert f"<h1>History: {historypage.JOINED}</h1>" in page
     assert f"fingerprint {OLD} → {NEW}" in page
     assert f">fingerprint {OLD}</text>" in page
@@ -150,19 +167,20 @@ def test_too_few_runs_and_zeros_are_not_judged(capsys: Capture, tmp_path: Path) 
         share = figure(metric="slo_attainment", better="higher", values=[0.0 if day == 2 else 1.0])
         seldom = [figure(arm="replicated")] if day < 6 else []
         add_run(tmp_path, day, figure(), share, *seldom)
-    lines, _, page = told(capsys, tmp_path)
-    said = {tuple(line.split()[4:6]): line for line in lines[1:4]}
-    assert said["single", "ttft_p50"].endswith("none")
-    assert said["single", "slo_attainment"].endswith("not judged: the median is 0 in 1 run")
-    assert said["replicated", "ttft_p50"].endswith("too few runs (5 of 6)")
+    (_, _, _, single, replicated, _, share_line, *_), _, page = told(capsys, tmp_path, "--all")
+    assert (single.split()[0], single.endswith("none")) == ("single", True)
+    assert share_line.endswith("not judged: the median is 0 in 1 run")
+    assert (replicated.split()[0], replicated.endswith("too few runs (5 of 6)")) == ("replicated", True)
     assert page.count("<svg") == 3
 
 
 def test_rounds_are_carried(capsys: Capture, tmp_path: Path) -> None:
-    """A short session is a point like any other; the line says how many rounds runs had."""
+    """A short session is a point like any other; the page says how many rounds runs had."""
     add_run(tmp_path, 1, figure(values=[1.0, 2.0, 4.0]))
     add_run(tmp_path, 2, figure(values=[3.0, 5.0]))
-    assert told(capsys, tmp_path)[0][1].split()[7:13] == ["2", "2", "to", "3", "2", "4"]
+    lines, _, page = told(capsys, tmp_path)
+    assert lines[3].split()[1:4] == ["2", "2", "4"]
+    assert "<td>2</td><td>2 to 3</td><td>2</td><td>4</td>" in page
 
 
 def test_which_folders_are_runs(capsys: Capture, tmp_path: Path) -> None:
@@ -175,10 +193,20 @@ def test_which_folders_are_runs(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "20261030-120000-old0").mkdir()
     without = add_run(tmp_path, 3)
     (without / "figures.jsonl").unlink()
-    (_, line, summary, _), err, _ = told(capsys, tmp_path)
+    (_, _, _, line, runs, _, _), err, _ = told(capsys, tmp_path)
     assert err == ""
-    assert line.split()[7:11] == ["2", "1", "1", "2"]
-    assert summary == "2 runs with figures, 2 without, passed over; 1 series, 0 with a change point"
+    assert line.split()[1:4] == ["2", "1", "2"]
+    assert runs == "2 runs with figures, 2 without, passed over"
+
+
+def test_a_folder_of_references_is_read_by_itself(capsys: Capture, tmp_path: Path) -> None:
+    """``--reports reports/reference`` finds what stands there under a name, or under a name and a run."""
+    first = add_run(tmp_path / "aside", 1, figure(values=[1.0]), run="20261101-120000-0001")
+    second = add_run(tmp_path / "aside", 2, figure(values=[2.0]))
+    shutil.copytree(first, tmp_path / "reference" / "two-gpus")
+    shutil.copytree(second, tmp_path / "reference" / "both" / second.name)
+    for reports in (tmp_path, tmp_path / "reference"):
+        assert told(capsys, reports)[0][3].split()[1:4] == ["2", "1", "2"]
 
 
 GOOD = json.dumps(figure(metric="e2e_p50"))
@@ -217,14 +245,14 @@ def test_what_is_left_out_is_said(capsys: Capture, tmp_path: Path) -> None:
     lines_file = add_run(tmp_path, 1, figure(), "{") / "figures.jsonl"
     meta = add_run(tmp_path, 2, figure()) / "run.json"
     meta.write_text("")
-    (_, line, summary, _), err, page = told(capsys, tmp_path, status=1)
+    (_, _, _, line, runs, _, _), err, page = told(capsys, tmp_path, status=1)
     first, second = err.splitlines()
     assert first.startswith(f"{lines_file}: line 2: not JSON")
     assert second.startswith(f"{meta}: (whole file): not JSON")
     assert f"{lines_file}: line 2: not JSON" in page
     assert f"{meta}: (whole file): not JSON" in page
-    assert line.split()[7] == "1"
-    assert summary.startswith("1 run with figures")
+    assert line.split()[1] == "1"
+    assert runs.startswith("1 run with figures")
 
 
 BAD_META: dict[str, tuple[str | bytes, str]] = {
@@ -256,9 +284,10 @@ def test_figures_without_their_run_json(capsys: Capture, tmp_path: Path) -> None
     folder = add_run(tmp_path, 1, figure())
     (folder / "run.json").unlink()
     add_run(tmp_path, 2, figure(values=[]))
-    (summary, _), err, _ = told(capsys, tmp_path, status=1)
+    (runs, series, _), err, _ = told(capsys, tmp_path, status=1)
     assert err.startswith(str(folder / "run.json"))
-    assert summary.startswith("1 run with figures, 0 without, passed over; 0 series")
+    assert runs == "1 run with figures, 0 without, passed over"
+    assert series.startswith("0 series")
 
 
 def test_a_lab_file_is_known_by_what_it_says(tmp_path: Path) -> None:
@@ -280,12 +309,10 @@ def test_filters_keep_what_they_name(capsys: Capture, tmp_path: Path) -> None:
     """By lab, workload, arm and metric; a name that no series has is refused with those that there are."""
     for day, lab in enumerate(("embedded", "hybrid"), 1):
         add_run(tmp_path, day, *(figure(workload=w, arm=a) for w in ("x", "y") for a in ("p", "q")), lab=lab)
-    assert len(told(capsys, tmp_path)[0]) == 1 + 8 + 2
+    lines, _, _ = told(capsys, tmp_path, "--all")
+    assert len(lines) == 1 + 2 * (1 + 2 * (1 + 2)) + 3
     lines, _, _ = told(capsys, tmp_path, "--lab", "hybrid", "--workload", "y", "--arm", "p", "--arm", "q")
-    assert [line.split()[:1] + line.split()[3:5] for line in lines[1:-2]] == [
-        ["hybrid", "y", "p"],
-        ["hybrid", "y", "q"],
-    ]
+    assert [line.split()[0].rstrip(",:") for line in lines[1:-3]] == ["hybrid", "y", "p", "q"]
     _, err, _ = told(capsys, tmp_path, "--metric", "ttft", status=2)
     assert err == "--metric: ttft: no series has it (mend: there is: ttft_p50)\n"
 
@@ -294,7 +321,7 @@ def test_the_page_is_one_file(capsys: Capture, tmp_path: Path) -> None:
     """Nothing is loaded from elsewhere, foreign text is escaped, and --html says where it goes."""
     add_run(tmp_path, 1, figure(workload="<b>&"), command="pytest <i>")
     page = tmp_path / "page.html"
-    told(capsys, tmp_path, "--html", str(page))
+    told(capsys, tmp_path, "--html", str(page), "--all")
     text = page.read_text()
     assert "&lt;b&gt;&amp;" in text
     assert "pytest &lt;i&gt;" in text
@@ -315,8 +342,8 @@ def test_what_cannot_be_read_or_written_is_refused(capsys: Capture, tmp_path: Pa
 
 def test_a_folder_without_runs(capsys: Capture, tmp_path: Path) -> None:
     """Nothing to show is no error; the page says so."""
-    (summary, _), err, page = told(capsys, tmp_path)
-    assert (summary[:19], err) == ("0 runs with figures", "")
+    (runs, _, _), err, page = told(capsys, tmp_path)
+    assert (runs[:19], err) == ("0 runs with figures", "")
     assert "No run with figures." in page
 
 
@@ -326,3 +353,101 @@ def test_another_definition_of_a_workload_is_another_series(tmp_path: Path) -> N
         add_run(tmp_path, day, figure(definition="a" if day < 5 else "b", values=[float(day < 5) + 1] * 3))
     found = history.collect(archive.read(tmp_path).runs)
     assert [len(series.points) for series in found] == [4, 4]
+
+
+def test_the_gated_figures_alone_are_shown(capsys: Capture, tmp_path: Path) -> None:
+    """Of workload, figure and stream of a gate its two arms; how many more there are is said."""
+    gates = GATES + '[[gate]]\nworkload = "long"\nmetric = "itl_p99"\nstream = "steady"\nlimit = 0.1\n'
+    gated = [figure(arm="single"), figure(arm="disaggregated")]
+    gated += [figure(workload="long", arm="disaggregated", metric="itl_p99 (steady)")]
+    others = [
+        figure(arm="replicated"),
+        figure(metric="ttft_p99"),
+        figure(workload="long"),
+        *(figure(workload="long", arm=arm, metric="itl_p99 (steady)") for arm in ("single", "replicated")),
+        figure(workload="long", arm="disaggregated", metric="itl_p99"),
+    ]
+    add_run(tmp_path, 1, *others, *gated, lab_file="name = 'embedded'" + gates)
+    lines, _, page = told(capsys, tmp_path)
+    assert [line.split()[0] for line in lines[2:-3]] == [
+        "chat:",
+        "single",
+        "disaggregated",
+        "long:",
+        "disaggregated",
+    ]
+    assert lines[-2] == "3 series, 0 with a change point; 6 more with --all"
+    assert "6 more with --all" in page
+    lines, _, page = told(capsys, tmp_path, "--all")
+    assert lines[-2] == "9 series, 0 with a change point"
+    assert "--all" not in page
+
+
+@pytest.mark.parametrize("text", ["name =", "gate = 1", "[gate]\nmetric = 'x'", "gate = ['x', 1]"])
+def test_a_lab_file_without_gates_has_no_gated_figure(capsys: Capture, tmp_path: Path, text: str) -> None:
+    """Neither one that is damaged; what there is otherwise is said, and shown to who names it."""
+    add_run(tmp_path, 1, figure(), lab_file=text)
+    lines, _, _ = told(capsys, tmp_path)
+    assert lines[:-1] == [
+        "1 run with figures, 0 without, passed over",
+        "0 series, 0 with a change point; 1 more with --all",
+    ]
+    assert told(capsys, tmp_path, "--metric", "ttft_p50")[0][3].split()[0] == "single"
+
+
+def test_the_newest_session_comes_first(capsys: Capture, tmp_path: Path) -> None:
+    """Labs by their last session; in a lab figures by theirs, of one session as it wrote them."""
+    add_run(tmp_path, 3, figure(workload="b"), lab="x")
+    add_run(tmp_path, 2, figure(workload="a"), figure(workload="c"), lab="y")
+    add_run(tmp_path, 1, figure(workload="c"), figure(workload="b"), figure(workload="d"), lab="x")
+    lines, _, _ = told(capsys, tmp_path, "--all")
+    assert [line.split()[0] for line in lines[1:-3] if "single" not in line] == [
+        *("x,", "b:", "c:", "d:"),
+        *("y,", "a:", "c:"),
+    ]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_no_line_is_wider_than_the_terminal(
+    capsys: Capture, tmp_path: Path, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of model, workload and arm are shortened, and the end of a change; no number, key or metric."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = figure(
+        workload="long-prompts-into-a-steady-decode-of-many-users",
+        arm="disaggregated@smaller-blocks",
+        metric="output_tokens_per_s (steady)",
+    )
+    for day in range(1, 15):
+        long["values"] = level(10_000 if day < 9 else 15_000, day)
+        add_run(tmp_path, day, long, model="an-organisation/a-model-of-a-long-name-8b-instruct")
+    (head, lab, name, line, *summary, _), _, _ = told(capsys, tmp_path, "--all")
+    assert max(map(len, (head, lab, name, line, *summary))) <= columns
+    assert lab.startswith("embedded, an-")
+    assert f"-instruct, {OLD}, last 20261114" in lab
+    assert name.endswith(": output_tokens_per_s (steady), s")
+    assert name.startswith("  long-")
+    assert line.split()[1:4] == ["14", "10,000", "15,150"]
+    assert "  +49.8 % worse a" in line
+    assert line.endswith(" at 20261109-120000-0009") == (columns == 100)
+
+
+def test_an_incomplete_fingerprint_is_a_series_by_itself(capsys: Capture, tmp_path: Path) -> None:
+    """Of two sessions with one old key nobody knows whether their GPUs were the same; both are labelled."""
+    old = {"cpu": "C", "cores": 2, "versions": {}, "key": OLD}
+    for day in (1, 2):
+        add_run(tmp_path, day, figure(), fingerprint=old)
+    add_run(tmp_path, 3, figure())
+    add_run(tmp_path, 4, figure())
+    lines, _, page = told(capsys, tmp_path)
+    assert [line.partition(", M, ")[2] for line in lines[1:10:3]] == [
+        f"{OLD}, last 20261104-120000-0004",
+        f"{OLD} (incomplete), last 20261102-120000-0002",
+        f"{OLD} (incomplete), last 20261101-120000-0001",
+    ]
+    assert [line.split()[1] for line in lines[3:12:3]] == ["2", "1", "1"]
+    assert f"fingerprint {OLD} (incomplete)</h2>" in page
+    assert f"<th>{OLD}</th>" in page
+    joined, _, _ = told(capsys, tmp_path, "--across-fingerprints")
+    assert joined[2].startswith(f"embedded, M, {OLD} (incomplete)+{OLD}, last")
+    assert joined[4].split()[1] == "4"

@@ -59,7 +59,9 @@ def session(tmp_path: Path) -> Made:
             "model": "llama",
             "commit": "abc",
             "fingerprint": {
-                **{"key": "f00d", "cpu": "Xeon", "versions": {"torch": "2.13.0"}},
+                "key": "f00d",
+                "cpu": "Xeon",
+                "versions": {"torch": "2.13.0"},
                 "lab": {"node a (prefill)": {"CPU": "Xeon", "GPU 0 of the node, name": "H100"}},
             },
             "exitstatus": 0,
