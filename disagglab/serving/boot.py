@@ -10,6 +10,7 @@ from disagglab import waiting
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
 from disagglab.progress import ProgressLine
+from disagglab.serving import death
 from disagglab.serving.service import POLL_S
 from disagglab.serving.vllm import VllmServer, post_mortem
 
@@ -57,8 +58,9 @@ def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> N
 
 def _look(server: VllmServer, watch: _Watch, lab: Lab) -> None:
     """Note that a server is ready; refuse to wait for one that is dead, silent or late."""
-    if not server.process.alive:
-        raise StartError(f"{server.name} died while starting\n{post_mortem(server.process.log)}")
+    died = death.of(server.process, server.plan.node.role)
+    if died is not None:
+        raise StartError(f"while starting, {died}")
     took_s = time.monotonic() - server.started
     if server.process.recorded or server.is_ready():
         server.ready_s = took_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from disagglab.config.schema import Lab, NodeSection
@@ -104,6 +104,7 @@ class Deployment:
         self.served_name = f"{model.name}-{secrets.token_hex(4)}"
         self.servers: tuple[VllmServer, ...] = ()
         self.beside: dict[str, Deployment] = {}  # of variants, by name
+        self.process_names: set[str] = set()  # of servers and lasting routers, ended ones included
         self._topologies: dict[str, Topology] = {}
         self._routed = 0  # routers that routed() has started
 
@@ -135,6 +136,7 @@ class Deployment:
             )
             ports = [number for number in (port, side_channel, events) if number is not None]
             self.servers = (*self.servers, VllmServer.start(host, self.lab, plan, ports))
+            self.process_names.add(plan.process_name)
 
     def wait(self, line: ProgressLine) -> Deployment:
         """Return when every server is ready and proved to be ours.
@@ -147,12 +149,6 @@ class Deployment:
             server.require_release(self.lab.vllm.version)
         return self
 
-    @property
-    def process_names(self) -> set[str]:
-        """Names of its servers' and routers' processes."""
-        services = (*self.servers, *(topology.router for topology in self._topologies.values()))
-        return {service.process.name for service in services}
-
     def topology(self, name: str) -> Topology:
         """A topology on these servers, by its kind; its router is started when first asked for.
 
@@ -161,6 +157,7 @@ class Deployment:
         """
         if name not in self._topologies:
             self._topologies[name] = self._route(name)
+            self.process_names.add(self._topologies[name].router.process.name)
         return self._topologies[name]
 
     def _route(self, name: str) -> Topology:
@@ -229,13 +226,38 @@ class Deployment:
         return host.reserve_port(address), host.reserve_port(address)
 
     def stop(self) -> None:
-        """End routers and servers of this deployment."""
-        for topology in self._topologies.values():
-            topology.router.stop()
+        """End routers and servers of this deployment, all of them even where one does not end.
+
+        Raises:
+            StartError: if something is still alive; see :meth:`disagglab.serving.service.Service.stop`.
+        """
+        routers = [topology.router for topology in self._topologies.values()]
+        servers, self.servers = self.servers, ()
         self._topologies.clear()
-        for server in self.servers:
-            server.stop()
-        self.servers = ()
+        with contextlib.ExitStack() as ended:
+            for service in reversed((*routers, *servers)):
+                ended.callback(service.stop)
+
+
+@contextlib.contextmanager
+def running(
+    deployments: Sequence[Deployment], line_of: Callable[[Deployment], ProgressLine]
+) -> Iterator[None]:
+    """Servers of several deployments, started at once and ready; ended with the block, the last first, and
+    as well where one of them does not come up.
+
+    Raises:
+        StartError: see :func:`require_memory_for`, :meth:`Deployment.launch` and :meth:`Deployment.wait`.
+    """
+    require_memory_for(deployments)
+    with contextlib.ExitStack() as ended:
+        for each in deployments:
+            ended.callback(each.stop)
+        for each in deployments:
+            each.launch()
+        for each in deployments:
+            each.wait(line_of(each))
+        yield
 
 
 def require_memory_for(deployments: Sequence[Deployment]) -> None:
