@@ -36,6 +36,7 @@ from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, resume
 from disagglab.results.recorder import Recorder, timing_into
 from disagglab.results.run_folder import Store
+from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.topology import (
     DISAGGREGATED,
     REPLICATED,
