@@ -46,6 +46,12 @@ class Metric(Generic[Of]):
         """
         return (value * requests + 0.5) / (requests + 1) if self.share else value
 
+    def step(self, comparable: float, requests: int) -> float:
+        """Relative difference that one request more makes to a value as the verdict takes it: of a share
+        k / n, 1 / (k + 1/2); 0 for what is no count of requests.
+        """
+        return 1 / (comparable * (requests + 1)) if self.share else 0.0
+
 
 @dataclass(frozen=True)
 class Answers:

@@ -17,6 +17,7 @@ from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
 from disagglab.stats.metric import METRICS
+from disagglab.stats.verdict import NO_SPREAD
 
 ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 
@@ -106,8 +107,9 @@ def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, 
     compared = {(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None}
     assert {(row.workload, row.metric) for row in identical} == compared
     beside = [row for row in store.verdicts if (row.workload, row.metric) in compared]
-    floors = [row.noise_floor for row in beside if row.rounds > 1]  # one round has no spread
-    assert all(floor is not None and floor >= 0 for floor in floors)
+    unknown = [row for row in beside if row.rounds > 1 and row.noise_floor is None]  # one round has no spread
+    assert all(row.floor_note == NO_SPREAD for row in unknown)
+    assert all(row.noise_floor is None or row.noise_floor > 0 for row in beside)
 
 
 def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> None:
@@ -119,7 +121,7 @@ def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> Non
         if gate.enforce and row.gate.state is State.NOT_MET
     ]
     assert not failed, "\n".join(
-        f"{row.workload} {row.metric}: {row.gate}; {row.outcome}, effect {row.effect:+.1%}"
+        f"{row.workload} {row.metric}: {row.standing}; alone {row.outcome}, effect {row.effect:+.1%}"
         f" [{row.low:+.1%}, {row.high:+.1%}], {row.rounds} rounds"
         for row in failed
     )
