@@ -140,7 +140,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
     options.self_contained_html = True
     options.css = [*options.css, str(report.CSS)]
     options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{print_key['key']}"
-    options.benchmark_autosave = options.benchmark_autosave or run_id
+    options.benchmark_autosave = options.benchmark_autosave or f"{run_id}-vllm-{lab.vllm.version}"
     options.benchmark_save_data = True
     options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")
     options.benchmark_group_by = "group"
