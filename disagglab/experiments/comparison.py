@@ -22,7 +22,7 @@ from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died
 from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
 from disagglab.stats.metric import METRICS, of_stream
-from disagglab.stats.verdict import CONFIDENCE, gate_p, holm, judge, noise_floor, passes
+from disagglab.stats.verdict import CONFIDENCE, NoiseFloor, gate_p, holm, judge, noise_floor, passes
 
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file
 
@@ -175,8 +175,8 @@ def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
         for gate, pairs in zip(lab.gates, families, strict=True)
     ]
     rows = [
-        _row(comparison, gate, pairs, p)
-        for gate, pairs, p in zip(lab.gates, families, holm(p_values), strict=True)
+        _row(comparison, gate, pairs, _P(alone, p, len(p_values)))
+        for gate, pairs, alone, p in zip(lab.gates, families, p_values, holm(p_values), strict=True)
         if pairs
     ]
     return [*rows, *_identical_arms(comparison, lab)]
@@ -201,7 +201,7 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
     for (gate, kind), pairs, verdict, p in zip(asked, families, verdicts, adjusted, strict=True):
-        row = _row(comparison, gate, pairs, p, str(Arm(kind, other)), kind)
+        row = _row(comparison, gate, pairs, _P(verdict.p, p, len(adjusted)), str(Arm(kind, other)), kind)
         if verdict.outcome in ("better", "equivalent"):
             state = GateState(State.NO_REGRESSION)
         elif verdict.outcome == "worse" and p <= 1 - CONFIDENCE:
@@ -237,8 +237,8 @@ def pair_rows(
     ]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
-    for (_, baseline, arm), gate, each, p in zip(asked, own, pairs, adjusted, strict=True):
-        row = _row(comparison, gate, each, p, baseline, arm)
+    for (_, baseline, arm), gate, each, verdict, p in zip(asked, own, pairs, verdicts, adjusted, strict=True):
+        row = _row(comparison, gate, each, _P(verdict.p, p, len(adjusted)), baseline, arm)
         rows.append(dataclasses.replace(row, gate=GateState(state)))
     return rows
 
@@ -283,11 +283,30 @@ def _identical_arms(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
     return rows
 
 
+@dataclass(frozen=True)
+class _P:
+    """p of one hypothesis, alone and after Holm's correction over a family of so many."""
+
+    alone: float
+    adjusted: float
+    family: int
+
+
+def _floor(comparison: Comparison, gate: GateSection) -> NoiseFloor | None:
+    """What the A/A pair leaves open of a gate's figure; None where none was measured."""
+    pairs = comparison.pairs(gate.workload, SINGLE, SINGLE_AGAIN, gate.metric, gate.stream)
+    if not pairs:
+        return None
+    requests = min(len(run.ttft_s) for run in comparison.valid(gate.workload, SINGLE))
+    step = max(METRICS[gate.metric].step(value, requests) for pair in pairs for value in pair)
+    return noise_floor(pairs, step)
+
+
 def _row(
     comparison: Comparison,
     gate: GateSection,
     pairs: Sequence[tuple[float, float]],
-    p_adjusted: float | None,
+    p: _P | None,
     baseline: str = "",
     candidate: str = DISAGGREGATED,
 ) -> VerdictRow:
@@ -299,16 +318,15 @@ def _row(
     if gate.limit is not None:
         values[LIMIT] = [gate.limit]
     verdict = judge(pairs, metric.better, gate.margin)
-    identical = comparison.pairs(gate.workload, SINGLE, SINGLE_AGAIN, gate.metric, gate.stream)
     late = sum(comparison.saturated(gate.workload, arm) for arm in values)
     reason = verdict.reason
     if late:
         counted = sum(len(comparison.valid(gate.workload, arm)) for arm in values)
         reason += f"; saturated: {late} of {counted} runs fell behind their arrivals"
-    if p_adjusted is None:
+    if p is None:
         state = GateState(State.IDENTICAL)
     else:
-        met = passes(verdict, gate.want, p_adjusted)
+        met = passes(verdict, gate.want, p.adjusted)
         lacking = not met and verdict.outcome == "undecided" and verdict.underpowered
         state = GateState(State.MET if met else State.NOT_MET, gate.want, gate.enforce, lacking)
     return VerdictRow.of(
@@ -323,6 +341,8 @@ def _row(
         gate=state,
         reason=reason,
         saturated=late,
-        noise_floor=noise_floor(identical) if identical else None,
-        p_adjusted=p_adjusted,
+        floor=_floor(comparison, gate),
+        p=p.alone if p else None,
+        p_adjusted=p.adjusted if p else None,
+        family=p.family if p else None,
     )

@@ -207,7 +207,7 @@ def talk_rows(told: Mapping[str, Sequence[Held]]) -> list[VerdictRow]:
     verdicts = [judge(_paired(told, *row), FIGURES[row[0]].better, MARGIN) for row in asked]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = [
-        _row(told, row, verdict, GateState(State.BESIDE), p)
+        _row(told, row, verdict, GateState(State.BESIDE), p, len(adjusted))
         for row, verdict, p in zip(asked, verdicts, adjusted, strict=True)
     ]
     for figure in FIGURES:
@@ -230,6 +230,7 @@ def _row(
     verdict: Verdict,
     gate: GateState,
     p_adjusted: float | None,
+    family: int | None = None,
 ) -> VerdictRow:
     figure, baseline, candidate = asked
     identical = _paired(told, figure, SINGLE, SINGLE_AGAIN) if values(told, SINGLE_AGAIN, figure) else []
@@ -244,7 +245,8 @@ def _row(
         baseline_value=statistics.fmean(values(told, baseline, figure)),
         gate=gate,
         p_adjusted=p_adjusted,
-        noise_floor=noise_floor(identical) if identical else None,
+        family=family,
+        floor=noise_floor(identical) if identical else None,
     )
 
 

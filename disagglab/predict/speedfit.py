@@ -5,6 +5,7 @@ no negative constant: no prompt and no sequence makes a step shorter.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def fit_speeds(
 
     Raises:
         InvalidRun: if a kind of measurement is missing, no length was measured both ways, a prompt took no
-            time beside what is outside the engine, or a step took none.
+            time beside what is outside the engine, a step took none, or a time is no finite number.
     """
     if not prefills or not steps or not handed:
         raise InvalidRun(f"speeds of {len(prefills)} prompts, {len(steps)} steps, {len(handed)} hand-overs")
@@ -102,6 +103,8 @@ def _fit(rows: Sequence[tuple[float, float, float]], seconds: Sequence[float]) -
         [value / scale / time for value, scale in zip(row, scales, strict=True)]
         for row, time in zip(rows, seconds, strict=True)
     ]
+    if not all(math.isfinite(value) for row in matrix for value in row):
+        raise InvalidRun(f"times from {min(seconds):g} to {max(seconds):g} s decide no speeds")
     found, _ = scipy.optimize.nnls(numpy.array(matrix), numpy.ones(len(seconds)))
     base, linear, last = (float(value) / scale for value, scale in zip(found, scales, strict=True))
     return base, linear, last

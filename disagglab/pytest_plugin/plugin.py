@@ -145,7 +145,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
     options.css = [*options.css, str(report.CSS)]
     # pytest-benchmark opens its storage now, before a host is reached; its files have the whole fingerprint
     options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{machine[fingerprint.KEY]}"
-    options.benchmark_autosave = options.benchmark_autosave or run_id
+    options.benchmark_autosave = options.benchmark_autosave or f"{run_id}-vllm-{lab.vllm.version}"
     options.benchmark_save_data = True
     options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")
     options.benchmark_group_by = "group"

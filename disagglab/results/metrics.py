@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from disagglab.config.arrivals import MAIN
 from disagglab.config.schema import SloSection
 from disagglab.results.records import Run
 from disagglab.stats.metric import METRICS, Answers
 
+KEPT = "_figures"  # attribute of a run, no field of it
 SATURATED_BELOW = 0.95  # of the offered rate
 LEAST_ANSWERS = 3  # a run in which requests arrive for less than so many median E2E shows no steady state
 
@@ -50,16 +53,25 @@ def answers(run: Run, slo: SloSection | None = None, stream: str = "") -> Answer
     )
 
 
-def figures(run: Run, slo: SloSection | None = None, stream: str = "") -> dict[str, float | None]:
+Figures = Mapping[str, float | None]
+
+
+def figures(run: Run, slo: SloSection | None = None, stream: str = "") -> Figures:
     """Run-level figures by metric name, of all requests or those of one stream.
 
-    A metric that the run does not have is None: see :class:`disagglab.stats.metric.Metric`.
+    A metric that the run does not have is None: see :class:`disagglab.stats.metric.Metric`. They are computed
+    once and kept with the run, which is frozen; a run that is made of it by ``replace`` starts anew.
     """
-    seen = answers(run, slo, stream)
-    return {
-        name: metric.formula(seen) if metric.by_stream or not stream else None
-        for name, metric in METRICS.items()
-    }
+    kept: dict[tuple[SloSection | None, str], Figures] = vars(run).setdefault(KEPT, {})
+    if (slo, stream) not in kept:
+        seen = answers(run, slo, stream)
+        kept[slo, stream] = MappingProxyType(
+            {
+                name: metric.formula(seen) if metric.by_stream or not stream else None
+                for name, metric in METRICS.items()
+            }
+        )
+    return kept[slo, stream]
 
 
 def kept_rate(run: Run) -> float | None:

@@ -77,9 +77,17 @@ class Recorder:
 
 
 def timing_into(benchmark: Any) -> Callable[..., None]:
-    """A function that stores measured seconds (one value a replicate) as rounds of pytest-benchmark."""
+    """A function that stores measured seconds (one value a replicate) as rounds of pytest-benchmark.
 
-    def store(values_s: Sequence[float], **extra: object) -> None:
+    Its table shows everything in s, ms or us and takes lower as better, so only times may be entries; what
+    belongs to them and is none goes into ``extra``. ``renamed``: a word of the test's name, and what stands
+    for it in the entry's name.
+    """
+
+    def store(values_s: Sequence[float], renamed: tuple[str, str] = ("", ""), **extra: object) -> None:
+        benchmark.name, benchmark.fullname = (
+            name.replace(*renamed) if renamed[0] else name for name in (benchmark.name, benchmark.fullname)
+        )
         iterator: Iterator[float] = iter(values_s)
         benchmark.pedantic(
             lambda: VIRTUAL_CLOCK.advance(next(iterator)), rounds=len(values_s), iterations=1, warmup_rounds=0

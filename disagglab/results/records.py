@@ -11,7 +11,7 @@ from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.results.gate import GateState
 from disagglab.stats.metric import Direction
-from disagglab.stats.verdict import Verdict
+from disagglab.stats.verdict import NoiseFloor, Verdict, held_back
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,10 @@ class VerdictRow:
     """One verdict as the report shows it. ``gate``: what it means for the gate that asked for it.
     ``saturated``: runs of the two arms that fell behind their arrivals.
 
-    ``noise_floor``: half width of the interval between two identical arms, ratio - 1. ``p_adjusted``: of
-    the gate's hypothesis, after Holm; None for a pair that no gate asks for.
+    ``noise_floor``: half width of the interval between two identical arms, ratio - 1; ``floor_note``: see
+    :class:`disagglab.stats.verdict.NoiseFloor`. ``p``, ``p_adjusted``: of the gate's hypothesis, alone and
+    after Holm over ``family`` verdicts; None for a pair that no gate asks for, and ``p`` and ``family`` in
+    files of earlier versions.
     """
 
     workload: str
@@ -190,6 +192,21 @@ class VerdictRow:
     saturated: int = 0
     p_adjusted: float | None = None
     p_sign_flip: float | None = None
+    floor_note: str = ""
+    p: float | None = None
+    family: int | None = None
+
+    @property
+    def standing(self) -> str:
+        """What is said of the gate: its state, and what Holm's correction holds back."""
+        if self.p is None or self.p_adjusted is None or self.family is None:
+            return str(self.gate)
+        answer = self.gate.want if self.gate.of_a_gate else self.outcome
+        if (answer == "better" and self.outcome != "better") or answer in ("equivalent", "undecided"):
+            return str(self.gate)  # it is not the correction that decides
+        noun = "gates" if self.gate.of_a_gate else "figures"
+        said = held_back(str(answer), self.p, self.p_adjusted, self.family, noun)
+        return f"{self.gate}; {said}" if said else str(self.gate)
 
     @classmethod
     def of(
@@ -204,13 +221,15 @@ class VerdictRow:
         candidate_value: float,
         baseline_value: float,
         gate: GateState,
+        p: float | None = None,
         p_adjusted: float | None = None,
-        noise_floor: float | None = None,
+        family: int | None = None,
+        floor: NoiseFloor | None = None,
         saturated: int = 0,
         reason: str | None = None,
     ) -> VerdictRow:
         """The row of a verdict. ``candidate_value``, ``baseline_value``: means of what was compared, in
-        ``unit``; ``reason``: the verdict's own if it is None.
+        ``unit``; ``p``, ``reason``: the verdict's own if it is None.
         """
         return cls(
             workload=workload,
@@ -228,10 +247,13 @@ class VerdictRow:
             smallest_detectable=verdict.smallest_detectable,
             gate=gate,
             reason=verdict.reason if reason is None else reason,
-            noise_floor=noise_floor,
+            noise_floor=floor.ratio if floor else None,
             saturated=saturated,
             p_adjusted=p_adjusted,
             p_sign_flip=verdict.p_sign_flip,
+            floor_note=floor.note if floor else "",
+            p=verdict.p if p is None else p,
+            family=family,
         )
 
     @classmethod

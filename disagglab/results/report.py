@@ -18,6 +18,7 @@ from disagglab.config.schema import Lab
 from disagglab.results import fingerprint, plot, speed
 from disagglab.results.records import Record, Run, VerdictRow
 from disagglab.results.run_folder import Store
+from disagglab.stats.verdict import NO_SPREAD
 
 TEMPLATES = Path(__file__).parent / "templates"
 CSS = TEMPLATES / "report.css"
@@ -51,12 +52,16 @@ def lesson_html(readme: Path) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """A template of ours, with the filters ``number``, ``percent``, ``speed`` and ``fingerprint``."""
+    """A template of ours, with the filters ``number``, ``percent``, ``floor``, ``speed``, ``fingerprint``."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
     )
     environment.filters.update(
-        number=text.number, percent=text.percent, speed=speed.text, fingerprint=fingerprint.label
+        number=text.number,
+        percent=text.percent,
+        floor=floor_text,
+        speed=speed.text,
+        fingerprint=fingerprint.label,
     )
     return environment.get_template(name)
 
@@ -107,6 +112,16 @@ def _record(record: Record) -> Mapping[str, Any]:
     }
 
 
+def floor_text(v: VerdictRow) -> str:
+    """A noise floor with its note. Files of earlier versions say 0 where no pair showed a spread."""
+    if v.noise_floor == 0:
+        return f"none: {NO_SPREAD}"
+    said = text.margin(v.noise_floor)
+    if not v.floor_note:
+        return said
+    return f"{said}: {v.floor_note}" if v.noise_floor is None else f"{said} ({v.floor_note})"
+
+
 def verdict_cells(v: VerdictRow) -> dict[str, str]:
     """A verdict as text, by column."""
     return {
@@ -116,9 +131,9 @@ def verdict_cells(v: VerdictRow) -> dict[str, str]:
         "baseline": f"{v.baseline} {text.number(v.baseline_value)} {v.unit}",
         "verdict": v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
         "effect [95 % CI]": text.interval(v.effect, v.low, v.high),
-        "noise floor": text.margin(v.noise_floor),
+        "noise floor": floor_text(v),
         "rounds": str(v.rounds),
-        "gate": str(v.gate),
+        "gate": v.standing,
     }
 
 

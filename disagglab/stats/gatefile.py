@@ -16,7 +16,7 @@ from disagglab import jsonfile
 from disagglab.errors import ConfigError
 from disagglab.problems import problems_of
 from disagglab.stats.metric import Direction
-from disagglab.stats.verdict import Verdict, judge
+from disagglab.stats.verdict import Verdict, held_back, judge
 
 Figure = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 EXAMPLE = "see docs/reference/metrics.md for an example"
@@ -32,6 +32,11 @@ class GateFile(BaseModel):
     margin: float = Field(gt=0, lt=1, description="share below which the two are equivalent: 0.05 for 5 %")
     pairs: tuple[tuple[Figure, Figure], ...] = Field(
         min_length=1, description="[baseline, candidate] of each round; leave out rounds with an invalid run"
+    )
+    family: int = Field(
+        default=1,
+        ge=1,
+        description="gates that are judged together, this one included: p is taken times that",
     )
 
     def judge(self) -> Verdict:
@@ -56,6 +61,11 @@ def read(path: Path) -> GateFile:
 def as_dict(gate: GateFile, verdict: Verdict) -> dict[str, object]:
     """A verdict for JSON: ``effect``, ``ci`` and ``mde`` as ratio - 1; what one round cannot tell is null."""
     decided = math.isfinite(verdict.high)
+    # Holm's own factor needs the p of the others; that of Bonferroni, his first step, is never smaller
+    p_adjusted = min(1.0, verdict.p * gate.family)
+    said = held_back(verdict.outcome, verdict.p, p_adjusted, gate.family)
+    if verdict.outcome == "equivalent":  # which is no matter of p
+        said = ""
     return {
         "metric": gate.metric,
         "verdict": verdict.outcome,
@@ -66,6 +76,7 @@ def as_dict(gate: GateFile, verdict: Verdict) -> dict[str, object]:
         "rounds": verdict.rounds,
         "underpowered": verdict.underpowered,
         "p": verdict.p,
+        "p_adjusted": p_adjusted,
         "p_sign_flip": verdict.p_sign_flip,
-        "reason": verdict.reason,
+        "reason": f"{verdict.reason}; {said}" if said else verdict.reason,
     }

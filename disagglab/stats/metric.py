@@ -15,6 +15,7 @@ from typing import Generic, Literal, TypeVar
 Direction = Literal["lower", "higher"]
 Of = TypeVar("Of")
 
+TIME_PER_TOKEN = "time_per_output_token"  # wall time of a run over the tokens of all its answers, s
 PERCENTILE_SAMPLES = {50: 1, 90: 10, 95: 20, 99: 100}  # fewer samples than this: the percentile is not shown
 
 
@@ -45,6 +46,24 @@ class Metric(Generic[Of]):
         (1956).
         """
         return (value * requests + 0.5) / (requests + 1) if self.share else value
+
+    def step(self, comparable: float, requests: int) -> float:
+        """Relative difference that one request more makes to a value as the verdict takes it: of a share
+        k / n, 1 / (k + 1/2); 0 for what is no count of requests.
+        """
+        return 1 / (comparable * (requests + 1)) if self.share else 0.0
+
+    def as_times(self, values: Sequence[float]) -> tuple[str, list[float]] | None:
+        """Values for a table that knows times alone (s, lower is better), and what they are called there: a
+        throughput is the time per output token; None for a share or a rate of requests, which is no time.
+        """
+        match self.unit:
+            case "s":
+                return self.name, list(values)
+            case "tokens/s":
+                return TIME_PER_TOKEN, [1 / value for value in values]
+            case _:
+                return None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ POWER = 0.80
 Outcome = Literal["better", "worse", "equivalent", "undecided"]
 Want = Literal["better", "not worse"]
 LARGEST_LOG = math.log(sys.float_info.max)
+ONE_ROUND, NO_SPREAD, ONE_REQUEST = "one round", "every pair equal", "one request"  # of a NoiseFloor
 EXACT_FLIPS = 16  # rounds up to which all 2^n sign patterns are tried
 
 
@@ -200,14 +201,43 @@ def passes(verdict: Verdict, want: Want, p_adjusted: float) -> bool:
     return refuted and (want == "not worse" or verdict.outcome == "better")
 
 
-def noise_floor(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Half the width of the 95 % interval between two identical arms (A/A), as a ratio - 1; None below two
-    rounds.
+def held_back(answer: str, p: float, p_adjusted: float, family: int, noun: str = "gates") -> str:
+    """What an answer says that stands alone and that Holm's correction does not let stand, with both p:
+    "better at p 0.03, 0.066 after 12 gates"; empty where the correction decides nothing.
+    """
+    alpha = 1 - CONFIDENCE
+    if not p <= alpha < p_adjusted:
+        return ""
+    return f"{answer} at p {p:.2g}, {p_adjusted:.2g} after {family} {noun}"
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """What two identical arms leave open. ``ratio``: ratio - 1, None where it is not known; ``note``: why it
+    is not known, or that it is the resolution of a count and no spread.
+    """
+
+    ratio: float | None
+    note: str = ""
+
+
+def noise_floor(pairs: Sequence[tuple[float, float]], step: float = 0.0) -> NoiseFloor:
+    """Half the width of the 95 % interval between two identical arms (A/A); not known below two rounds, and
+    where no pair shows any spread.
+
+    Args:
+        step: relative difference that one request more makes to a figure that counts requests, else 0. A
+            floor is never below it: identical counts tell that the noise is less than a request, not that
+            there is none. Source: JCGM 100:2008 (GUM), F.2.2.1: also where repeated indications are all
+            identical, the uncertainty that comes of the resolution is not zero.
 
     Raises:
         InvalidRun: see :func:`judge`.
     """
     sample = _sample(_log_ratios(pairs))
     if sample.n < 2:
-        return None
-    return _ratio(float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1)) * sample.error)
+        return NoiseFloor(None, ONE_ROUND)
+    width = _ratio(float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1)) * sample.error)
+    if width < step:
+        return NoiseFloor(step, ONE_REQUEST)
+    return NoiseFloor(width) if width > 0 else NoiseFloor(None, NO_SPREAD)

@@ -192,7 +192,7 @@ def test_dialogues_are_judged_by_pairs_of_rounds() -> None:
     assert [(row.baseline, row.candidate) for row in identical] == [
         (tagged(SINGLE), tagged(SINGLE_AGAIN))
     ] * len(FIGURES)
-    assert all(row.noise_floor == 0 for row in identical)
+    assert all((row.noise_floor, row.floor_note) == (None, "every pair equal") for row in identical)
 
 
 def test_figures_of_dialogues_for_the_history() -> None:

@@ -17,14 +17,23 @@ from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.experiments import comparison, rounds
-from disagglab.experiments.comparison import Comparison, run_rounds, verdict_rows
+from disagglab.experiments.comparison import (
+    Comparison,
+    figure_rows,
+    run_rounds,
+    undecided_workloads,
+    verdict_rows,
+)
 from disagglab.experiments.rounds import WARM_UP_ROUND
 from disagglab.measure import ledger
 from disagglab.measure import run as one_run
+from disagglab.results import metrics
 from disagglab.results.gate import State
-from disagglab.results.records import Ledger, Reading, Run, Snapshot
+from disagglab.results.records import Ledger, Reading, Run, Snapshot, VerdictRow
+from disagglab.results.report import verdict_cells
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
+from disagglab.stats.verdict import NO_SPREAD
 
 LAB = load_lab("embedded")
 BASE_S = {SINGLE_AGAIN: 1.0, SINGLE: 1.0, REPLICATED: 1.0, DISAGGREGATED: 0.5}
@@ -121,7 +130,8 @@ def test_identical_arms_come_after_the_gates(lab: Lab) -> None:
     assert floors["itl_p99 (steady)"] == pytest.approx(floors["ttft_p50"])
     assert floors["ttft_p50"] is not None
     assert 0 < floors["ttft_p50"] < 0.05
-    assert floors["output_tokens_per_s"] == 0, "all made-up runs last as long"
+    (flat,) = {(row.noise_floor, row.floor_note) for row in gated if row.metric == "output_tokens_per_s"}
+    assert flat == (None, "every pair equal"), "all made-up runs last as long"
     assert all(row.p_adjusted is not None for row in gated)
 
 
@@ -140,6 +150,100 @@ def test_a_family_of_gates_is_corrected(lab: Lab) -> None:
     first = verdict_rows(Comparison(runs, LAB.slo), lab)[0]
     assert first.p_adjusted is not None
     assert first.p_adjusted > row.p_adjusted
+
+
+def test_a_gate_that_the_correction_fails_says_so(lab: Lab) -> None:
+    """Met alone, and not as one of twelve: with both p and the size of the family. The same words stand in
+    terminal and report, from any file that has them; a file of an earlier version lacks them.
+    """
+    noise = (1.0, 1.5, 1.0, 1.5)
+    workload = lab.workload(lab.gates[0].workload)
+    runs = [
+        run(name, workload, number, noise[number] if name == DISAGGREGATED else 1.0)
+        for name in TOPOLOGIES
+        for number in range(4)
+    ]
+    comparison = Comparison(runs, LAB.slo)
+    gate = lab.gates[0].model_copy(update={"enforce": True})
+    (row,) = verdict_rows(comparison, lab.model_copy(update={"gates": (gate,)}))
+    assert (row.gate.state, row.outcome, row.family) == (State.MET, "better", 1)
+    assert row.p is not None
+    assert row.p == row.p_adjusted
+    assert row.standing == "met: wants better"
+    family = (gate, *(gate.model_copy(update={"margin": 0.01 + n / 1000}) for n in range(11)))
+    row = verdict_rows(comparison, lab.model_copy(update={"gates": family}))[0]
+    assert row.p_adjusted is not None
+    assert (row.gate.state, row.outcome) == (State.NOT_MET, "better")
+    said = f"not met: wants better; better at p {row.p:.2g}, {row.p_adjusted:.2g} after 12 gates"
+    assert row.standing == said == verdict_cells(row)["gate"]
+    written = row.as_json()
+    assert written["gate"] == "not met: wants better", "as earlier versions wrote and read it"
+    assert VerdictRow.from_json(written).standing == said
+    old = {key: value for key, value in written.items() if key not in ("p", "family", "floor_note")}
+    assert VerdictRow.from_json(old).standing == "not met: wants better"
+
+
+def test_the_floor_of_a_count_is_a_request_at_least(lab: Lab) -> None:
+    """One miss of all requests in each A/A run is no floor of 0; the table says what the figure is."""
+    slo = lab.slo
+    assert slo is not None
+    (gate,) = [one for one in lab.gates if one.metric == "slo_attainment"][:1] or [
+        lab.gates[0].model_copy(update={"metric": "slo_attainment", "stream": ""})
+    ]
+    gate = gate.model_copy(update={"baseline": REPLICATED, "limit": None})
+    workload = lab.workload(gate.workload)
+
+    def missed(name: str, number: int) -> Run:
+        one = run(name, workload, number)
+        count = len(one.ttft_s)
+        times = (slo.ttft_s * 2, *(slo.ttft_s / 2,) * (count - 1))
+        return replace(one, ttft_s=times, e2e_s=times)
+
+    runs = [missed(name, n) for name in (*TOPOLOGIES, SINGLE_AGAIN) for n in range(3)]
+    row = verdict_rows(Comparison(runs, slo), lab.model_copy(update={"gates": (gate,)}))[0]
+    count = len(runs[0].ttft_s)
+    assert row.noise_floor == pytest.approx(1 / (count - 0.5))
+    assert verdict_cells(row)["noise floor"] == f"±{100 / (count - 0.5):.1f} % (one request)"
+    assert verdict_cells(replace(row, noise_floor=None, floor_note=NO_SPREAD))["noise floor"] == (
+        "none: every pair equal"
+    )
+    assert verdict_cells(replace(row, noise_floor=0.0, floor_note=""))["noise floor"] == (
+        "none: every pair equal"
+    ), "a file of an earlier version"
+
+
+def test_the_figures_of_a_run_are_computed_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many metrics, gates and arms ask: once for each stream. A run that was changed starts anew."""
+    asked: list[tuple[str, int, str]] = []
+    answers = metrics.answers
+
+    def counted(run: Run, slo: Any = None, stream: str = "") -> Any:
+        asked.append((run.topology, id(run), stream))
+        return answers(run, slo, stream)
+
+    monkeypatch.setattr(metrics, "answers", counted)
+    runs = [
+        run(name, workload, number)
+        for workload in lab.gated_workloads
+        for name in (*TOPOLOGIES, SINGLE_AGAIN)
+        for number in range(3)
+    ]
+    comparison = Comparison(runs, LAB.slo)
+    figure_rows(comparison)
+    verdict_rows(comparison, lab)
+    undecided_workloads(comparison, lab)
+    assert len(asked) == len(set(asked)) > len(runs)
+    before = len(asked)
+    verdict_rows(Comparison(runs, LAB.slo), lab)
+    assert len(asked) == before, "also by another comparison of the same runs"
+    slower = replace(runs[0], ttft_s=tuple(2 * value for value in runs[0].ttft_s))
+    assert metrics.figures(slower, LAB.slo)["ttft_p50"] == pytest.approx(
+        2 * (metrics.figures(runs[0], LAB.slo)["ttft_p50"] or 0)
+    )
+    assert slower != runs[0]
+    assert replace(slower, ttft_s=runs[0].ttft_s) == runs[0], "what is kept is no part of a run"
+    with pytest.raises(TypeError):
+        metrics.figures(slower)["ttft_p50"] = 0.0  # type: ignore[index]
 
 
 def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

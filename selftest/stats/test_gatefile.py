@@ -65,6 +65,18 @@ def test_an_undecided_gate_says_why(capsys: Capture, tmp_path: Path) -> None:
     assert found["mde"] > 0.05
 
 
+def test_a_family_of_gates_is_corrected(capsys: Capture, tmp_path: Path) -> None:
+    """Alone better, as one of twelve not: reason and p say so; without the key nothing is corrected."""
+    pairs = {"pairs": [[1, 0.9], [1, 0.8], [1, 0.85], [1, 0.75]]}
+    alone = answer(capsys, tmp_path / "gate.json", GOOD | pairs)
+    assert alone["verdict"] == "better"
+    assert alone["p_adjusted"] == alone["p"] < 0.05
+    found = answer(capsys, tmp_path / "gate.json", GOOD | pairs | {"family": 12})
+    assert found["p_adjusted"] == pytest.approx(12 * alone["p"])
+    said = f"better at p {found['p']:.2g}, {found['p_adjusted']:.2g} after 12 gates"
+    assert found["reason"] == f"{alone['reason']}; {said}"
+
+
 def test_one_round_has_no_interval(capsys: Capture, tmp_path: Path) -> None:
     """What one pair cannot tell is null, never a number."""
     found = answer(capsys, tmp_path / "gate.json", GOOD | {"pairs": [[1, 2]]})
@@ -93,6 +105,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no direction": (GOOD | {"better": "smaller"}, "better"),
     "direction no text": (GOOD | {"better": ["lower"]}, "better"),
     "no metric": (GOOD | {"metric": ""}, "metric"),
+    "no gate in the family": (GOOD | {"family": 0}, "family"),
     "unknown key": (GOOD | {"alpha": 0.1}, "alpha"),
 }
 

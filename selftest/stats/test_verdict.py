@@ -10,8 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagglab.errors import InvalidRun
-from disagglab.stats.metric import Direction
-from disagglab.stats.verdict import Want, gate_p, holm, judge, noise_floor, passes, sign_flip_p
+from disagglab.stats.metric import METRICS, Direction
+from disagglab.stats.verdict import (
+    NoiseFloor,
+    Want,
+    gate_p,
+    held_back,
+    holm,
+    judge,
+    noise_floor,
+    passes,
+    sign_flip_p,
+)
 
 SPREAD = (0.99, 1.01, 0.995, 1.005, 1.0, 1.0)
 
@@ -186,8 +196,34 @@ def test_the_noise_floor_is_half_the_interval() -> None:
     """Two identical arms that differ by 1 % from round to round: the floor is that of Student's t."""
     rounds = [(1.0, 1.01), (1.0, 1 / 1.01), (1.0, 1.01), (1.0, 1 / 1.01)]
     spread = math.log(1.01) * math.sqrt(4 / 3)
-    assert noise_floor(rounds) == pytest.approx(math.expm1(3.182446 * spread / 2), rel=1e-5)
-    assert noise_floor([(1.0, 1.0)]) is None
+    floor = noise_floor(rounds)
+    assert floor.ratio == pytest.approx(math.expm1(3.182446 * spread / 2), rel=1e-5)
+    assert floor.note == ""
+    assert noise_floor([(1.0, 1.0)]) == NoiseFloor(None, "one round")
+
+
+def test_equal_pairs_are_no_floor_of_zero() -> None:
+    """Times that are all equal show no spread; one miss of 24 in every run shows less than a request."""
+    assert noise_floor([(1.0, 1.0), (2.0, 2.0)]) == NoiseFloor(None, "every pair equal")
+    share = METRICS["slo_attainment"]
+    value = share.comparable(23 / 24, 24)
+    step = share.step(value, 24)
+    assert step == pytest.approx(share.comparable(24 / 24, 24) / value - 1) == pytest.approx(1 / 23.5)
+    assert noise_floor([(value, value)] * 5, step) == NoiseFloor(step, "one request")
+    more = share.comparable(24 / 24, 24)
+    rare = noise_floor([(value, value)] * 20 + [(value, more)], step)
+    assert rare == NoiseFloor(step, "one request"), "less than a step"
+    wide = noise_floor([(value, more), (more, value), (more, value)], step)
+    assert wide.ratio is not None
+    assert wide.ratio > step
+    assert wide.note == ""
+    assert METRICS["ttft_p50"].step(1.0, 24) == 0
+
+
+def test_what_the_correction_holds_back_is_said() -> None:
+    """Both p and the family, only where it is the correction that decides."""
+    assert held_back("better", 0.03, 0.066, 12) == "better at p 0.03, 0.066 after 12 gates"
+    assert held_back("better", 0.03, 0.04, 12) == held_back("better", 0.06, 0.6, 12) == ""
 
 
 def test_the_smallest_detectable_difference_is_the_published_one() -> None:

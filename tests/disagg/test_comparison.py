@@ -17,6 +17,7 @@ from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
 from disagglab.stats.metric import METRICS
+from disagglab.stats.verdict import NO_SPREAD
 
 pytestmark = pytest.mark.lab_has("gates")
 
@@ -27,26 +28,36 @@ ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 def test_gated_figure_of_each_arm(
     comparison: Comparison, gate: GateSection, timing: Callable[..., None], arm: str
 ) -> None:
-    """The figure that a gate compares, one value a round, in pytest-benchmark's table and storage.
+    """The figure that a gate compares, one value a round; times are in pytest-benchmark's table and storage.
 
-    pytest-benchmark takes times, lower being better: throughput is stored as seconds per token, and a share
-    as itself.
+    That table knows times alone, lower being better: throughput is stored as time per output token, and named
+    so. A share is no time; it lies in ``extra_info`` of the times of its workload and arm, and in
+    ``figures.jsonl`` like every figure.
     """
     if gate.limit is not None and arm != DISAGGREGATED:
         pytest.skip(f"NO-SUCH-FIGURE: {gate.metric} is a figure of disaggregated serving alone")
-    metric = METRICS[gate.metric]
     values = comparison.values(gate.workload, arm, gate.metric, gate.stream)
     assert values, f"{gate.workload} has too few samples a run for {gate.figure}; raise its requests"
-    per_token = gate.metric == "output_tokens_per_s"
-    timing(
-        [1 / value for value in values] if per_token else values,
-        metric=gate.figure,
-        workload=gate.workload,
-        arm=arm,
-        unit="s per token" if per_token else metric.unit,
-        better="lower" if per_token else metric.better,
-        command=comparison.valid(gate.workload, arm)[0].command,
-    )
+    assert all(value >= 0 for value in values)
+    times = METRICS[gate.metric].as_times(values)
+    if times is not None:
+        name, values_s = times
+        shares = {
+            metric.name: found
+            for metric in METRICS.values()
+            if metric.as_times(()) is None and (found := comparison.values(gate.workload, arm, metric.name))
+        }
+        timing(
+            values_s,
+            renamed=(gate.metric, name),
+            metric=gate.figure,
+            values=values,
+            unit=METRICS[gate.metric].unit,
+            workload=gate.workload,
+            arm=arm,
+            no_times=shares,
+            command=comparison.valid(gate.workload, arm)[0].command,
+        )
 
 
 def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, record: Recorder) -> None:
@@ -108,8 +119,9 @@ def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, 
     compared = {(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None}
     assert {(row.workload, row.metric) for row in identical} == compared
     beside = [row for row in store.verdicts if (row.workload, row.metric) in compared]
-    floors = [row.noise_floor for row in beside if row.rounds > 1]  # one round has no spread
-    assert all(floor is not None and floor >= 0 for floor in floors)
+    unknown = [row for row in beside if row.rounds > 1 and row.noise_floor is None]  # one round has no spread
+    assert all(row.floor_note == NO_SPREAD for row in unknown)
+    assert all(row.noise_floor is None or row.noise_floor > 0 for row in beside)
 
 
 def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> None:
@@ -121,7 +133,7 @@ def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> Non
         if gate.enforce and row.gate.state is State.NOT_MET
     ]
     assert not failed, "\n".join(
-        f"{row.workload} {row.metric}: {row.gate}; {row.outcome}, effect {row.effect:+.1%}"
+        f"{row.workload} {row.metric}: {row.standing}; alone {row.outcome}, effect {row.effect:+.1%}"
         f" [{row.low:+.1%}, {row.high:+.1%}], {row.rounds} rounds"
         for row in failed
     )

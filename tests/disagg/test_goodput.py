@@ -223,6 +223,7 @@ def verdict_row(
         f" {point.ratio:.2f}: {STANCES[stance]}",
         saturated=sum(chosen.comparison.saturated(point.name, arm) for arm in (REPLICATED, DISAGGREGATED)),
         p_adjusted=p_adjusted,
+        family=len(chosen.points),
     )
 
 

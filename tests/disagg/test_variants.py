@@ -249,6 +249,7 @@ def verdicts(settings: Settings, values: dict[tuple[str, str], dict[str, list[fl
             baseline_value=statistics.fmean(values[own, workload][name]),
             gate=GateState(State.VARIANT),
             p_adjusted=p,
+            family=len(adjusted),
         )
         for (arm, workload, name), verdict, p in zip(asked, judged, adjusted, strict=True)
     ]
