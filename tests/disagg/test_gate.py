@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from disagglab.address import parted, url_of
 from disagglab.agent.port import accepts
 from disagglab.config.schema import Lab
 from disagglab.experiments.comparison import Comparison, run_rounds
@@ -48,14 +49,14 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
     address = lab.controller.address
     host = hosts.controller
     port = host.reserve_port(address)
-    upstream, _, upstream_port = single.router.url.removeprefix("http://").rpartition(":")
+    upstream, upstream_port = parted(single.router.url)
     argv = [
         host.suite_python,
         str(program_on(host)),
         address,
         str(port),
         upstream,
-        upstream_port,
+        str(upstream_port),
         str(FACTOR),
     ]
     process = host.start("slowproxy", argv, {}, lab.controller.cpus, [port])
@@ -67,7 +68,7 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
         ),
         POLL_S,
     )
-    router = dataclasses.replace(single.router, name=SLOWED, url=f"http://{address}:{port}")
+    router = dataclasses.replace(single.router, name=SLOWED, url=url_of(address, port))
     return dataclasses.replace(single, name=SLOWED, router=router)
 
 
