@@ -5,11 +5,12 @@ The oracle: two machines that share nothing a program can ask about, one of them
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import platform
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,33 +47,38 @@ label = "its parent has a folder that may be there"
 extends = "../parents/hybrid.toml"
 """
 
-Turn = Callable[[int], None]
 
-
-@pytest.fixture
-def turn_into(monkeypatch: pytest.MonkeyPatch) -> Turn:
+@contextlib.contextmanager
+def machine(cores: int) -> Iterator[None]:
     """Makes this machine look like one of so many cores; with an even number it has every folder."""
-
-    def turn(cores: int) -> None:
-        answers: list[tuple[Any, str, object]] = [
-            (os, "cpu_count", cores),
-            (os, "sched_getaffinity", set(range(cores))),
-            (os, "uname", SimpleNamespace(nodename=f"m{cores}", sysname="Linux", machine=f"isa{cores}")),
-            (os, "getloadavg", (float(cores),) * 3),
-            (psutil, "cpu_count", cores),
-            (psutil, "virtual_memory", SimpleNamespace(total=cores << 30, available=cores << 29)),
-            (psutil, "net_if_addrs", {f"eth{cores}": []}),
-            (socket, "gethostname", f"m{cores}"),
-            (getpass, "getuser", f"user{cores}"),
-            (platform, "machine", f"isa{cores}"),
-            (Path, "is_dir", cores % 2 == 0),
-        ]
+    answers: list[tuple[Any, str, object]] = [
+        (os, "cpu_count", cores),
+        (os, "sched_getaffinity", set(range(cores))),
+        (os, "uname", SimpleNamespace(nodename=f"m{cores}", sysname="Linux", machine=f"isa{cores}")),
+        (os, "getloadavg", (float(cores),) * 3),
+        (psutil, "cpu_count", cores),
+        (psutil, "virtual_memory", SimpleNamespace(total=cores << 30, available=cores << 29)),
+        (psutil, "net_if_addrs", {f"eth{cores}": []}),
+        (socket, "gethostname", f"m{cores}"),
+        (getpass, "getuser", f"user{cores}"),
+        (platform, "machine", f"isa{cores}"),
+        (Path, "is_dir", cores % 2 == 0),
+    ]
+    with pytest.MonkeyPatch.context() as patch:  # undone before pytest itself asks for folders
         for owner, name, answer in answers:
-            monkeypatch.setattr(owner, name, lambda *_, said=answer, **__: said)
+            patch.setattr(owner, name, lambda *_, said=answer, **__: said)
         for name in ("HOME", "USER", "HF_HOME", "DISAGGLAB_CACHE"):
-            monkeypatch.setenv(name, f"/there/{cores}")
+            patch.setenv(name, f"/there/{cores}")
+        yield
 
-    return turn
+
+def read_on(cores: int, path: str) -> dict[str, Any] | str:
+    """A lab as a machine of so many cores reads it, or its words of refusal."""
+    with machine(cores):
+        try:
+            return load_lab(path).model_dump()
+        except ConfigError as error:
+            return str(error)
 
 
 @pytest.fixture
@@ -89,28 +95,22 @@ def files(tmp_path: Path) -> dict[str, str]:
     return {**shipped, "wide": str(wide), "elsewhere": str(heir)}
 
 
-def test_a_lab_reads_the_same_on_every_machine(turn_into: Turn, files: dict[str, str]) -> None:
+def test_a_lab_reads_the_same_on_every_machine(files: dict[str, str]) -> None:
     """Each is accepted on a machine of one core and on one of 128, and is the same lab."""
-    found = []
-    for cores in (1, 128):
-        turn_into(cores)
-        found.append({name: load_lab(path).model_dump() for name, path in files.items()})
-    assert found[0] == found[1]
-    assert found[0]["wide"]["nodes"][0]["cpus"] == [40]
+    for name, path in files.items():
+        here = read_on(1, path)
+        assert isinstance(here, dict), here
+        assert here == read_on(128, path), name
 
 
-def test_a_mistake_reads_the_same_on_every_machine(turn_into: Turn, files: dict[str, str]) -> None:
+def test_a_mistake_reads_the_same_on_every_machine(files: dict[str, str]) -> None:
     """What is refused is refused everywhere, in the same words."""
     path = Path(files["wide"])
     path.write_text(WIDE.replace("[4095]", "[40, -1]"))
-    said = []
-    for cores in (1, 128):
-        turn_into(cores)
-        with pytest.raises(ConfigError) as caught:
-            load_lab(str(path))
-        said.append(str(caught.value))
-    assert said[0] == said[1]
-    assert "node[1].cpus: -1 is negative" in said[0]
+    said = read_on(1, str(path))
+    assert said == read_on(128, str(path))
+    assert isinstance(said, str)
+    assert "node[1].cpus: -1 is negative" in said
 
 
 NOMINAL = (
