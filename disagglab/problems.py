@@ -73,7 +73,8 @@ def _explain(
         case "missing":
             return "missing", f"add {name}{assign}{meaning}"
         case "value_error":
-            return detail["msg"].removeprefix("Value error, "), f"correct {'it' if loc else 'the values'}"
+            advice = getattr(detail["ctx"]["error"], "mend", f"correct {'it' if loc else 'the values'}")
+            return detail["msg"].removeprefix("Value error, "), advice
         case "model_type" | "model_attributes_type" if owner is not None:
             return "not a table", f"write a table with these keys: {', '.join(sorted(owner.model_fields))}"
         case _:

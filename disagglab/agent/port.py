@@ -16,6 +16,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from disagglab.address import family, joined
 from disagglab.errors import StartError
 
 ACCEPT_TIMEOUT_S = 1.0
@@ -48,7 +49,7 @@ class PortPool:
             StartError: if every port of the range is taken.
         """
         for port in range(self._next, self.last + 1):
-            holder = self._make(_family(self.address), socket.SOCK_STREAM)
+            holder = self._make(family(self.address), socket.SOCK_STREAM)
             try:
                 holder.bind((self.address, port))
             except OSError as error:
@@ -56,8 +57,8 @@ class PortPool:
                 if error.errno in (errno.EADDRINUSE, errno.EACCES):
                     continue
                 raise StartError(
-                    f"cannot bind {self.address}:{port}: {error.strerror}; the node's address in the lab file"
-                    f" must be one of this host's own (ip -brief address)"
+                    f"cannot bind {joined(self.address, port)}: {error.strerror}; the node's address"
+                    f" in the lab file must be one of this host's own (ip -brief address)"
                 ) from error
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._held[port] = holder
@@ -79,14 +80,10 @@ class PortPool:
 
 
 def accepts(address: str, port: int, make: Callable[..., socket.socket] = socket.socket) -> bool:
-    """Whether a TCP connection to ``address:port`` is accepted. ``make``: makes the socket that asks."""
-    with make(_family(address), socket.SOCK_STREAM) as probe:
+    """Whether a TCP connection to ``address``, ``port`` is accepted. ``make``: makes the socket that asks."""
+    with make(family(address), socket.SOCK_STREAM) as probe:
         probe.settimeout(ACCEPT_TIMEOUT_S)
         return probe.connect_ex((address, port)) == 0
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 LISTENING = "0A"  # TCP_LISTEN, include/net/tcp_states.h

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from disagglab.config import variant
+from disagglab.address import is_loopback
+from disagglab.config import madehosts, variant
 from disagglab.config.schema import (
     ControllerSection,
     HostSection,
@@ -21,7 +20,6 @@ from disagglab.config.schema import (
     TransportSection,
     VariantSection,
     VllmSection,
-    control_peer,
 )
 from disagglab.config.workload import load_workload
 from disagglab.errors import ConfigError, Problem
@@ -58,13 +56,20 @@ def ports_needed(nodes: int, releases: int = 1) -> int:
     return PORTS_PER_SERVER * nodes + ROUTER_PORTS + ROUTING_PORTS + (releases - 1) * (2 * nodes + 4)
 
 
-def contradictions(parts: dict[str, Any], file: str) -> Iterator[Problem]:
-    """What no single section shows: checked on whatever sections are valid in themselves."""
+def contradictions(parts: dict[str, Any], file: str, unread: Collection[str] = ()) -> Iterator[Problem]:
+    """What no single section shows: checked on whatever sections are valid in themselves.
+
+    ``unread``: the lists, such as ``node``, of which an entry is not; nothing is missed that it may hold.
+    """
     nodes: tuple[NodeSection, ...] = parts.get("nodes", ())
     hosts: tuple[HostSection, ...] = parts.get("hosts", ())
+    if "node" not in unread:
+        yield from _role_problems(nodes, file)
     yield from _node_problems(nodes, hosts, parts.get("controller"), file)
-    yield from _host_problems(hosts, nodes, parts.get("controller"), file)
-    yield from _made_host_problems(hosts, nodes, parts.get("transport"), file)
+    if "host" not in unread:
+        yield from _host_problems(hosts, nodes, parts.get("controller"), file)
+    if not {"node", "host"} & set(unread):
+        yield from madehosts.problems(hosts, nodes, parts.get("transport"), file)
     vllm: VllmSection | None = parts.get("vllm")
     yield from _arg_problems(vllm.args if vllm else {}, "vllm.args", RESERVED_ARGS, file)
     if vllm is not None and not has_rule(vllm.version):
@@ -187,6 +192,14 @@ def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
             yield Problem(file, f"{where}.workload", wrong, "lower [scale] prompt, output or steady")
 
 
+def _role_problems(nodes: Sequence[NodeSection], file: str) -> Iterator[Problem]:
+    for role in ("prefill", "decode"):
+        if nodes and not any(node.role == role for node in nodes):
+            yield Problem(
+                file, "node.role", f"no node has the role {role}", f'set role = "{role}" on one node'
+            )
+
+
 def _node_problems(
     nodes: tuple[NodeSection, ...],
     hosts: tuple[HostSection, ...],
@@ -194,11 +207,6 @@ def _node_problems(
     file: str,
 ) -> Iterator[Problem]:
     here = {"local", *(host.name for host in hosts if host.namespace)}  # on cores of this machine
-    for role in ("prefill", "decode"):
-        if nodes and not any(node.role == role for node in nodes):
-            yield Problem(
-                file, "node.role", f"no node has the role {role}", f'set role = "{role}" on one node'
-            )
     seen: dict[str, str] = {}
     owners: dict[tuple[str, str, int], NodeSection] = {}
     for index, node in enumerate(nodes):
@@ -223,16 +231,7 @@ def _node_problems(
                         f"{kind[:-1]} {unit} of {node.host} belongs to {owner.name} already",
                         f"give each node its own, or the comparison is void{also}",
                     )
-        if node.host in here:
-            have = os.cpu_count() or 1
-            for cpu in (cpu for cpu in node.cpus if cpu >= have):
-                yield Problem(
-                    file,
-                    f"{key}.cpus",
-                    f"core {cpu}, but this machine has {have} (0 to {have - 1})",
-                    "name a core it has",
-                )
-    if controller is not None and controller.host == "local" and controller.address != "127.0.0.1":
+    if controller is not None and controller.host == "local" and not is_loopback(controller.address):
         remote = [node for node in nodes if node.host != "local"]
         if not remote:
             yield Problem(
@@ -280,66 +279,6 @@ def _host_problems(
     if controller.host in by_name and by_name[controller.host].namespace:
         wrong = f"{controller.host} is a made host, which reaches no other host's control link"
         yield Problem(file, "controller.host", wrong, 'set it to "local"')
-    if _is_loopback(controller.address):
+    if is_loopback(controller.address):
         wrong = f"{controller.address} on {controller.host} cannot be reached from here"
         yield Problem(file, "controller.address", wrong, "write an address of that host")
-
-
-def _is_loopback(address: str) -> bool:
-    """Whether an address, or the name localhost, stays on its host."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
-def _made_host_problems(
-    hosts: tuple[HostSection, ...],
-    nodes: tuple[NodeSection, ...],
-    transport: TransportSection | None,
-    file: str,
-) -> Iterator[Problem]:
-    """What is wrong with a lab that makes its hosts; nothing where it makes none."""
-    made = [(index, host) for index, host in enumerate(hosts) if host.namespace]
-    if not made:
-        return
-    first = f"host[{made[0][0]}]"
-    on = {host.name: [i for i, node in enumerate(nodes) if node.host == host.name] for _, host in made}
-    if len(made) != 2 or any(len(indexes) != 1 for indexes in on.values()):
-        wrong = "two hosts with one node each can be made"
-        yield Problem(file, f"{first}.namespace", wrong, "set namespace = true on two hosts, or on none")
-        return
-    names = {host.name for _, host in made}
-    for index, node in enumerate(nodes):
-        if node.host not in names:
-            wrong = f"{node.host} beside made hosts"
-            yield Problem(file, f"node[{index}].host", wrong, "put every node on a made host, or none")
-    for index, host in made:
-        for key in ("address", "port", "user", "key_file", "known_hosts", "jump"):
-            if getattr(host, key) is not None:
-                yield Problem(file, f"host[{index}].{key}", "given for a host that is made", "remove it")
-    asked = [indexes[0] for indexes in on.values()]
-    for index in asked:
-        for name in ("data_address", "interface"):
-            if getattr(nodes[index], name) is None:
-                yield Problem(file, f"node[{index}].{name}", "missing on a made host", f"add {name} = …")
-        try:
-            control_peer(nodes[index])
-        except ValueError as error:
-            mend = "write a usable address of a /30 of its own, such as 198.18.1.2"
-            yield Problem(file, f"node[{index}].address", str(error), mend)
-    for name, bits, joined in (("address", 30, False), ("data_address", 24, True)):
-        given = [getattr(nodes[index], name) for index in asked if getattr(nodes[index], name)]
-        try:
-            networks = {ipaddress.ip_network(f"{address}/{bits}", strict=False) for address in given}
-        except ValueError as error:
-            mend = "write an address, such as 198.18.9.1; a made host has no other names"
-            yield Problem(file, f"node[{asked[0]}].{name}", str(error), mend)
-            continue
-        if len(given) == 2 and (len(networks) == 1) != joined:
-            wrong = f"{' and '.join(given)} are {'not ' * joined}in one /{bits}"
-            mend = "put them into one" if joined else "give each control link a network of its own"
-            yield Problem(file, f"node[{asked[0]}].{name}", wrong, mend)
-    if transport is not None and set(transport.ucx_tls or ["any"]) - {"tcp", "self"}:
-        wrong = "shared memory does not join hosts"
-        yield Problem(file, "transport.ucx_tls", wrong, 'set it to ["tcp", "self"]')

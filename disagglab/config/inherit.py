@@ -138,13 +138,16 @@ def _keys(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _keep_folders(table: Mapping[str, Any], there: Path, here: Path) -> None:
-    """Let relative model folders of a parent in another folder mean what they meant there."""
+    """Let relative model folders of a parent in another folder mean what they meant there.
+
+    Such a folder starts with a dot. Whether any other name is a folder depends on the machine that reads it.
+    """
     model = table.get("model")
     if there.resolve() == here.resolve() or not isinstance(model, dict):
         return
     for key in FOLDERS:
         value = model.get(key)
-        if isinstance(value, str) and (value.startswith(".") or (there / value).is_dir()):
+        if isinstance(value, str) and value.startswith("."):
             model[key] = str((there / value).resolve())
 
 

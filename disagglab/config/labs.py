@@ -99,6 +99,7 @@ def parse_lab(raw: Mapping[str, Any], file: str, origins: Mapping[str, str] | No
     """
     problems: list[Problem] = []
     parts: dict[str, Any] = {}
+    unread: set[str] = set()  # lists of which an entry is wrong in itself
     known = {*Head.model_fields, *SECTIONS, *OPTIONAL, *LISTS}
     for key in raw:
         if key not in known:
@@ -126,7 +127,9 @@ def parse_lab(raw: Mapping[str, Any], file: str, origins: Mapping[str, str] | No
             rows = []
         parsed = [_parse_section(section, row, file, f"{key}[{i}]", problems) for i, row in enumerate(rows)]
         parts[f"{key}s"] = tuple(row for row in parsed if row is not None)
-    problems.extend(checks.contradictions(parts, file))
+        if None in parsed:
+            unread.add(key)
+    problems.extend(checks.contradictions(parts, file, unread))
     if problems:
         raise ConfigError([_placed(problem, file, origins or {}) for problem in problems])
     elsewhere = {key: place for key, place in (origins or {}).items() if place != file}

@@ -5,11 +5,11 @@ docs/generate.py makes docs/reference/lab-file.md from them: docstrings, and the
 
 from __future__ import annotations
 
-import ipaddress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from disagglab.address import checked
 from disagglab.config.head import Section
 from disagglab.config.inherit import file_of
 from disagglab.config.workload import Workload, load_workload
@@ -18,6 +18,8 @@ from disagglab.stats.metric import GATED, of_stream
 from disagglab.units import Gib, Microseconds, Seconds, Tokens, Unit, WholeSeconds
 from disagglab.variables import DELAY_VARIABLE, TRACE_VARIABLE
 
+Address = Annotated[str, AfterValidator(checked)]
+SshAddress = Annotated[str, AfterValidator(lambda text: checked(text, scoped=True))]
 GPU_BLOCK_SIZE, CPU_BLOCK_SIZE = 16, 128  # tokens (CacheConfig.DEFAULT_BLOCK_SIZE, vllm/platforms/cpu.py)
 
 if TYPE_CHECKING:
@@ -70,8 +72,8 @@ class NodeSection(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="short name, used in reports and logs")
     host: str = Field("local", description="local, this machine, or the name of a [[host]]")
-    address: str = Field(description="address that its server listens on (HTTP)")
-    data_address: str | None = Field(
+    address: Address = Field(description="address that its server listens on (HTTP)")
+    data_address: Address | None = Field(
         None, description="of its data network, for KV transfers and their side channel; absent: address"
     )
     interface: str | None = Field(
@@ -100,8 +102,8 @@ class HostSection(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="what nodes, controller, jump call it; not local"
     )
-    address: str | None = Field(
-        None, min_length=1, description="host name or address of its SSH server; absent: HostName, else name"
+    address: SshAddress | None = Field(
+        None, description="host name or address of its SSH server; absent: HostName, else name"
     )
     port: int | None = Field(
         None, ge=1, le=65535, description="port of its SSH server; absent: Port, else 22"
@@ -137,7 +139,7 @@ class ControllerSection(Section):
     """Where routers and load generator run."""
 
     host: str = Field("local", description="local, or the name of a [[host]]")
-    address: str = Field(
+    address: Address = Field(
         "127.0.0.1", description="that routers listen on; on a [[host]] one that this machine reaches"
     )
     cpus: list[int] = Field(default=[], description="cores of routers and load generator; empty: any")
@@ -380,16 +382,3 @@ class Lab(Section):
     def nodes_on(self, host: str) -> tuple[NodeSection, ...]:
         """The nodes of a host."""
         return tuple(node for node in self.nodes if node.host == host)
-
-
-def control_peer(node: NodeSection) -> str:
-    """This machine's end of a made host's control link: the other address of its /30.
-
-    Raises:
-        ValueError: if the node's address is not one of the two usable ones of a /30.
-    """
-    network = ipaddress.ip_network(f"{node.address}/30", strict=False)
-    hosts = [str(host) for host in network.hosts()]
-    if node.address not in hosts:
-        raise ValueError(f"{node.address} is not a usable address of {network}")
-    return next(host for host in hosts if host != node.address)

@@ -6,15 +6,15 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from disagglab import waiting
 from disagglab.agent import leftovers
 from disagglab.config.labs import with_release
 from disagglab.config.schema import HostSection, Lab, NodeSection
-from disagglab.errors import StartError
-from disagglab.hosts import facts, namespaces, release
+from disagglab.errors import ConfigError, Problem, StartError
+from disagglab.hosts import facts, namespaces, preflight, release
 from disagglab.hosts.host import Host, HostProcess, local_host
 from disagglab.hosts.remote import RemoteHost
 from disagglab.hosts.ssh import Connection, target
@@ -55,6 +55,7 @@ class Hosts:
 
         Raises:
             StartError: if a host cannot be reached or made, or runs another session.
+            ConfigError: if the lab file gives nodes cores that their hosts lack.
         """
         self._stack.enter_context(self._alone())
         self.local = self._here()
@@ -62,6 +63,7 @@ class Hosts:
         self._reap(self.local)
         made = [host for host in self.lab.hosts if host.namespace]
         if made:
+            self._refuse(preflight.missing_cores_to_make_hosts(self.lab, self.local.about["cores"]))
             nodes = {host.name: self.lab.nodes_on(host.name)[0] for host in made}
             found, self._holders = self._make(made, nodes)
             self.sections.update(found)
@@ -69,7 +71,18 @@ class Hosts:
             if name != "local":
                 self._hosts[name] = self._connect(name)
                 self._reap(self._hosts[name])
+        cores = {name: host.about["cores"] for name, host in self._hosts.items()}
+        self._refuse(preflight.missing_cores(self.lab, cores))
         return self
+
+    def _refuse(self, problems: Iterable[Problem]) -> None:
+        """Refuse to go on where hosts lack what the lab file asks of them.
+
+        Raises:
+            ConfigError: with every problem.
+        """
+        if found := list(problems):
+            raise ConfigError(found)
 
     def _alone(self) -> contextlib.AbstractContextManager[object]:
         """What keeps a second session off this machine."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from disagglab import waiting
+from disagglab.address import is_ipv6
 from disagglab.errors import InvalidRun, StartError
 from disagglab.hosts.rdma import Device, roce_v2_addresses
 
@@ -156,14 +157,17 @@ def parse_iperf3(text: str) -> LinkSpeed:
     return LinkSpeed("iperf3", mean, values, retransmits)
 
 
-def ib_write_bw(device: str, gid: int, port: int, duration_s: int, server: str = "") -> list[str]:
-    """Server of ib_write_bw, or client of the ``server`` with this address.
+def ib_write_bw(
+    device: str, gid: int, port: int, duration_s: int, server: str = "", ipv6: bool = False
+) -> list[str]:
+    """Server of ib_write_bw, or client of the ``server`` with this address. ``ipv6``: whether that is IPv6.
 
     Without ``gid`` it would take a GID by its own rule; both ends want the same options. The server's control
     socket listens on all addresses; it has no portable option for one.
     """
     argv = ["ib_write_bw", "-d", device, "-x", str(gid), "-p", str(port), "-q", str(QUEUE_PAIRS)]
-    return [*argv, "-D", str(duration_s), "-F", "--report_gbits", *([server] if server else [])]
+    argv += ["-D", str(duration_s), "-F", "--report_gbits"]
+    return [*argv, *(["--ipv6-addr"] if ipv6 else []), *([server] if server else [])]
 
 
 def parse_ib_write_bw(text: str) -> LinkSpeed:
@@ -242,13 +246,14 @@ def measure_ib_write_bw(
     clients: list[HostProcess] = []
     try:
         for rail, port in zip(pairs, ports, strict=True):
-            argv = ib_write_bw(rail.server_device, rail.server_gid, port, duration_s)
+            argv = ib_write_bw(rail.server_device, rail.server_gid, port, duration_s, ipv6=is_ipv6(address))
             processes.append(server_host.start(f"ib-write-bw-server-{port}", argv, {}, (), [port]))
         for server, port in zip(processes, ports, strict=True):
             # not by its log: it prints through a buffer, which a file sees when it ends
             _wait_until_it_listens(server, functools.partial(_port_listens, server_host, port))
         for rail, port in zip(pairs, ports, strict=True):
-            argv = ib_write_bw(rail.client_device, rail.client_gid, port, duration_s, address)
+            end = (rail.client_device, rail.client_gid, port, duration_s)
+            argv = ib_write_bw(*end, address, is_ipv6(address))
             clients.append(client_host.start(f"ib-write-bw-client-{port}", argv, {}))
             processes.append(clients[-1])
         waiting.last_answer(

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from disagglab.agent.port import accepts
-from disagglab.config.schema import HostSection, NodeSection, control_peer
+from disagglab.config.madehosts import control_peer
+from disagglab.config.schema import HostSection, NodeSection
 from disagglab.errors import StartError
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from disagglab.address import joined
 from disagglab.config.schema import HostSection, Lab, NodeSection
-from disagglab.errors import LabError
+from disagglab.errors import LabError, Problem
 from disagglab.hosts import namespaces, release, remote
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.hosts.hosts import Hosts
@@ -307,6 +308,9 @@ class RecordingHosts(Hosts):
         self.sheets["local"].note("this machine: each process is started through a supervisor of its own")
         return RecordingHost("local", self._logs, self.lab.ports.first, self.sheets["local"])
 
+    def _refuse(self, problems: Iterable[Problem]) -> None:
+        """Nothing was asked, so nothing is known to be missing."""
+
     def _make(
         self, made: Sequence[HostSection], nodes: Mapping[str, NodeSection]
     ) -> tuple[dict[str, HostSection], list[str]]:
@@ -331,7 +335,7 @@ def ssh_command(lab: Lab, section: HostSection) -> str:
         hops.insert(0, target(through))
         hop = through.jump
     if hops:
-        words += ["-J", ",".join(f"{one.user}@{one.address}:{one.port}" for one in hops)]
+        words += ["-J", ",".join(f"{one.user}@{joined(one.address, one.port)}" for one in hops)]
     return shlex.join([*words, f"{where.user}@{where.address}"])
 
 

@@ -31,6 +31,7 @@ from disagglab.paths import ROOT
 
 SHIPPED = (
     "__init__.py",
+    "address.py",
     "errors.py",
     "waiting.py",
     "agent/*.py",

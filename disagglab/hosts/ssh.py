@@ -19,6 +19,7 @@ from typing import Any
 
 import paramiko
 
+from disagglab.address import joined
 from disagglab.config.schema import HostSection
 from disagglab.errors import StartError
 
@@ -226,7 +227,8 @@ class Connection:
                 "direct-tcpip", (address, port), ("127.0.0.1", 0), timeout=self.where.connect_s
             )
         except LOST as error:
-            raise StartError(f"{self.where}: cannot reach {address}:{port} from there: {error}") from error
+            wanted = joined(address, port)
+            raise StartError(f"{self.where}: cannot reach {wanted} from there: {error}") from error
 
     def open(self, command: str) -> paramiko.Channel:
         """Start a shell command; its standard streams are the channel's.

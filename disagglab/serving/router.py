@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 
+from disagglab.address import url_of
 from disagglab.config.schema import Lab
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.predict.strategies import Strategy
@@ -158,7 +159,7 @@ def start_router(
         hearing,
     )
     process = host.start(f"router-{name}", argv, {"NO_COLOR": "1"}, lab.controller.cpus, [port, metrics_port])
-    base, metrics_url = (f"http://{address}:{number}" for number in (port, metrics_port))
+    base, metrics_url = (url_of(address, number) for number in (port, metrics_port))
     serves = (*workers, *prefill, *decode)[0].plan.served_name
     router = Router(name, base, tuple(argv), process, metrics_url=metrics_url, serves=serves)
     return router.brought_up(READY_DEADLINE_S)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from disagglab.address import url_of
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import StartError
 from disagglab.hosts import release
@@ -73,7 +74,7 @@ class ServerPlan:
     @property
     def url(self) -> str:
         """Base URL, without ``/v1``."""
-        return f"http://{self.node.address}:{self.port}"
+        return url_of(self.node.address, self.port)
 
     @property
     def process_name(self) -> str:
@@ -85,7 +86,7 @@ class ServerPlan:
         """Where a router hears of its KV blocks; None where it publishes no events."""
         if self.events_port is None:
             return None
-        return EventSource(self.url, f"tcp://{self.node.address}:{self.events_port}")
+        return EventSource(self.url, url_of(self.node.address, self.events_port, "tcp"))
 
     @property
     def command(self) -> str:
@@ -147,7 +148,7 @@ def events_config(port: int, host: str = "*", topic: str = "kv-events") -> dict[
         "enable_kv_cache_events": True,
         "publisher": "zmq",
         "topic": topic,
-        "endpoint": f"tcp://{host}:{port}",
+        "endpoint": url_of(host, port, "tcp"),
     }
 
 

@@ -47,7 +47,6 @@ BROKEN = {
     "two nodes on one core": (broken(node__1__cpus=[0]), "node[1].cpus", "its own"),
     "role that no node has": (broken(node__1__role="prefill"), "node.role", 'role = "decode"'),
     "no such role": (broken(node__1__role="router"), "node[1].role", "correct the value of role"),
-    "core that is not there": (broken(node__1__cpus=[4096]), "node[1].cpus", "a core it has"),
     "node without cores": (broken(node__0__cpus=[]), "node[0]", "cpus = [0]"),
     "one name twice": (broken(node__1__name="a"), "node[1].name", "its own name"),
     "port range too small": (broken(ports__last=21003), "ports", "set last to"),
@@ -155,6 +154,12 @@ HOSTS = {
     "remote controller at a loopback address": (
         reached({"name": "far"}, controller={"host": "far"}), ["controller.address"], "address of that host",
     ),
+    "made host with an IPv6 control link": (
+        broken(MADE, node__0__address="fd00::1:2"), ["node[0].address", "node[0].address"], "IPv4 address",
+    ),
+    "made host with an IPv6 data link": (
+        broken(MADE, node__0__data_address="fd00::9:1"), ["node[0].data_address"], "IPv4 address",
+    ),
     "local controller at an address without a use": (
         broken(controller={"address": "192.0.2.1"}), ["controller.address"], "127.0.0.1",
     ),
@@ -162,7 +167,7 @@ HOSTS = {
         reached({"name": "far"}, {"name": "a/b"}), ["host[1].name"], "correct the value of name",
     ),
     "heartbeat of no time": (
-        reached({"name": "far", "heartbeat_s": 0}), ["host[0].heartbeat_s", "node[1].host"], "correct",
+        reached({"name": "far", "heartbeat_s": 0}), ["host[0].heartbeat_s"], "correct",
     ),
     "one made host": (
         broken(MADE, host__1__namespace=False), ["host[0].namespace"], "on two hosts, or on none",
@@ -183,7 +188,7 @@ HOSTS = {
         broken(MADE, node__0__address="198.18.1.0"), ["node[0].address"], "198.18.1.2",
     ),
     "made host with a data address that is a name": (
-        broken(MADE, node__0__data_address="data0"), ["node[0].data_address"], "write an address",
+        broken(MADE, node__0__data_address="data0"), ["node[0].data_address"], "write an IPv4 address",
     ),
     "made hosts beside this machine": (
         broken(MADE, node=[*MADE["node"], {**GOOD["node"][0], "name": "c", "cpus": [], "gpus": [0]}]),
@@ -239,9 +244,60 @@ def test_a_remote_controller_may_have_a_name() -> None:
     assert lab.controller.address == "far.example"
 
 
-def test_a_core_that_this_machine_lacks_may_be_another_hosts() -> None:
-    """How many cores a remote host has is not known before it is asked."""
-    assert parse_lab(reached({"name": "far"}, node__1__cpus=[4096]), "my.toml").nodes[1].cpus == [4096]
+ADDRESSES = {
+    "no hexadecimal": ("::g", "write one, such as ::1"),
+    "link-local, of which link": ("fe80::1", "such as fd00::1"),
+    "link-local, and URLs have no scope": ("fe80::1%eth0", "such as fd00::1"),
+    "brackets": ("[::1]", 'write "::1"'),
+    "brackets and port": ("[fd00::1]:80", 'write "fd00::1"'),
+    "a port": ("127.0.0.1:80", 'write "127.0.0.1"; ports come from [ports]'),
+    "too few numbers": ("1.2.3", "four numbers"),
+    "too large a number": ("192.0.2.256", "four numbers"),
+    "a number alone": ("1", "four numbers"),
+    "every address": ("0.0.0.0", "the one address"),
+    "every address, IPv6": ("::", "the one address"),
+    "many hosts": ("ff02::1", "the one address"),
+    "nothing": ("", "or a name"),
+    "a URL": ("http://a.example", "such as ::1"),
+    "two words": ("a b", "or a name"),
+}
+
+
+@pytest.mark.parametrize("key", ["node[1].address", "node[1].data_address", "controller.address"])
+@pytest.mark.parametrize("case", ADDRESSES)
+def test_an_address_of_no_use_is_refused(case: str, key: str) -> None:
+    """Before anything starts, with file, key and what to write."""
+    address, mend = ADDRESSES[case]
+    change = {"controller": {"address": address}} if key[0] == "c" else {f"node__1__{key[8:]}": address}
+    with pytest.raises(ConfigError) as caught:
+        parse_lab(broken(**change), "my.toml")
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.key) == ("my.toml", key)
+    assert mend in problem.mend
+    assert address in problem.wrong
+
+
+@pytest.mark.parametrize("address", ["::1", "fd00::1", "127.0.0.2", "a", "node-1.example", "spark_1.local"])
+def test_an_address_or_a_name_is_taken(address: str) -> None:
+    """IPv6 as well as IPv4, and names."""
+    lab = parse_lab(broken(node__1__address=address, controller={"address": "::1"}), "my.toml")
+    assert (lab.nodes[1].address, lab.controller.address) == (address, "::1")
+
+
+def test_an_address_is_known_by_its_shortest_form() -> None:
+    """As the kernel lists it, so that what is found by address is found."""
+    lab = parse_lab(broken(node__1__address="FD00:0:0:0:0:0:0:01"), "my.toml")
+    assert lab.nodes[1].address == "fd00::1"
+
+
+def test_ssh_reaches_a_link_local_address_that_names_its_interface() -> None:
+    """Two machines on one cable have no other; SSH has no URL. Without the interface it is refused."""
+    lab = parse_lab(reached({"name": "far", "address": "fe80::1%eth0"}), "my.toml")
+    assert lab.hosts[0].address == "fe80::1%eth0"
+    with pytest.raises(ConfigError, match="link-local") as caught:
+        parse_lab(reached({"name": "far", "address": "fe80::1"}), "my.toml")
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.mend.endswith("fe80::1%eth0")) == ("host[0].address", True)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in LABS.glob("*.toml")))

@@ -24,7 +24,7 @@ from disagglab.agent import leftovers
 from disagglab.agent.supervisor import Process, identify
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection, Lab
-from disagglab.errors import StartError
+from disagglab.errors import ConfigError, StartError
 from disagglab.hosts import hosts, release
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.remote import RemoteHost
@@ -207,6 +207,23 @@ def test_a_host_that_cannot_be_reached_leaves_nothing(two: Callable[..., Lab], t
     with pytest.raises(StartError, match=r"not there: .*nowhere"):
         session.open()
     session.close()
+    assert lock_is_free()
+    assert not list(leftovers.folder().iterdir())
+
+
+def test_cores_that_a_host_lacks_are_refused_before_anything_starts(calm: None, tmp_path: Path) -> None:
+    """open names file, key, and what the host has; close afterwards has nothing to complain of."""
+    lab = load_lab("embedded")
+    nodes = tuple(node.model_copy(update={"cpus": [CORE, 4095]}) for node in lab.nodes)
+    session = Hosts("selftest", lab.model_copy(update={"nodes": nodes}), tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        session.open()
+    session.close()
+    assert [(one.file, one.key) for one in caught.value.problems] == [
+        (lab.file, "node[0].cpus"),
+        (lab.file, "node[1].cpus"),
+    ]
+    assert "core 4095, but this machine lets us use" in caught.value.problems[0].wrong
     assert lock_is_free()
     assert not list(leftovers.folder().iterdir())
 

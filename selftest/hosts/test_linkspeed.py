@@ -184,6 +184,9 @@ def test_both_ends_of_ib_write_bw_get_the_same_options() -> None:
     server = linkspeed.ib_write_bw("rocep1s0f0", 3, 12000, 5)
     assert " ".join(server) == "ib_write_bw -d rocep1s0f0 -x 3 -p 12000 -q 4 -D 5 -F --report_gbits"
     assert linkspeed.ib_write_bw("rocep1s0f0", 3, 12000, 5, "10.0.0.2") == [*server, "10.0.0.2"]
+    assert linkspeed.ib_write_bw("rocep1s0f0", 3, 12000, 5, ipv6=True) == [*server, "--ipv6-addr"]
+    client = linkspeed.ib_write_bw("rocep1s0f0", 3, 12000, 5, "fd00::2", ipv6=True)
+    assert client == [*server, "--ipv6-addr", "fd00::2"]
 
 
 def test_rails_are_pairs_with_addresses_on_both_ends() -> None:

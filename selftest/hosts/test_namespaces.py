@@ -20,7 +20,8 @@ import psutil
 import pytest
 
 from disagglab.agent import leftovers
-from disagglab.config.schema import HostSection, NodeSection, control_peer
+from disagglab.config.madehosts import control_peer
+from disagglab.config.schema import HostSection, NodeSection
 from disagglab.errors import StartError
 from disagglab.hosts import namespaces
 from disagglab.hosts.host import Host, HostProcess, local_host

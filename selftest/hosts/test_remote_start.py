@@ -86,8 +86,9 @@ def test_the_deputys_files_are_placed_once(remote_host: Remote, sshd: SshServer)
         subprocess.run(["tar", "-t"], input=archive, capture_output=True, check=True).stdout.decode().split()
     )
     agent = (f"disagglab/agent/{path.name}" for path in (ROOT / "disagglab" / "agent").glob("*.py"))
+    base = (f"disagglab/{name}.py" for name in ("__init__", "address", "errors", "waiting"))
     assert shown == [
-        *sorted([*agent, "disagglab/__init__.py", "disagglab/errors.py", "disagglab/waiting.py"]),
+        *sorted([*agent, *base]),
         "__main__.py",
     ]
 

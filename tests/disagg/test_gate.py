@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from disagglab.address import parted, url_of
 from disagglab.agent.port import accepts
 from disagglab.config.schema import Lab
 from disagglab.experiments.comparison import Comparison, run_rounds
@@ -49,14 +50,14 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Iterator[Topology]:
     address = lab.controller.address
     host = hosts.controller
     port = host.reserve_port(address)
-    upstream, _, upstream_port = single.router.url.removeprefix("http://").rpartition(":")
+    upstream, upstream_port = parted(single.router.url)
     argv = [
         host.suite_python,
         str(program_on(host)),
         address,
         str(port),
         upstream,
-        upstream_port,
+        str(upstream_port),
         str(FACTOR),
     ]
     process = host.start("slowproxy", argv, {}, lab.controller.cpus, [port])
@@ -69,7 +70,7 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Iterator[Topology]:
             ),
             POLL_S,
         )
-        router = dataclasses.replace(single.router, name=SLOWED, url=f"http://{address}:{port}")
+        router = dataclasses.replace(single.router, name=SLOWED, url=url_of(address, port))
         yield dataclasses.replace(single, name=SLOWED, router=router)
     finally:
         process.stop()

@@ -14,6 +14,7 @@ import secrets
 import pytest
 
 from disagglab import waiting
+from disagglab.address import parted
 from disagglab.experiments import routing
 from disagglab.measure import ledger
 from disagglab.measure.ledger import FINISHED, METRICS, PROMPT_TOKENS
@@ -51,8 +52,8 @@ def test_registration_is_a_key_under_a_lease(
         assert left_s is not None, f"{worker.name}: lease {worker.instance} is gone"
         assert 0 < left_s <= LEASE_S
         address = value["transport"]["tcp"].partition("/")[0]
-        port = int(address.rpartition(":")[2])
-        assert address.rpartition(":")[0] == worker.plan.node.address
+        host, port = parted(address)
+        assert host == worker.plan.node.address
         assert not worker.process.is_anothers_port(port), f"{address} is not {worker.name}'s"
     kinds = sorted({entry.key.split("/")[4].split("_source_")[0] for entry in entries})
     record.numbers(

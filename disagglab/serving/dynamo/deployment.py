@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Self
 
 from disagglab import waiting
+from disagglab.address import url_of
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun
 from disagglab.hosts.hosts import Hosts
@@ -232,14 +233,14 @@ class DynamoDeployment:
         argv = frontend_argv(self.python, address, port, router_mode, migration_limit)
         env = frontend_env(settings(self.planes, self.namespace, address), answers)
         process = host.start(name, argv, env, self.lab.controller.cpus, [port, answers])
-        url = f"http://{address}:{port}"
+        base = url_of(address, port)
         wanted = frozenset(worker.instance for worker in self.workers)
         frontend = Frontend(
             name,
-            url,
+            base,
             tuple(argv),
             process,
-            metrics_url=url,
+            metrics_url=base,
             serves=self.served_name,
             env=env,
             wanted=wanted,

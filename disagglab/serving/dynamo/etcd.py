@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from disagglab.address import url_of
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess
@@ -290,11 +291,11 @@ def start_etcd(host: Host, lab: Lab, program: str, name: str = "etcd") -> EtcdSe
     """
     address = lab.controller.address
     port, peer_port = host.reserve_port(address), host.reserve_port(address)
-    url = f"http://{address}:{port}"
-    argv = etcd_argv(program, url, f"http://{address}:{peer_port}")
+    base = url_of(address, port)
+    argv = etcd_argv(program, base, url_of(address, peer_port))
     env = {"ETCD_UNSUPPORTED_ARCH": "arm64"} if _is_arm(host) else {}  # 3.4 asks for it; 3.5 does not
     process = host.start(name, argv, env, lab.controller.cpus, [port, peer_port])
-    return EtcdServer(name, url, tuple(argv), process, EtcdClient(url)).brought_up(READY_DEADLINE_S)
+    return EtcdServer(name, base, tuple(argv), process, EtcdClient(base)).brought_up(READY_DEADLINE_S)
 
 
 def _is_arm(host: Host) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from disagglab.address import url_of
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess
@@ -211,6 +212,6 @@ def start_nats(host: Host, lab: Lab, program: str, name: str = "nats") -> NatsSe
     argv = nats_argv(program, address, *ports, store)
     cpus = tuple(lab.controller.cpus)
     process = host.start(name, argv, {}, cpus, ports)
-    urls = (f"nats://{address}:{ports[0]}", f"http://{address}:{ports[1]}")
+    urls = (url_of(address, ports[0], "nats"), url_of(address, ports[1]))
     server = NatsServer(name, *urls, store, tuple(argv), process, cpus, ports)
     return server.brought_up(READY_DEADLINE_S)
