@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from disagglab.config import ipv4
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import LabError
 from disagglab.experiments import routing, scaling_events
@@ -92,6 +93,8 @@ def dynamo(hosts: Hosts, lab: Lab) -> str:
     elsewhere = [host.name for host in hosts.all if not host.is_local]
     if elsewhere:
         pytest.skip(f"ONE-HOST: Dynamo runs on this machine alone, and lab {lab.name} has {elsewhere}")
+    for problem in ipv4.problems(lab, lab.nodes, ipv4.DYNAMO, controller=True):
+        pytest.skip(f"IPV6: {problem.key}: {problem.wrong}")
     python = dynamo_python(Path(hosts.controller.suite_python).parents[2])
     if not hosts.controller.exists(str(python)):
         pytest.skip(f"NO-DYNAMO: {python} is not there; mend: make setup DYNAMO=1")

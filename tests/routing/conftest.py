@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from disagglab.config import ipv4
 from disagglab.config.schema import Lab
 from disagglab.experiments import routing
 from disagglab.hosts.hosts import Hosts
@@ -25,6 +26,8 @@ def workers(
     """Two equal servers on the lab's first nodes, without a KV connector, with small caches and KV events."""
     if len(layout(shape, routing.BLOCK_SIZE).groups) > 1:
         pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
+    for problem in ipv4.problems(lab, routing.workers_nodes(lab), ipv4.KV_EVENTS):
+        pytest.skip(f"IPV6: {problem.key}: {problem.wrong}")
     deployed = routing.workers(hosts, lab, weights, routing_size)
     try:
         with live.uncaptured():
