@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from disagglab.config import ipv4
 from disagglab.config.schema import Lab
 from disagglab.variables import CPU_KV_SPACE_VARIABLE
 
@@ -99,6 +100,11 @@ PRECONDITIONS = {
     ),
     "two_prefill": Precondition(
         "ONE-PREFILL", lambda lab: len(lab.prefill) > 1, "nothing to choose between; try --lab two-to-one"
+    ),
+    "ipv4": Precondition(
+        "IPV6",
+        lambda lab: not any(ipv4.problems(lab, lab.nodes, ipv4.KV_EVENTS, controller=True)),
+        f"an address of the lab is IPv6, and {ipv4.KV_EVENTS}",
     ),
     "one_host": Precondition(
         "ONE-HOST",

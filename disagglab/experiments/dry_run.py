@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import io
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from disagglab.config import variant
+from disagglab.config import ipv4, variant
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab, VariantSection
+from disagglab.errors import Problem
 from disagglab.experiments import routing
 from disagglab.hosts import linkspeed, shaping
 from disagglab.hosts.recording import RUN, WORDS, NothingRan, RecordingHosts, Word
@@ -143,6 +144,8 @@ def _load(hosts: RecordingHosts, lab: Lab, stage: Started, tokenizer: Path | Non
 def _route(hosts: RecordingHosts, lab: Lab, model: Model) -> None:
     """As tests/routing has them: equal plain servers, and a router of each strategy in turn."""
     hosts.heading(f"tests/routing (with --short {routing.SHORT.blocks} blocks): one router at a time")
+    if _over_ipv6(hosts, lab, ipv4.problems(lab, routing.workers_nodes(lab), ipv4.KV_EVENTS)):
+        return
     deployed = routing.workers(hosts, lab, model, routing.FULL)
     deployed.served_name = f"{model.name}-{RUN}"
     deployed.start(_nowhere())
@@ -158,8 +161,10 @@ def _dynamo(hosts: RecordingHosts, lab: Lab, model: Model) -> None:
         hosts.heading("tests/dynamo")
         hosts.sheets["local"].note(f"nothing: Dynamo runs on one host alone, and this lab has {elsewhere}")
         return
-    python = str(dynamo_python(ROOT))
     hosts.heading("tests/dynamo: etcd, NATS")
+    if _over_ipv6(hosts, lab, ipv4.problems(lab, lab.nodes, ipv4.DYNAMO, controller=True)):
+        return
+    python = str(dynamo_python(ROOT))
     registry = etcd.start_etcd(hosts.controller, lab, etcd.find_etcd(hosts.controller))
     nats.start_nats(hosts.controller, lab, nats.find_nats(hosts.controller, str(Path(python).parent)))
     planes = Planes(etcd=registry.url)
@@ -175,6 +180,14 @@ def _dynamo(hosts: RecordingHosts, lab: Lab, model: Model) -> None:
         for router_mode in (ROUND_ROBIN, KV) if mode == AGGREGATED else (KV,):
             with deployed.routed(router_mode):
                 pass
+
+
+def _over_ipv6(hosts: RecordingHosts, lab: Lab, problems: Iterable[Problem]) -> bool:
+    """Note why nothing runs, where an address stands in the way."""
+    found = [problem.wrong for problem in problems]
+    if found:
+        hosts.sheets[lab.controller.host].note(f"nothing: {found[0]}")
+    return bool(found)
 
 
 def _probe(hosts: RecordingHosts, lab: Lab) -> None:

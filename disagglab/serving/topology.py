@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from disagglab.config import ipv4
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
@@ -123,7 +124,10 @@ class Deployment:
 
         Raises:
             StartError: if a command cannot be executed. What was started is in ``servers``, for :meth:`stop`.
+            ConfigError: if servers are to publish KV events on an address that is IPv6.
         """
+        if self.events:
+            ipv4.require(self.lab, self.nodes, ipv4.KV_EVENTS)
         for node in self.nodes:
             host = self.hosts.of(node)
             port = host.reserve_port(node.address)

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from disagglab.config.checks import ports_needed
@@ -194,6 +195,18 @@ def test_dynamo_runs_on_one_host_alone(name: str) -> None:
     assert any("nothing: Dynamo runs on one host alone" in line for line in dry_run.lines(lab))
 
 
+def test_over_ipv6_every_url_has_brackets_and_what_needs_ipv4_is_left_out() -> None:
+    """No word of a command is a URL that httpx refuses; KV events and Dynamo are said to be left out."""
+    lab = load_lab("embedded-ipv6")
+    found = [line for lines in sections(lab).values() for line in lines]
+    urls = [word for line in found if line[:1] != "#" for word in shlex.split(line) if "http://" in word]
+    assert len(urls) > len(lab.nodes)
+    assert {httpx.URL(url).host for url in urls} == {"::1"}
+    assert not any("--kv-events-config" in line for line in found)
+    assert part(lab, "tests/routing") == part(lab, "tests/dynamo") == []
+    assert sum(line.startswith("# nothing: ::1 is IPv6") for line in found) == 2
+
+
 def test_probes_of_nodes_and_link_are_in_the_plan() -> None:
     """The reading end of the NIXL probe waits for the other's answer, so its command is the last."""
     spark = load_lab("spark")
@@ -236,6 +249,9 @@ def test_a_jump_host_and_a_key_are_in_the_command() -> None:
     command = shlex.split(recording.ssh_command(lab, hosts[0]))
     assert command[:5] == ["ssh", "-p", "22", "-i", "/k"]
     assert command[-3:] == ["-J", "g@gate.example:2222", "u@10.0.0.1"]
+    gate = hosts[2].model_copy(update={"address": "fd00::9"})
+    over_ipv6 = lab.model_copy(update={"hosts": (*hosts[:2], gate)})
+    assert shlex.split(recording.ssh_command(over_ipv6, hosts[0]))[-2] == "g@[fd00::9]:2222"
 
 
 def test_a_controller_of_its_own_runs_routers_and_load() -> None:

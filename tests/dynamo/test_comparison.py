@@ -75,7 +75,7 @@ from disagglab.serving.topology import (
 )
 from tests.dynamo.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 
-pytestmark = pytest.mark.lab_has("one_host", "gates")
+pytestmark = pytest.mark.lab_has("one_host", "ipv4", "gates")
 
 SHORT = Size(conversations=4, turns=3, output_tokens=16, blocks=routing.SHORT.blocks)
 AT_ONCE = 2  # requests under way in conversations: as many as workers

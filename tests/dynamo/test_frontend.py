@@ -25,7 +25,7 @@ from disagglab.serving.dynamo.parts import Frontend, body
 from disagglab.serving.openai import CHAT, COMPLETIONS
 from disagglab.serving.topology import Topology
 
-pytestmark = pytest.mark.lab_has("one_host")
+pytestmark = pytest.mark.lab_has("one_host", "ipv4")
 
 REQUESTS = 6
 OUTPUT_TOKENS = 8

@@ -36,7 +36,7 @@ from disagglab.serving.dynamo.parts import HIT_RATE, KV, ROUND_ROBIN, body
 from disagglab.serving.topology import Topology
 from tests.dynamo.conftest import StartDynamo
 
-pytestmark = pytest.mark.lab_has("one_host")
+pytestmark = pytest.mark.lab_has("one_host", "ipv4")
 
 SEED = 11  # of the order of requests
 MODES = {ROUND_ROBIN: "round_robin", KV: "kv_aware", "random": "random"}  # and whose rule a forecast takes

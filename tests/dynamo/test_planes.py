@@ -24,7 +24,7 @@ from disagglab.serving.dynamo.nats import NatsServer
 from disagglab.serving.dynamo.parts import ROUND_ROBIN, Planes, body
 from tests.dynamo.conftest import StartDynamo
 
-pytestmark = pytest.mark.lab_has("one_host")
+pytestmark = pytest.mark.lab_has("one_host", "ipv4")
 
 REQUESTS, OUTPUT_TOKENS = 3, 6
 

@@ -34,7 +34,7 @@ from disagglab.measure import same_answer
 from disagglab.measure.same_answer import Agreement
 from disagglab.results.recorder import Recorder
 
-pytestmark = pytest.mark.lab_has("one_host")
+pytestmark = pytest.mark.lab_has("one_host", "ipv4")
 
 
 def _failed(attempts: Sequence[Attempt]) -> list[Attempt]:

@@ -26,7 +26,7 @@ from disagglab.serving.dynamo.parts import LEASE_S, Worker, body, on_worker
 from disagglab.serving.prometheus import PROCESS_START
 from disagglab.serving.topology import Topology
 
-pytestmark = pytest.mark.lab_has("one_host")
+pytestmark = pytest.mark.lab_has("one_host", "ipv4")
 
 WORKERS = (0, 1)
 OUTPUT_TOKENS = 4

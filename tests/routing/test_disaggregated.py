@@ -26,6 +26,8 @@ from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger
 from disagglab.serving.topology import Deployment, Topology
 
+pytestmark = pytest.mark.lab_has("ipv4")
+
 CONVERSATIONS, TURNS, OUTPUT_TOKENS = 3, 2, 4
 SEED = 0  # of the order: dealt in turn to two servers, every conversation moves
 POLICIES = ("round_robin", "session_hash", "cache_aware")

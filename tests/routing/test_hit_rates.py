@@ -36,6 +36,8 @@ from disagglab.serving.topology import Deployment
 from disagglab.stats.metric import Direction
 from disagglab.stats.verdict import judge
 
+pytestmark = pytest.mark.lab_has("ipv4")
+
 SEED = 7  # of the order of requests in the first round; each round has its own
 OWN, SHARED, LOADED = "own system prompts", "one system prompt", "two at once"
 AT_ONCE = 2  # requests under way, where load is to tell equals apart

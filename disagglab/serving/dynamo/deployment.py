@@ -13,6 +13,7 @@ from typing import Self
 
 from disagglab import waiting
 from disagglab.address import url_of
+from disagglab.config import ipv4
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import InvalidRun
 from disagglab.hosts.hosts import Hosts
@@ -105,7 +106,9 @@ class DynamoDeployment:
 
         Raises:
             StartError: see :meth:`launch` and :meth:`wait`.
+            ConfigError: if an address of the lab is IPv6.
         """
+        ipv4.require(self.lab, self.nodes, ipv4.DYNAMO, controller=True)
         homes = [self.hosts.of(node) for node in self.nodes]
         for host in {id(home): home for home in homes}.values():
             require_memory(host, self.lab, sum(home is host for home in homes))
