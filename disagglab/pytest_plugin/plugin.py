@@ -21,7 +21,7 @@ from disagglab.paths import REPORTS, ROOT
 from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
 from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, report, resume
-from disagglab.results.recorder import VIRTUAL_CLOCK
+from disagglab.results.recorder import VIRTUAL_CLOCK, saved_name
 from disagglab.results.report import Claim
 from disagglab.results.run_folder import Store, new_run_id
 
@@ -140,7 +140,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
     options.self_contained_html = True
     options.css = [*options.css, str(report.CSS)]
     options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{print_key['key']}"
-    options.benchmark_autosave = options.benchmark_autosave or f"{run_id}-vllm-{lab.vllm.version}"
+    options.benchmark_autosave = options.benchmark_autosave or saved_name(lab.vllm.version, run_id)
     options.benchmark_save_data = True
     options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")
     options.benchmark_group_by = "group"
