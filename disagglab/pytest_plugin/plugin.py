@@ -22,7 +22,7 @@ from disagglab.pytest_plugin.causes import BECAUSE, Cause
 from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
 from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, report, resume, speed
-from disagglab.results.recorder import VIRTUAL_CLOCK
+from disagglab.results.recorder import VIRTUAL_CLOCK, saved_name
 from disagglab.results.report import Claim
 from disagglab.results.run_folder import Store, new_run_id
 
@@ -145,7 +145,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
     options.css = [*options.css, str(report.CSS)]
     # pytest-benchmark opens its storage now, before a host is reached; its files have the whole fingerprint
     options.benchmark_storage = f"file://{REPORTS}/benchmarks/{lab.name}-{machine[fingerprint.KEY]}"
-    options.benchmark_autosave = options.benchmark_autosave or f"{run_id}-vllm-{lab.vllm.version}"
+    options.benchmark_autosave = options.benchmark_autosave or saved_name(lab.vllm.version, run_id)
     options.benchmark_save_data = True
     options.benchmark_json = options.benchmark_json or str(store.folder / "benchmark.json")
     options.benchmark_group_by = "group"

@@ -76,6 +76,13 @@ class Recorder:
         self._store.add(Plot(self._module, title, x_label, y_label, points, style, caption, tuple(ticks)))
 
 
+def saved_name(release: str, run_id: str) -> str:
+    """Name of a session's file in pytest-benchmark's storage, behind its number. The vLLM release comes
+    first: ``pytest-benchmark compare`` shows twelve characters of number and name.
+    """
+    return f"{release}-{run_id}"
+
+
 def timing_into(benchmark: Any) -> Callable[..., None]:
     """A function that stores measured seconds (one value a replicate) as rounds of pytest-benchmark.
 

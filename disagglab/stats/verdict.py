@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import stats
+from scipy import special  # scipy.stats would take seconds to load, in each command that reads a verdict
 
 from disagglab.errors import InvalidRun
 from disagglab.stats.metric import Direction
@@ -72,7 +72,12 @@ class _Sample:
             return 1.0
         if self.error == 0:
             return 0.0 if self.mean < bound else 1.0
-        return float(stats.t.cdf((self.mean - bound) / self.error, self.n - 1))
+        return float(special.stdtr(self.n - 1, (self.mean - bound) / self.error))
+
+
+def _t(share: float, freedom: int) -> float:
+    """Quantile of Student's t."""
+    return float(special.stdtrit(freedom, share))
 
 
 def _log_ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
@@ -118,9 +123,9 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
         return Verdict(
             "undecided", _ratio(sample.mean), -1.0, math.inf, sample.n, margin, None, 1.0, 1.0, reason
         )
-    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1))
+    t = _t((1 + CONFIDENCE) / 2, sample.n - 1)
     low, high = sample.mean - t * sample.error, sample.mean + t * sample.error
-    detectable = _ratio((t + float(stats.t.ppf(POWER, sample.n - 1))) * sample.error)
+    detectable = _ratio((t + _t(POWER, sample.n - 1)) * sample.error)
     bound = math.log1p(margin)
     outcome: Outcome
     if -bound <= low and high <= bound:
@@ -237,7 +242,7 @@ def noise_floor(pairs: Sequence[tuple[float, float]], step: float = 0.0) -> Nois
     sample = _sample(_log_ratios(pairs))
     if sample.n < 2:
         return NoiseFloor(None, ONE_ROUND)
-    width = _ratio(float(stats.t.ppf((1 + CONFIDENCE) / 2, sample.n - 1)) * sample.error)
+    width = _ratio(_t((1 + CONFIDENCE) / 2, sample.n - 1) * sample.error)
     if width < step:
         return NoiseFloor(step, ONE_REQUEST)
     return NoiseFloor(width) if width > 0 else NoiseFloor(None, NO_SPREAD)

@@ -28,17 +28,18 @@ LAB_NAMES = sorted(path.stem for path in LABS.glob("*.toml"))
 # what reads the text of answers: names imported from this module, or its mention as a program
 COMPARES_ANSWERS = "disagglab.measure.same_answer"
 OTHER_ENGINE = "disagglab.measure.oracles.transformers_greedy"
-# fixtures and arguments that a lab may not be able to give, and the precondition that says so
+# fixtures and arguments that a lab may not be able to give, and the preconditions that say so
 PRESUPPOSES = {
-    "dynamo": "one_host",
-    "gate": "gates",
-    "comparison": "gates",
-    "beside": "gates",
-    "sweep": "slo",
-    "slo": "slo",
-    "checked": "own_cores",
-    "devices": "rdma",
-    "counters": "wire",
+    "dynamo": ("one_host", "ipv4"),
+    "workers": ("ipv4",),
+    "gate": ("gates",),
+    "comparison": ("gates",),
+    "beside": ("gates",),
+    "sweep": ("slo",),
+    "slo": ("slo",),
+    "checked": ("own_cores",),
+    "devices": ("rdma",),
+    "counters": ("wire",),
 }
 COLLECT = """
 import contextlib, io, json, sys
@@ -210,7 +211,7 @@ def test_a_test_that_reads_the_text_without_saying_so_is_found(collected: Cases)
 def test_fixtures_that_a_lab_may_not_give_are_asked_for_with_their_precondition(collected: Cases) -> None:
     """Who takes a fixture that hangs on the lab names the precondition, so that nothing is started for it."""
     for test, case in collected["embedded"].items():
-        wanted = {PRESUPPOSES[name] for name in case.fixtures if name in PRESUPPOSES}
+        wanted = {one for name in case.fixtures for one in PRESUPPOSES.get(name, ())}
         assert wanted <= set(case.lab_has), f"{test}: asks for {case.fixtures}"
 
 

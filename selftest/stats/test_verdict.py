@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import special, stats
 
 from disagglab.errors import InvalidRun
+from disagglab.paths import ROOT
 from disagglab.stats.metric import METRICS, Direction
 from disagglab.stats.verdict import (
     NoiseFloor,
@@ -218,6 +222,16 @@ def test_equal_pairs_are_no_floor_of_zero() -> None:
     assert wide.ratio > step
     assert wide.note == ""
     assert METRICS["ttft_p50"].step(1.0, 24) == 0
+
+
+def test_reading_a_verdict_loads_no_distributions() -> None:
+    """Student's t comes from scipy.special, and is the one of scipy.stats, which takes seconds to load."""
+    for freedom in (1, 2, 5, 40):
+        assert special.stdtrit(freedom, 0.975) == stats.t.ppf(0.975, freedom)
+        assert special.stdtr(freedom, -1.3) == stats.t.cdf(-1.3, freedom)
+    program = "import sys, disagglab.results.history; print('scipy.stats' in sys.modules)"
+    argv = [sys.executable, "-c", program]
+    assert subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_what_the_correction_holds_back_is_said() -> None:
