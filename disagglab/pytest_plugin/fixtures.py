@@ -12,7 +12,7 @@ import pytest
 from disagglab.config import variant
 from disagglab.config.labs import check_against_model
 from disagglab.config.schema import Lab
-from disagglab.errors import ConfigError, InvalidRun
+from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
 from disagglab.experiments.calibration import Calibration, calibrate
 from disagglab.experiments.comparison import (
@@ -107,16 +107,15 @@ def hosts(live: Session) -> Iterator[Hosts]:
 
 
 def know_lab(live: Session, survey: Mapping[str, Mapping[str, str]]) -> None:
-    """Complete the session's fingerprint by what its hosts are; end it, before anything is measured, if
-    ``--resume`` named sessions of another lab.
+    """Complete the session's fingerprint by what its hosts are.
+
+    Raises:
+        ConfigError: before anything is measured, if ``--resume`` named sessions of another lab.
     """
     live.store.facts.update({title: dict(facts) for title, facts in survey.items()})
     whole = fingerprint.of_lab(live.store.meta["fingerprint"], identity.of(live.lab, survey))
     live.store.write_meta(fingerprint=whole)
-    try:
-        resume.require_same_lab(live.earlier, whole)
-    except ConfigError as error:
-        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+    resume.require_same_lab(live.earlier, whole)
 
 
 @pytest.fixture(scope="session")
