@@ -121,7 +121,7 @@ def test_reading_and_arithmetic_load_no_ssh_and_no_pytest(name: str, tmp_path: P
         "kv": ["gpt2", "--link", "100Gbps"],
         "gate": [str(tmp_path / "pairs.json")],
         "predict": ["--lab", "spark", "--load", "0.5"],
-        "history": [*reports, "--lab", "two-h200", "--metric", "ttft_p50", "--workload", "one-user"],
+        "history": [*reports, "--lab", "two-h200", "--metric", "ttft_p50", "--across-fingerprints"],
         "labs": [],
         "completion": ["bash"],
     }
