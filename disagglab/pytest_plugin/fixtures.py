@@ -41,7 +41,7 @@ from disagglab.serving.topology import (
     TOPOLOGIES,
     Deployment,
     Topology,
-    require_memory_for,
+    require_room_for,
 )
 
 START_BUDGET_S = 60.0  # shown beside the elapsed time of a start, not enforced
@@ -113,7 +113,7 @@ def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) 
         changed = variant.changed(live.lab, one)
         deployed.beside[one.name] = Deployment(hosts, changed, weights, tag=f"@{one.name}")
     started = (deployed, *deployed.beside.values())
-    require_memory_for(started)
+    require_room_for(started)
     with live.uncaptured():
         for each in started:
             each.launch()
