@@ -28,12 +28,12 @@ from disagglab.experiments.scaling import (
     joining,
 )
 from disagglab.progress import ProgressLine
+from disagglab.serving import room
 from disagglab.serving.dynamo.deployment import DynamoDeployment
 from disagglab.serving.dynamo.etcd import EXPIRY_CHECK_S, EtcdClient
 from disagglab.serving.dynamo.parts import BLOCK_SIZE, KV, Frontend, Worker, body, on_worker
 from disagglab.serving.openai import Completion, prompt_of
 from disagglab.serving.service import POLL_S
-from disagglab.serving.vllm import require_memory
 
 MIGRATIONS = 3  # --migration-limit of the second frontend
 LEASE_SHORT_S, LEASE_FULL_S = 10, 30  # the second is Dynamo's own
@@ -189,8 +189,7 @@ def gathered(present: DynamoDeployment, short: bool) -> Iterator[Crew]:
 def add(crew: Crew, line: ProgressLine) -> Added:
     """Start two workers while requests flow. ``line``: shows how far they are."""
     guests = crew.guests
-    host = guests.hosts.of(guests.nodes[0])
-    require_memory(host, guests.lab, 2)
+    room.require(guests.tenants([guests.nodes[0]] * 2))
     present = crew.present.workers
     before, over = _counts(present), threading.Event()
     with (

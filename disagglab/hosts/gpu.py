@@ -77,6 +77,32 @@ def read_gpus(host: Any) -> tuple[Gpu, ...]:
     return parse_gpus(query.stdout) if query.rc == 0 else ()
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """Memory of a GPU and what of it nobody holds now, GiB."""
+
+    total_gib: float
+    free_gib: float
+
+
+def parse_memory(text: str) -> tuple[GpuMemory | None, ...]:
+    """Rows of ``nvidia-smi --query-gpu=memory.total,memory.free --format=csv,noheader,nounits``, in MiB.
+
+    None stands for a GPU without memory of its own: it takes the host's.
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.strip()]
+    return tuple(
+        GpuMemory(float(row[0]) / 1024, float(row[1]) / 1024) if all(map(str.isdigit, row)) else None
+        for row in rows
+    )
+
+
+def read_memory(host: Any) -> tuple[GpuMemory | None, ...]:
+    """The memory of every GPU of the host; empty without nvidia-smi. One command."""
+    query = host.run("nvidia-smi --query-gpu=memory.total,memory.free --format=csv,noheader,nounits")
+    return parse_memory(query.stdout) if query.rc == 0 else ()
+
+
 def judge_gpudirect(found: Mapping[str, Any]) -> GpuDirect:
     """Whether network cards reach GPU memory, from what :data:`GPUDIRECT_PROGRAM` printed.
 

@@ -18,9 +18,9 @@ from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.predict.strategies import Strategy
 from disagglab.progress import ProgressLine
-from disagglab.serving import boot, death
+from disagglab.serving import boot, death, room
 from disagglab.serving.router import Hearing, Router, start_router
-from disagglab.serving.vllm import EventSource, VllmServer, plan_server, require_memory
+from disagglab.serving.vllm import EventSource, VllmServer, plan_server
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
@@ -114,13 +114,21 @@ class Deployment:
 
         Raises:
             StartError: see :meth:`launch` and :meth:`wait`.
+            ConfigError: see :func:`require_room_for`.
         """
-        require_memory_for([self])
+        require_room_for([self])
         self.launch()
         return self.wait(line)
 
+    def tenants(self) -> list[room.Tenant]:
+        """Its servers, as those that are to have room."""
+        return [
+            room.Tenant(self.hosts.of(node), self.lab, node, f"{node.name}{self.tag}", self.model.config)
+            for node in self.nodes
+        ]
+
     def launch(self) -> None:
-        """Start all servers at once; they are not ready yet. See :func:`require_memory_for` before.
+        """Start all servers at once; they are not ready yet. See :func:`require_room_for` before.
 
         Raises:
             StartError: if a command cannot be executed. What was started is in ``servers``, for :meth:`stop`.
@@ -251,9 +259,10 @@ def running(
     as well where one of them does not come up.
 
     Raises:
-        StartError: see :func:`require_memory_for`, :meth:`Deployment.launch` and :meth:`Deployment.wait`.
+        ConfigError: see :func:`require_room_for`.
+        StartError: see :meth:`Deployment.launch` and :meth:`Deployment.wait`.
     """
-    require_memory_for(deployments)
+    require_room_for(deployments)
     with contextlib.ExitStack() as ended:
         for each in deployments:
             ended.callback(each.stop)
@@ -264,13 +273,10 @@ def running(
         yield
 
 
-def require_memory_for(deployments: Sequence[Deployment]) -> None:
-    """Refuse to start so many servers on hosts that lack the memory; asked once for all of them, because
-    servers that have just been launched hold little yet.
+def require_room_for(deployments: Sequence[Deployment]) -> None:
+    """Refuse to start servers that do not fit beside each other; see :func:`disagglab.serving.room.require`.
 
     Raises:
-        StartError: see :func:`disagglab.serving.vllm.require_memory`.
+        ConfigError: with a table for each host and GPU that is short.
     """
-    places = [(one.hosts.of(node), one.lab) for one in deployments for node in one.nodes]
-    for host, lab in {id(host): (host, lab) for host, lab in places}.values():
-        require_memory(host, lab, sum(each is host for each, _ in places))
+    room.require([tenant for deployment in deployments for tenant in deployment.tenants()])

@@ -283,20 +283,6 @@ class VllmServer(Service):
         death.require_alive(self.process, self.plan.node.role)
 
 
-def require_memory(host: Host, lab: Lab, servers: int) -> None:
-    """Refuse to start servers on a host that has less memory than the lab file's floor for each of them.
-
-    Raises:
-        StartError: with both figures.
-    """
-    have, need = host.memory_available() / GIB, lab.memory.floor_gib * servers
-    if have < need:
-        raise StartError(
-            f"{have:.1f} GiB available on {host.name}, the lab wants {need:g} GiB before {servers} servers"
-            f" start ([memory] floor_gib = {lab.memory.floor_gib:g} each); see: ps aux --sort -rss"
-        )
-
-
 def phase_of(lines: list[str]) -> str:
     """The last phase of PHASES that the log lines show; ``import`` before the first."""
     phase = "import"

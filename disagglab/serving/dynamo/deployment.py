@@ -19,7 +19,7 @@ from disagglab.errors import InvalidRun
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.progress import ProgressLine
-from disagglab.serving import boot, openai
+from disagglab.serving import boot, openai, room
 from disagglab.serving.dynamo.etcd import EtcdClient, Listing
 from disagglab.serving.dynamo.parts import (
     AGGREGATED,
@@ -42,7 +42,6 @@ from disagglab.serving.dynamo.parts import (
 )
 from disagglab.serving.service import POLL_S, await_that
 from disagglab.serving.topology import DISAGGREGATED, ROUTED, Topology
-from disagglab.serving.vllm import require_memory
 
 WORKERS_TAG, PAIR_TAG = "@dynamo", "@dynamo-pd"  # of the deployments that tests/dynamo shares
 FOUND_DEADLINE_S = 60.0  # for a worker's key, and for a frontend that finds it: 1 s where nothing else runs
@@ -106,16 +105,21 @@ class DynamoDeployment:
 
         Raises:
             StartError: see :meth:`launch` and :meth:`wait`.
-            ConfigError: if an address of the lab is IPv6.
+            ConfigError: if an address of the lab is IPv6, or memory is short.
         """
         ipv4.require(self.lab, self.nodes, ipv4.DYNAMO, controller=True)
-        homes = [self.hosts.of(node) for node in self.nodes]
-        for host in {id(home): home for home in homes}.values():
-            require_memory(host, self.lab, sum(home is host for home in homes))
+        room.require(self.tenants(self.nodes))
         for node in self.nodes:
             self.launch(node)
         self.wait(line)
         return self
+
+    def tenants(self, nodes: Sequence[NodeSection]) -> list[room.Tenant]:
+        """A worker on each of these nodes, as those that are to have room."""
+        return [
+            room.Tenant(self.hosts.of(node), self.lab, node, f"{node.name}{self.tag}", self.model.config)
+            for node in nodes
+        ]
 
     def launch(self, node: NodeSection | None = None) -> Worker:
         """Start one worker more; it is not ready yet.

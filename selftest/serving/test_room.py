@@ -1,0 +1,144 @@
+"""What servers beside each other take is held against GPUs and hosts before any of them starts.
+
+The oracle: sums worked out by hand for the lab two-h200 on made hosts of two GPUs, 80 GB and 141 GB each.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from disagglab.config import variant
+from disagglab.config.labs import load_lab
+from disagglab.config.schema import Lab
+from disagglab.errors import ConfigError
+from disagglab.hosts.gpu import GpuMemory, parse_memory
+from disagglab.kv import modelconfig
+from disagglab.serving import room
+
+GIB = 2**30
+H100_MIB, H200_MIB = 81559, 143771  # memory.total of nvidia-smi: 79.6 and 140.4 GiB
+LLAMA = modelconfig.shipped_config("meta-llama/Llama-3.1-8B-Instruct")
+WEIGHTS_GIB = 8_030_261_248 * 2 / GIB  # the vendor's count of parameters, bf16
+
+
+def host(total_mib: int = H100_MIB, free_mib: int | None = None, available_gib: float = 64.0) -> Any:
+    """A host of two GPUs; ``free_mib``: of each, all of it if nothing is said."""
+    row = f"{total_mib}, {total_mib if free_mib is None else free_mib}\n"
+    facts = SimpleNamespace(run=lambda _: SimpleNamespace(rc=0, stdout=2 * row))
+    available = round(available_gib * GIB)
+    return SimpleNamespace(name="local", facts=facts, memory_available=lambda: available)
+
+
+def tenants(lab: Lab, where: Any, variants: list[str], config: dict[str, Any] = LLAMA) -> list[room.Tenant]:
+    """The servers of a session with these variants, as the fixture ``deployment`` has them."""
+    chosen = variant.chosen(lab, variants)
+    own = variant.beside(lab, len(chosen))
+    labs = {"": own, **{f"@{one.name}": variant.changed(own, one) for one in chosen}}
+    return [
+        room.Tenant(where, each, node, f"{node.name}{tag}", config)
+        for tag, each in labs.items()
+        for node in each.nodes
+    ]
+
+
+def refused(asked: list[room.Tenant]) -> list[Any]:
+    """The problems for which a session is refused."""
+    with pytest.raises(ConfigError) as caught:
+        room.require(asked)
+    return list(caught.value.problems)
+
+
+def test_two_variants_beside_the_lab_do_not_fit_80_gb() -> None:
+    """3 x (15.0 weights + 20.5 KV + 3.0) is 115.4 GiB on each GPU of 79.6; 8.5 GiB of KV each would fit."""
+    lab = load_lab("two-h200")
+    problems = refused(tenants(lab, host(), ["stock", "tcp"]))
+    assert [(one.file, one.key) for one in problems] == [(lab.file, "memory.kv_beside_gib")] * 2
+    lines = problems[0].wrong.splitlines()
+    assert lines[0] == (
+        "GPU 0 of this machine has 79.6 GiB free, 3 servers beside each other would take 115.4 GiB:"
+    )
+    assert [line.split() for line in lines[1:]] == [
+        ["server", "weights", "KV", "graphs,", "rest", "sum,", "GiB"],
+        ["gpu0", "15.0", "20.5", "3.0", "38.5"],
+        ["gpu0@stock", "15.0", "20.5", "3.0", "38.5"],
+        ["gpu0@tcp", "15.0", "20.5", "3.0", "38.5"],
+    ]
+    assert problems[1].wrong.startswith("GPU 1 of this machine")
+    assert problems[0].mend.startswith("set kv_beside_gib to 8.5 or less, or start fewer")
+
+
+@pytest.mark.parametrize(
+    ("total_mib", "variants", "kv_gib"),
+    [
+        (H200_MIB, ["stock", "tcp"], 20.5),  # 115.4 of 140.4
+        (H100_MIB, ["stock"], 20.5),  # 76.9 of 79.6
+        (H100_MIB, ["stock", "tcp"], 8.5),  # what the refusal says
+        (H100_MIB, [], 20.5),  # half of the GPU
+    ],
+)
+def test_what_fits_is_let_through(total_mib: int, variants: list[str], kv_gib: float) -> None:
+    """On the GPU that the lab is for; on a smaller one with fewer variants, or as the mend has it."""
+    lab = load_lab("two-h200")
+    memory = lab.memory.model_copy(update={"kv_beside_gib": kv_gib})
+    room.require(tenants(lab.model_copy(update={"memory": memory}), host(total_mib), variants))
+
+
+def test_the_next_larger_cache_does_not_fit() -> None:
+    """The value that the mend names is the largest in steps of half a GiB."""
+    lab = load_lab("two-h200")
+    memory = lab.memory.model_copy(update={"kv_beside_gib": 9.0})
+    assert refused(tenants(lab.model_copy(update={"memory": memory}), host(), ["stock", "tcp"]))
+
+
+def test_who_is_there_already_counts() -> None:
+    """A server takes its share of the whole GPU, of which another program holds more than the rest."""
+    lab = load_lab("two-h200")
+    problem, _ = refused(tenants(lab, host(free_mib=H100_MIB // 4), []))
+    assert problem.key == "vllm.args.gpu-memory-utilization"
+    assert "has 19.9 of 79.6 GiB free, a server would take 39.8 GiB" in problem.wrong
+    assert problem.mend == "set gpu-memory-utilization to 0.24 or less"
+
+
+def test_a_model_that_is_not_computed_counts_without_its_weights() -> None:
+    """The sum is then of what is known, and says so."""
+    lab = load_lab("two-h200")
+    config = {**LLAMA, "model_type": "mixtral", "num_local_experts": 8}
+    room.require(tenants(lab, host(), ["stock", "tcp"], config))
+    small = host(32 * 1024)
+    assert [
+        line.split()[1] for line in refused(tenants(lab, small, ["stock"], config))[0].wrong.splitlines()[2:]
+    ]
+    assert "?" in refused(tenants(lab, small, ["stock"], config))[0].wrong
+
+
+def test_a_host_needs_the_floor_for_each_server() -> None:
+    """Without GPUs and with them; below it nothing starts, and both figures are said."""
+    for name, need in (("embedded", 6.0), ("two-h200", 12.0)):
+        lab = load_lab(name)
+        room.require(tenants(lab, host(available_gib=need), [], {}))
+        (problem,) = refused(tenants(lab, host(available_gib=need - 0.1), [], {}))
+        assert problem.key == "memory.floor_gib"
+        assert (
+            f"{need - 0.1:.1f} GiB free, 2 servers beside each other would take {need:.1f} GiB"
+            in problem.wrong
+        )
+
+
+def test_a_large_cache_on_a_host_counts_beyond_the_floor() -> None:
+    """KV that the lab file asks for is held against the host, with weights; the floor is the least."""
+    lab = load_lab("embedded")
+    vllm = lab.vllm.model_copy(update={"env": {**lab.vllm.env, "VLLM_CPU_KVCACHE_SPACE": "8"}})
+    large = lab.model_copy(update={"vllm": vllm})
+    (problem,) = refused(tenants(large, host(available_gib=40.0), []))  # 2 x (15 + 8 + 1)
+    assert problem.key == "vllm.env.VLLM_CPU_KVCACHE_SPACE"
+    assert "would take 47.9 GiB" in problem.wrong
+    assert problem.mend.startswith("set VLLM_CPU_KVCACHE_SPACE to 4 or less")
+
+
+def test_memory_of_gpus_is_read() -> None:
+    """In GiB; a GPU that shares the host's memory has no figure of its own."""
+    assert parse_memory("81920, 40960\n[N/A], [N/A]\n") == (GpuMemory(80.0, 40.0), None)
+    assert parse_memory("") == ()
