@@ -182,8 +182,8 @@ def gathered(present: DynamoDeployment, short: bool) -> Iterator[Crew]:
             min(max(least, round(seconds / tpot_s)), LONG_TOKENS)
             for seconds, least in ((KEPT_S, KEPT_LEAST), (STREAM_S, STREAM_LEAST))
         )
-        yield Crew(present, guests, plain, stranger, migrating, sender, kept, stream)
-        guests.stop()
+        with guests:
+            yield Crew(present, guests, plain, stranger, migrating, sender, kept, stream)
 
 
 def add(crew: Crew, line: ProgressLine) -> Added:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,7 @@ from disagglab.serving.topology import (
     TOPOLOGIES,
     Deployment,
     Topology,
-    require_memory_for,
+    running,
 )
 
 
@@ -138,21 +139,18 @@ def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) 
         deployed.beside[one.name] = Deployment(hosts, changed, weights, tag=f"@{one.name}")
     started = (deployed, *deployed.beside.values())
     live.deployments += started
-    require_memory_for(started)
-    with live.uncaptured():
+    with contextlib.ExitStack() as ended:
+        with live.uncaptured():
+            ended.enter_context(
+                running(started, lambda each: live.progress(f"servers{each.tag}", USUAL_START_S))
+            )
         for each in started:
-            each.launch()
-        for each in started:
-            each.wait(live.progress(f"servers{each.tag}", USUAL_START_S))
-    for each in started:
-        for server in each.servers:
-            name = f"{server.name}{each.tag}"
-            live.store.commands[f"server {name}"] = server.plan.command
-            starts = live.store.meta.get("ready_s", {})
-            live.store.write_meta(ready_s={**starts, name: server.ready_s})
-    yield deployed
-    for each in started:
-        each.stop()
+            for server in each.servers:
+                name = f"{server.name}{each.tag}"
+                live.store.commands[f"server {name}"] = server.plan.command
+                starts = live.store.meta.get("ready_s", {})
+                live.store.write_meta(ready_s={**starts, name: server.ready_s})
+        yield deployed
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,12 @@ class Service(abc.ABC):
             undo.pop_all()
         return self
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def kill(self) -> None:
         """End the program itself as a crash would (SIGKILL); :meth:`stop` waits for what it started."""
         self.process.kill()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from disagglab.config.schema import Lab, NodeSection
@@ -229,13 +229,38 @@ class Deployment:
         return host.reserve_port(address), host.reserve_port(address)
 
     def stop(self) -> None:
-        """End routers and servers of this deployment."""
-        for topology in self._topologies.values():
-            topology.router.stop()
+        """End routers and servers of this deployment, all of them even where one does not end.
+
+        Raises:
+            StartError: if something is still alive; see :meth:`disagglab.serving.service.Service.stop`.
+        """
+        routers = [topology.router for topology in self._topologies.values()]
+        servers, self.servers = self.servers, ()
         self._topologies.clear()
-        for server in self.servers:
-            server.stop()
-        self.servers = ()
+        with contextlib.ExitStack() as ended:
+            for service in reversed((*routers, *servers)):
+                ended.callback(service.stop)
+
+
+@contextlib.contextmanager
+def running(
+    deployments: Sequence[Deployment], line_of: Callable[[Deployment], ProgressLine]
+) -> Iterator[None]:
+    """Servers of several deployments, started at once and ready; ended with the block, the last first, and
+    as well where one of them does not come up.
+
+    Raises:
+        StartError: see :func:`require_memory_for`, :meth:`Deployment.launch` and :meth:`Deployment.wait`.
+    """
+    require_memory_for(deployments)
+    with contextlib.ExitStack() as ended:
+        for each in deployments:
+            ended.callback(each.stop)
+        for each in deployments:
+            each.launch()
+        for each in deployments:
+            each.wait(line_of(each))
+        yield
 
 
 def require_memory_for(deployments: Sequence[Deployment]) -> None:

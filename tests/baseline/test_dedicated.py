@@ -13,14 +13,14 @@ import statistics
 import pytest
 
 from disagglab.config.schema import Lab
-from disagglab.experiments.comparison import run_rounds
+from disagglab.experiments.comparison import Comparison, run_rounds
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.pytest_plugin.session import Session
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
-from disagglab.serving.topology import REPLICATED, SINGLE, Deployment
+from disagglab.serving.topology import REPLICATED, SINGLE, Deployment, running
 from disagglab.stats.metric import METRICS
 
 
@@ -44,14 +44,16 @@ def test_servers_without_a_connector(
     line = live.progress("dedicated servers")
     plain = Deployment(deployment.hosts, lab, weights, connector=False)
     found = {}
-    for label, servers in (("shared pair", deployment), ("dedicated", plain)):
-        with live.uncaptured():
-            if servers is plain:
-                deployment.stop()
-                plain.start(live.progress("servers without connector"))
-            topologies = [servers.topology(name) for name in (SINGLE, REPLICATED)]
-            found[label] = run_rounds(engine, topologies, [chat], live.rounds, store, shape, line.show)
-    plain.stop()
+
+    def measure(servers: Deployment) -> Comparison:
+        topologies = [servers.topology(name) for name in (SINGLE, REPLICATED)]
+        return run_rounds(engine, topologies, [chat], live.rounds, store, shape, line.show)
+
+    with live.uncaptured():
+        found["shared pair"] = measure(deployment)
+        deployment.stop()
+        with running([plain], lambda _: live.progress("servers without connector")):
+            found["dedicated"] = measure(plain)
     for comparison in found.values():
         assert not comparison.invalid(), comparison.invalid()[0].invalid
     for arm in (SINGLE, REPLICATED):

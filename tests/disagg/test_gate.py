@@ -7,6 +7,7 @@ server, same router, same prompts. The oracle is the factor of the proxy, which 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -43,7 +44,7 @@ def program_on(host: Host) -> PurePosixPath:
 
 
 @pytest.fixture
-def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
+def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Iterator[Topology]:
     """Single, with every answer stretched by FACTOR."""
     address = lab.controller.address
     host = hosts.controller
@@ -59,16 +60,19 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Topology:
         str(FACTOR),
     ]
     process = host.start("slowproxy", argv, {}, lab.controller.cpus, [port])
-    process.await_that(
-        lambda: accepts(address, port),
-        READY_DEADLINE_S,
-        lambda alive: AssertionError(
-            f"the proxy {'does not listen' if alive else 'ended'}: {process.log.read_text()[-500:]}"
-        ),
-        POLL_S,
-    )
-    router = dataclasses.replace(single.router, name=SLOWED, url=f"http://{address}:{port}")
-    return dataclasses.replace(single, name=SLOWED, router=router)
+    try:
+        process.await_that(
+            lambda: accepts(address, port),
+            READY_DEADLINE_S,
+            lambda alive: AssertionError(
+                f"the proxy {'does not listen' if alive else 'ended'}: {process.log.read_text()[-500:]}"
+            ),
+            POLL_S,
+        )
+        router = dataclasses.replace(single.router, name=SLOWED, url=f"http://{address}:{port}")
+        yield dataclasses.replace(single, name=SLOWED, router=router)
+    finally:
+        process.stop()
 
 
 def verdict_on(found: Comparison) -> Verdict:

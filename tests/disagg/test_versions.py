@@ -8,6 +8,7 @@ transfer that includes the block rule of its release, to the byte.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -30,7 +31,7 @@ from disagglab.results.records import Sent
 from disagglab.results.run_folder import Store
 from disagglab.serving import openai, release_diff
 from disagglab.serving.release_diff import Behaviour
-from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Deployment, Topology
+from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Deployment, Topology, running
 
 OUTPUT_TOKENS = 4
 PROBE_SALT = 31_000
@@ -53,15 +54,15 @@ def pair(
     if not live.against:
         pytest.skip("AGAINST: asked for with --against X.Y.Z, which names another vLLM release")
     other = Deployment(hosts, with_release(lab, live.against), weights, tag=f"@{live.against}")
-    with live.uncaptured():
-        other.start(live.progress(f"servers of vLLM {live.against}"))
-    for server in other.servers:
-        live.store.commands[f"server {server.name} (vLLM {live.against})"] = server.plan.command
-    yield Pair(
-        {SINGLE: single, DISAGGREGATED: disaggregated},
-        {kind: other.topology(kind) for kind in (SINGLE, DISAGGREGATED)},
-    )
-    other.stop()
+    with contextlib.ExitStack() as ended:
+        with live.uncaptured():
+            ended.enter_context(running([other], lambda _: live.progress(f"servers of vLLM {live.against}")))
+        for server in other.servers:
+            live.store.commands[f"server {server.name} (vLLM {live.against})"] = server.plan.command
+        yield Pair(
+            {SINGLE: single, DISAGGREGATED: disaggregated},
+            {kind: other.topology(kind) for kind in (SINGLE, DISAGGREGATED)},
+        )
 
 
 @pytest.fixture(scope="module")

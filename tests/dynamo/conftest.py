@@ -46,10 +46,9 @@ def etcd_program(hosts: Hosts) -> str:
 @pytest.fixture(scope="session")
 def etcd_server(hosts: Hosts, lab: Lab, store: Store, etcd_program: str) -> Iterator[EtcdServer]:
     """An etcd of one member, empty at the start of the session."""
-    server = etcd.start_etcd(hosts.controller, lab, etcd_program)
-    store.commands["etcd"] = server.command
-    yield server
-    server.stop()
+    with etcd.start_etcd(hosts.controller, lab, etcd_program) as server:
+        store.commands["etcd"] = server.command
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -65,24 +64,16 @@ def nats_program(hosts: Hosts) -> str:
 @pytest.fixture(scope="session")
 def nats_server(hosts: Hosts, lab: Lab, store: Store, nats_program: str) -> Iterator[NatsServer]:
     """A NATS server with JetStream, which no test ends."""
-    server = nats.start_nats(hosts.controller, lab, nats_program)
-    store.commands["nats"] = server.command
-    yield server
-    server.stop()
+    with nats.start_nats(hosts.controller, lab, nats_program) as server:
+        store.commands["nats"] = server.command
+        yield server
 
 
 @pytest.fixture
 def start_nats(hosts: Hosts, lab: Lab, nats_program: str) -> Iterator[Callable[[str], NatsServer]]:
     """Starts a NATS server of the test's own, by name, which it may end."""
-    started: list[NatsServer] = []
-
-    def start(name: str) -> NatsServer:
-        started.append(nats.start_nats(hosts.controller, lab, nats_program, name))
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.stop()
+    with contextlib.ExitStack() as ended:
+        yield lambda name: ended.enter_context(nats.start_nats(hosts.controller, lab, nats_program, name))
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +106,7 @@ def start_dynamo(
             hosts, lab, weights, dynamo, joined, mode, nodes=nodes, tag=tag, **settings
         )
         with contextlib.ExitStack() as undo:
-            undo.callback(deployed.stop)
+            undo.enter_context(deployed)
             with live.uncaptured():
                 deployed.start(live.progress(f"workers{tag}", USUAL_START_S))
             for worker in deployed.workers:
@@ -139,17 +130,15 @@ def dynamo_workers(
 ) -> Iterator[DynamoDeployment]:
     """Two equal workers, each with a small cache of blocks of 32 tokens, as the routing tests have them."""
     small = routing.workers_lab(lab, routing_size)
-    deployed = start_dynamo(small, WORKERS_TAG, nodes=routing.workers_nodes(lab))
-    yield deployed
-    deployed.stop()
+    with start_dynamo(small, WORKERS_TAG, nodes=routing.workers_nodes(lab)) as deployed:
+        yield deployed
 
 
 @pytest.fixture(scope="module")
 def dynamo_pair(lab: Lab, start_dynamo: StartDynamo) -> Iterator[DynamoDeployment]:
     """One worker that prefills and one that decodes, KV over [transport]."""
-    deployed = start_dynamo(lab, PAIR_TAG, DISAGGREGATED, nodes=(lab.prefill[0], lab.decode[0]))
-    yield deployed
-    deployed.stop()
+    with start_dynamo(lab, PAIR_TAG, DISAGGREGATED, nodes=(lab.prefill[0], lab.decode[0])) as deployed:
+        yield deployed
 
 
 @pytest.fixture(scope="module")

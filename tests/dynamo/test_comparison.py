@@ -17,6 +17,7 @@ conversations on the arms with two equal workers. It shows that the path holds; 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ from disagglab.serving.topology import (
     TOPOLOGIES,
     Deployment,
     Topology,
+    running,
 )
 from tests.dynamo.expectation import EXPECTATIONS, HITS, MISSES, expectation_rows, hits_and_misses
 
@@ -109,9 +111,9 @@ def beside(
     if {node.role for node in nodes} != {"prefill", "decode"}:
         pytest.skip(f"NO-PAIR: nodes {[node.name for node in nodes]} do not both prefill and decode")
     pair = Deployment(hosts, dynamo_workers.lab, weights, nodes=nodes, tag=TAG, events=True)
-    try:
+    with contextlib.ExitStack() as ended:
         with live.uncaptured():
-            pair.start(live.progress(f"servers{TAG}"))
+            ended.enter_context(running([pair], lambda _: live.progress(f"servers{TAG}")))
         arms = {tagged(name): pair.topology(name) for name in TOPOLOGIES}
         arms[tagged(SINGLE_AGAIN)] = dataclasses.replace(arms[tagged(SINGLE)], name=tagged(SINGLE_AGAIN))
         for server in pair.servers:
@@ -122,8 +124,6 @@ def beside(
         require_events(kv_routed)
         arms[DYNAMO_KV] = dataclasses.replace(kv_routed, name=DYNAMO_KV)
         yield Beside(arms, fitting, dynamo_workers.lab)
-    finally:
-        pair.stop()
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,10 @@ def plane(request: pytest.FixtureRequest, live: Session) -> Iterator[Plane]:
             pytest.skip("SHORT: discovery by files is tried in the full form")
         folder = live.store.folder / "discovery"
         folder.mkdir()
-        yield Plane("files", Planes(folder=str(folder)), lambda: sizes(folder))
-        shutil.rmtree(folder)
+        try:
+            yield Plane("files", Planes(folder=str(folder)), lambda: sizes(folder))
+        finally:
+            shutil.rmtree(folder)
         return
     etcd_server: EtcdServer = request.getfixturevalue("etcd_server")
     start_nats: Callable[[str], NatsServer] = request.getfixturevalue("start_nats")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from disagglab import waiting
 from disagglab.config.schema import Lab, NodeSection
@@ -91,6 +92,12 @@ class DynamoDeployment:
         self.workers: tuple[Worker, ...] = ()
         self._launched: list[Worker] = []
         self._opened = 0  # frontends so far
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self, line: ProgressLine) -> DynamoDeployment:
         """Start a worker on every node; return when all are ready and registered.
@@ -241,12 +248,13 @@ class DynamoDeployment:
         return frontend.brought_up(FOUND_DEADLINE_S)
 
     def stop(self) -> None:
-        """End all workers, at once."""
-        for worker in self._launched:
-            worker.ask_to_stop()
-        for worker in self._launched:
-            worker.stop()
+        """End all workers, at once, and all of them even where one does not end."""
         self.workers = ()
+        with contextlib.ExitStack() as ended:
+            for worker in reversed(self._launched):
+                ended.callback(worker.stop)
+            for worker in self._launched:
+                worker.ask_to_stop()
 
 
 def require_events(topology: Topology) -> None:

@@ -1,0 +1,115 @@
+"""Servers that were started are ended: after the block, and where one of them does not come up.
+
+Hosts are those that take notes (hosts/recording.py); servers are stand-ins that note their own end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from disagglab.config.labs import load_lab
+from disagglab.errors import StartError
+from disagglab.experiments.dry_run import model_of
+from disagglab.hosts.recording import RecordingHosts
+from disagglab.serving import boot
+from disagglab.serving.topology import DISAGGREGATED, SINGLE, Deployment, running
+
+
+class Standin:
+    """A server or router that was started. ``fails``: names of those whose end fails."""
+
+    def __init__(self, name: str, ended: list[str], fails: frozenset[str] = frozenset()) -> None:
+        self.name, self._ended, self._fails = name, ended, fails
+
+    def require_release(self, _: str) -> None:
+        """It is of the release that is asked for."""
+
+    def stop(self) -> None:
+        self._ended.append(self.name)
+        if self.name in self._fails:
+            raise StartError(f"{self.name} still lives")
+
+
+class Stage:
+    """Two deployments of the embedded lab: its own, and one beside it. What is ended is noted in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ended: list[str] = []
+        self.cannot_start, self.never_ready = "", ""
+        self.ends_badly: frozenset[str] = frozenset()
+        self.waited = 0
+        lab = load_lab("embedded")
+        hosts = RecordingHosts(lab)
+        hosts.open()
+        self.own = Deployment(hosts, lab, model_of(lab))
+        self.beside = Deployment(hosts, lab, model_of(lab), tag="@push")
+        monkeypatch.setattr("disagglab.serving.topology.VllmServer.start", self._start)
+        monkeypatch.setattr("disagglab.serving.topology.start_router", self._route)
+        monkeypatch.setattr(boot, "wait_ready", self._wait)
+
+    def _start(self, _host: Any, _lab: Any, plan: Any, _ports: Any) -> Any:
+        name = f"{plan.node.name}{plan.tag}"
+        if name == self.cannot_start:
+            raise StartError(f"{name} cannot be executed")
+        server: Any = Standin(name, self.ended, self.ends_badly)
+        server.plan = plan
+        return server
+
+    def _route(self, _host: Any, _lab: Any, label: str, **_: Any) -> Any:
+        return Standin(f"router {label}", self.ended, self.ends_badly)
+
+    def _wait(self, servers: Any, *_: Any) -> None:
+        self.waited += 1
+        if self.never_ready in [server.name for server in servers]:
+            raise StartError(f"{self.never_ready} is not ready")
+
+    def run(self) -> Any:
+        """Both, as the session's fixture has them."""
+        nobody: Any = None
+        return running([self.own, self.beside], lambda _: nobody)
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """No server is started."""
+    return Stage(monkeypatch)
+
+
+def test_all_are_ended_after_the_block_the_last_deployment_first(stage: Stage) -> None:
+    with stage.run():
+        stage.own.topology(SINGLE)
+        stage.own.topology(DISAGGREGATED)
+        assert stage.ended == []
+    assert stage.ended == ["a@push", "b@push", "router single", "router disaggregated", "a", "b"]
+    assert stage.own.servers == stage.beside.servers == ()
+
+
+def test_a_second_server_that_cannot_start_leaves_none_of_the_first(stage: Stage) -> None:
+    stage.cannot_start = "b"
+    with pytest.raises(StartError, match="b cannot be executed"), stage.run():
+        pytest.fail("the block was entered")
+    assert stage.ended == ["a"]
+    assert stage.waited == 0
+
+
+def test_a_variants_server_that_cannot_start_leaves_none_of_the_labs_own(stage: Stage) -> None:
+    stage.cannot_start = "b@push"
+    with pytest.raises(StartError, match="b@push cannot be executed"), stage.run():
+        pytest.fail("the block was entered")
+    assert stage.ended == ["a@push", "a", "b"]
+
+
+def test_servers_that_are_not_ready_are_ended_with_all_others(stage: Stage) -> None:
+    stage.never_ready = "a@push"
+    with pytest.raises(StartError, match="a@push is not ready"), stage.run():
+        pytest.fail("the block was entered")
+    assert stage.ended == ["a@push", "b@push", "a", "b"]
+
+
+def test_one_that_does_not_end_keeps_no_other_from_its_end(stage: Stage) -> None:
+    stage.ends_badly = frozenset({"router single", "a"})
+    with pytest.raises(StartError, match="still lives"), stage.run():
+        stage.own.topology(SINGLE)
+    assert stage.ended == ["a@push", "b@push", "router single", "a", "b"]
