@@ -20,6 +20,7 @@ def add(commands: command.Commands) -> None:
         [
             "disagglab plan --lab embedded",
             "disagglab plan --lab two-h200 --variant stock --workload chat",
+            "disagglab plan --lab two-h200 --without single",
         ],
     )
     lab = asked.add_argument("--lab", default="embedded", help="a lab by its name or path (%(default)s)")
@@ -34,19 +35,28 @@ def add(commands: command.Commands) -> None:
         "--variant", action="append", default=[], metavar="NAME", help="also this one; may be repeated"
     )
     command.complete(variant, words.variants)
+    asked.add_argument(
+        "--arm", action="append", default=[], metavar="NAME", help="only this arm; may be repeated"
+    )
+    asked.add_argument(
+        "--without", action="append", default=[], metavar="NAME", help="not this arm; may be repeated"
+    )
     asked.add_argument("--dedicated", action="store_true", help="also servers without any KV connector")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan."""
     from disagglab.experiments import plan
+    from disagglab.experiments.asked import Asked
 
-    asked = plan.Asked(
+    asked = Asked(
         lab=arguments.lab,
         vllm=arguments.vllm or "",
         against=arguments.against or "",
         workloads=tuple(arguments.workload),
         variants=tuple(arguments.variant),
+        arms=tuple(arguments.arm),
+        without=tuple(arguments.without),
         dedicated=arguments.dedicated,
     )
     try:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from disagglab.config import ipv4, variant
+from disagglab.config.arms import Arms
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab, VariantSection
 from disagglab.errors import Problem
@@ -51,7 +52,11 @@ class Started:
 
 
 def lines(
-    lab: Lab, against: str = "", dedicated: bool = False, variants: Sequence[VariantSection] = ()
+    lab: Lab,
+    against: str = "",
+    dedicated: bool = False,
+    variants: Sequence[VariantSection] = (),
+    arms: Arms | None = None,
 ) -> list[str]:
     """The plan of a session with a lab, host by host; comments begin with ``#``.
 
@@ -59,12 +64,13 @@ def lines(
         against: the vLLM version of ``--against``.
         dedicated: whether servers without connector are started as well.
         variants: those of ``--variant``.
+        arms: of the comparison; all by default.
 
     Raises:
         StartError: if ~/.ssh/config cannot be read.
     """
-    hosts = rehearse(lab, against, dedicated, variants)
-    found = list(_head(lab))
+    hosts = rehearse(lab, against, dedicated, variants, arms)
+    found = [*_head(lab), *_left_out(arms)]
     for name, sheet in hosts.sheets.items():
         nodes = lab.nodes_on(name)
         parts = [f"{node.role} node {node.name}" for node in nodes]
@@ -74,7 +80,11 @@ def lines(
 
 
 def rehearse(
-    lab: Lab, against: str = "", dedicated: bool = False, variants: Sequence[VariantSection] = ()
+    lab: Lab,
+    against: str = "",
+    dedicated: bool = False,
+    variants: Sequence[VariantSection] = (),
+    arms: Arms | None = None,
 ) -> RecordingHosts:
     """Go through a session on hosts that only take notes; return them with what they noted."""
     hosts = RecordingHosts(lab)
@@ -85,7 +95,7 @@ def rehearse(
     hosts.heading("load engine: `vllm bench serve`, kept imported in one process; models, tokenizer")
     tokenizer = hosts.on_controller(model).tokenizer
     LoadEngine(hosts.controller, tokenizer, lab.controller.cpus, Path("TRACES")).start()
-    stages = deploy(hosts, lab, against, dedicated, variants)
+    stages = deploy(hosts, lab, against, dedicated, variants, arms)
     for stage in stages:
         if stage.compared:
             _load(hosts, lab, stage, tokenizer)
@@ -101,10 +111,12 @@ def deploy(
     against: str = "",
     dedicated: bool = False,
     variants: Sequence[VariantSection] = (),
+    arms: Arms | None = None,
 ) -> tuple[Started, ...]:
     """The deployments of a session in the order in which they start."""
     model = model_of(lab)
-    found = [_stage(hosts, Deployment(hosts, lab, model), TOPOLOGIES, "servers and routers")]
+    kinds = [kind for kind in TOPOLOGIES if arms is None or kind in arms.kept]
+    found = [_stage(hosts, Deployment(hosts, lab, model), kinds, "servers and routers")]
     for one in variants:
         beside = Deployment(hosts, variant.changed(lab, one), model, tag=f"@{one.name}")
         found.append(_stage(hosts, beside, (DISAGGREGATED,), f"[[variant]] {one.name}"))
@@ -236,6 +248,12 @@ def model_of(lab: Lab) -> Model:
 def _nowhere() -> ProgressLine:
     """A progress line that nobody sees."""
     return ProgressLine("plan", stream=io.StringIO())
+
+
+def _left_out(arms: Arms | None) -> Iterator[str]:
+    if arms and arms.left_out:
+        yield f"# Left out of the comparison: {', '.join(arms.left_out)}. A test of another module that wants"
+        yield "# such a topology starts its router all the same."
 
 
 def _head(lab: Lab) -> Iterator[str]:

@@ -67,16 +67,26 @@ def suite_python_there(host: HostSection) -> str:
     return f"{host.folder}/.venv/bin/python"
 
 
+def require_rule(lab: Lab, option: str) -> None:
+    """Refuse a release of which it is not known what a transfer moves.
+
+    Raises:
+        ConfigError: if its block rule is not known.
+    """
+    version = lab.vllm.version
+    if not has_rule(version):
+        wrong = f"which KV blocks vLLM {version} moves is not known (BLOCK_RULE in disagglab/kv/layout.py)"
+        raise ConfigError([Problem(lab.file, option, wrong, RULE_MEND)])
+
+
 def require(lab: Lab, option: str) -> None:
     """Refuse, before anything starts, a release that cannot be served here.
 
     Raises:
         ConfigError: if its block rule is not known, its environment is missing, or holds another release.
     """
+    require_rule(lab, option)
     version = lab.vllm.version
-    if not has_rule(version):
-        wrong = f"which KV blocks vLLM {version} moves is not known (BLOCK_RULE in disagglab/kv/layout.py)"
-        raise ConfigError([Problem(lab.file, option, wrong, RULE_MEND)])
     python = python_of(lab)
     try:
         done = subprocess.run([python, "-c", ASK], capture_output=True, text=True, timeout=ASK_S, check=False)

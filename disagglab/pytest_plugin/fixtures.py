@@ -35,6 +35,7 @@ from disagglab.pytest_plugin.plugin import SESSION, module_of
 from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, resume
 from disagglab.results.recorder import Recorder, timing_into
+from disagglab.results.report import not_judged
 from disagglab.results.run_folder import Store
 from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.topology import (
@@ -167,6 +168,16 @@ def _topology(live: Session, deployment: Deployment, name: str) -> Topology:
     return topology
 
 
+def kept_arms(live: Session, deployment: Deployment) -> list[Topology]:
+    """The arms of the lab's own settings that this session compares, in the order of a round; no router of
+    another is started.
+    """
+    own = [_topology(live, deployment, name) for name in TOPOLOGIES if name in live.arms.kept]
+    if SINGLE_AGAIN in live.arms.kept:
+        own.append(dataclasses.replace(deployment.topology(SINGLE), name=SINGLE_AGAIN))
+    return own
+
+
 @pytest.fixture(scope="session")
 def single(live: Session, deployment: Deployment) -> Topology:
     """The first prefill node alone, behind the router: a reference with a part of the hardware."""
@@ -203,9 +214,12 @@ def comparison(
     store: Store,
     shape: KvShape,
 ) -> Comparison:
-    """All topologies on the workloads of the lab's gates, in interleaved rounds; verdicts go to the store."""
-    topologies = [_topology(live, deployment, name) for name in TOPOLOGIES]
-    topologies += [dataclasses.replace(topologies[0], name=SINGLE_AGAIN), *variants]
+    """The arms that are kept, on the workloads of the lab's gates, in interleaved rounds; verdicts go to the
+    store.
+    """
+    topologies = [*kept_arms(live, deployment), *variants]
+    judged = live.arms.judged(live.lab)
+    live.store.write_meta(not_judged=not_judged(live.lab, live.arms))
     workloads = live.lab.gated_workloads
     line = live.progress("comparison")
     with live.uncaptured():
@@ -219,7 +233,7 @@ def comparison(
             line.show,
             cap=live.max_rounds,
             slo=live.lab.slo,
-            open_workloads=lambda found: undecided_workloads(found, live.lab),
+            open_workloads=lambda found: undecided_workloads(found, judged),
             earlier=resume.begin(live.earlier, [one.name for one in topologies], store, line.show),
         )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
@@ -229,7 +243,7 @@ def comparison(
         raise InvalidRun(
             f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}"
         )
-    rows = verdict_rows(live.comparison, live.lab)
+    rows = verdict_rows(live.comparison, judged)
     for verdict in [*rows, *variant_rows(live.comparison, live.lab, [one.name for one in variants])]:
         store.add(verdict)
     for figure in figure_rows(live.comparison):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from disagglab.config.arms import OWN
+
 if TYPE_CHECKING:
     import pytest
 
@@ -50,6 +52,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         help="also measure this [[variant]] of the lab file beside the lab's own settings (several: repeat)",
+    )
+    group.addoption(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"compare these arms alone: {', '.join(OWN)}, disaggregated@VARIANT (several: repeat)",
+    )
+    group.addoption(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="compare all arms but this; without single its twin single-again goes, too (several: repeat)",
     )
     group.addoption(
         "--dedicated", action="store_true", help="also measure on servers without any KV connector"

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from disagglab.config import variant
-from disagglab.config.labs import load_lab, on_workloads, resolved_text, with_release
+from disagglab.config.labs import load_lab, resolved_text
 from disagglab.config.precondition import PRECONDITIONS, skip_reason
 from disagglab.config.schema import Lab
-from disagglab.errors import ConfigError, LabError, Problem
+from disagglab.errors import ConfigError, LabError
 from disagglab.experiments import plan
-from disagglab.hosts import release
+from disagglab.experiments.asked import Asked, Chosen, choose, require_here
 from disagglab.paths import REPORTS, ROOT
 from disagglab.pytest_plugin.causes import BECAUSE, Cause
 from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
@@ -64,16 +63,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """With --plan, print the commands in place of a session: no run folder, no collection, no tests."""
     if not config.getoption("--plan"):
         return None
-    asked = plan.Asked(
-        lab=config.getoption("--lab"),
-        vllm=config.getoption("--vllm") or "",
-        against=config.getoption("--against") or "",
-        workloads=tuple(config.getoption("--workload") or ()),
-        variants=tuple(config.getoption("--variant") or ()),
-        dedicated=bool(config.getoption("--dedicated")),
-    )
     try:
-        found = plan.lines(asked)
+        found = plan.lines(_asked(config))
     except LabError as error:
         raise pytest.UsageError(str(error)) from error
     print("\n".join(found))
@@ -93,49 +84,41 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _tests_lab(config):
         return
     try:
-        lab = _chosen_lab(config)
-        earlier = _earlier(config, lab)
+        asked = _asked(config)
+        chosen = choose(asked)
+        require_here(asked, chosen)
+        earlier = _earlier(config, chosen)
     except ConfigError as error:
         raise pytest.UsageError(str(error)) from error
-    config.stash[SESSION] = _open_session(config, lab, earlier)
+    config.stash[SESSION] = _open_session(config, chosen, earlier)
 
 
-def _chosen_lab(config: pytest.Config) -> Lab:
-    """The lab file with the releases that were asked for, each of them checked to be here."""
-    lab = load_lab(config.getoption("--lab"))
-    asked, against = config.getoption("--vllm"), config.getoption("--against")
-    if asked:
-        lab = with_release(lab, asked)
-    if asked and lab.shares_our_files:
-        release.require(lab, "--vllm")
-    if against and lab.shares_our_files:
-        release.require(with_release(lab, against), "--against")
-    lab = on_workloads(lab, config.getoption("--workload") or ())
-    variants = variant.chosen(lab, config.getoption("--variant") or ())
-    if variants and against:
-        wrong = "given beside --variant; both want the memory and the ports that are left"
-        raise ConfigError([Problem(lab.file, "--against", wrong, "ask for one of the two")])
-    if variants:
-        release.require_ports(lab, 1 + len(variants))
-        lab = variant.beside(lab, len(variants))
-    if against:
-        release.require_room(lab)
-        if against == lab.vllm.version:
-            wrong = f"{against} is what the lab serves already"
-            raise ConfigError([Problem(lab.file, "--against", wrong, "name another version")])
-    return lab
+def _asked(config: pytest.Config) -> Asked:
+    """What the command line asks for, of a session and of ``--plan``."""
+    return Asked(
+        lab=config.getoption("--lab"),
+        vllm=config.getoption("--vllm") or "",
+        against=config.getoption("--against") or "",
+        workloads=tuple(config.getoption("--workload") or ()),
+        variants=tuple(config.getoption("--variant") or ()),
+        arms=tuple(config.getoption("--arm") or ()),
+        without=tuple(config.getoption("--without") or ()),
+        dedicated=bool(config.getoption("--dedicated")),
+    )
 
 
-def _earlier(config: pytest.Config, lab: Lab) -> resume.Earlier:
+def _earlier(config: pytest.Config, chosen: Chosen) -> resume.Earlier:
     """The sessions of --resume, checked to have measured what this one will."""
     folders = [config.invocation_params.dir / name for name in config.getoption("--resume")]
     if not folders:
         return resume.Earlier()
+    lab, names = chosen.lab, [one.name for one in chosen.variants]
     machine = fingerprint.of_machine(lab.vllm.version)
-    return resume.read(folders, lab, config.getoption("--variant"), machine, fingerprint.commit())
+    return resume.read(folders, lab, names, machine, fingerprint.commit(), chosen.arms.kept)
 
 
-def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> Session:
+def _open_session(config: pytest.Config, chosen: Chosen, earlier: resume.Earlier) -> Session:
+    lab = chosen.lab
     run_id = new_run_id()
     store = Store.create(REPORTS, run_id)
     machine = fingerprint.of_machine(lab.vllm.version)
@@ -160,6 +143,8 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
         lab=lab.name,
         vllm=lab.vllm.version,
         variants=config.getoption("--variant"),
+        arms=list(chosen.arms.kept),
+        arms_left_out=list(chosen.arms.left_out),
         against=config.getoption("--against") or "",
         lab_file=resolved_text(lab),
         model=lab.model.id,
@@ -178,6 +163,7 @@ def _open_session(config: pytest.Config, lab: Lab, earlier: resume.Earlier) -> S
         against=config.getoption("--against") or "",
         endings=config.getoption("--endings"),
         variants=tuple(config.getoption("--variant")),
+        arms=chosen.arms,
         earlier=earlier,
         terminal=os.fdopen(os.dup(2), "w"),
         uncaptured=capture.global_and_fixture_disabled if capture else contextlib.nullcontext,
@@ -393,7 +379,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("root cause", red=True, bold=True)
         for line in live.causes.lines():
             terminalreporter.write_line(line)
-    if live.store.verdicts:
+    if live.store.verdicts or live.store.meta.get("not_judged"):
         terminalreporter.section(f"verdicts ({live.lab.label or live.lab.name})")
         for line in report.verdict_lines(live.store):
             terminalreporter.write_line(line)

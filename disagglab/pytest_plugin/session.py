@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+import pytest
+
+from disagglab.config.arms import Arms
 from disagglab.config.schema import Lab
 from disagglab.experiments.comparison import Comparison
 from disagglab.hosts.hosts import Hosts
@@ -36,6 +39,7 @@ class Session:
     against: str
     endings: int
     variants: tuple[str, ...]
+    arms: Arms
     terminal: TextIO
     uncaptured: Callable[[], contextlib.AbstractContextManager[None]]
     modules: dict[str, Module] = field(default_factory=dict)
@@ -57,6 +61,12 @@ class Session:
     def is_shared(self, process: str) -> bool:
         """Whether all tests of servers share this process: the lab's servers, routers, load engine."""
         return process == LOAD or any(process in one.process_names for one in self.deployments)
+
+    def require_arms(self, *wanted: str) -> None:
+        """Skip the test that asks where one of these arms is left out of the comparison."""
+        reason = self.arms.skip_reason(*wanted)
+        if reason:
+            pytest.skip(reason)
 
     def progress(self, what: str, usual_s: float | None = None) -> ProgressLine:
         """A progress line on the terminal; ``usual_s``: how long that takes mostly, shown beside the time."""

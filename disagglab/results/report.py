@@ -14,8 +14,10 @@ import jinja2
 from markdown_it import MarkdownIt
 
 from disagglab import text
+from disagglab.config.arms import CODE, DISAGGREGATED, SINGLE, SINGLE_AGAIN, Arms
 from disagglab.config.schema import Lab
 from disagglab.results import fingerprint, plot, speed
+from disagglab.results.gate import NOT_ENFORCED
 from disagglab.results.records import Record, Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.stats.verdict import NO_SPREAD
@@ -74,6 +76,8 @@ def render(lab: Lab, store: Store, modules: Sequence[Module], invalid: Sequence[
         meta_facts=store.facts,
         commands=store.commands,
         verdicts=store.verdicts,
+        not_judged=store.meta.get("not_judged") or [],
+        left_out=left_out_lines(store),
         modules=[_module(module, store) for module in modules],
         invalid=invalid,
     )
@@ -137,6 +141,32 @@ def verdict_cells(v: VerdictRow) -> dict[str, str]:
     }
 
 
+def not_judged(lab: Lab, arms: Arms) -> list[dict[str, str]]:
+    """The gates that lack an arm, as a row of the verdicts each, by column; ``run.json`` keeps them."""
+    return [
+        {
+            "workload": gate.workload,
+            "metric": gate.figure,
+            "candidate": DISAGGREGATED,
+            "baseline": gate.baseline or "",
+            "verdict": "not judged",
+            "gate": f"{CODE}: {gate.baseline}{'' if gate.enforce else NOT_ENFORCED}",
+        }
+        for gate in arms.not_judged(lab)
+    ]
+
+
+def left_out_lines(store: Store) -> list[str]:
+    """What the verdicts lack because arms were left out; nothing where none was."""
+    left_out = store.meta.get("arms_left_out") or []
+    lines = [f"left out by --arm or --without: {', '.join(left_out)}"] if left_out else []
+    if store.meta.get("not_judged"):
+        lines.append(f"gates that were not judged for lack of an arm: {len(store.meta['not_judged'])}")
+    if SINGLE_AGAIN in left_out:
+        lines.append(f"the A/A floor of this session is not known: it is {SINGLE} against {SINGLE_AGAIN}")
+    return lines
+
+
 VERDICT_COLUMNS = (
     *("workload", "metric", "candidate", "baseline", "verdict", "effect [95 % CI]", "noise floor"),
     *("rounds", "gate"),
@@ -145,5 +175,6 @@ VERDICT_COLUMNS = (
 
 def verdict_lines(store: Store) -> list[str]:
     """The verdicts as a plain text table for the terminal."""
-    cells = [verdict_cells(row) for row in store.verdicts]
-    return text.table([VERDICT_COLUMNS, *([row[name] for name in VERDICT_COLUMNS] for row in cells)])
+    cells = [*map(verdict_cells, store.verdicts), *(store.meta.get("not_judged") or [])]
+    rows = [[row.get(name, "-") for name in VERDICT_COLUMNS] for row in cells]
+    return [*text.table([VERDICT_COLUMNS, *rows]), *left_out_lines(store)]

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from disagglab import jsonfile
 from disagglab.config import variant
+from disagglab.config.arms import OWN
 from disagglab.config.labs import parse_lab, with_release
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
@@ -57,7 +58,12 @@ class Earlier:
 
 
 def read(
-    folders: Sequence[Path], lab: Lab, variants: Sequence[str], machine: Mapping[str, Any], commit: str
+    folders: Sequence[Path],
+    lab: Lab,
+    variants: Sequence[str],
+    machine: Mapping[str, Any],
+    commit: str,
+    arms: Sequence[str] = OWN,
 ) -> Earlier:
     """The runs of earlier sessions on the workloads of the lab's gates; a run in two folders counts once.
 
@@ -65,10 +71,11 @@ def read(
         lab: of this session, as it will be served; ``variants``: names of those that it measures.
         machine: the fingerprint of this one; that of the lab is not known yet, and held against theirs by
             :func:`require_same_lab`. Another ``commit`` is noted, not refused.
+        arms: of this session; those of variants may be others.
 
     Raises:
         ConfigError: if a file is missing or damaged, or a session measured something else: another lab,
-            vLLM version, workload or machine, or does not tell on which hosts.
+            vLLM version, workload or machine, other arms, or does not tell on which hosts.
     """
     problems: list[Problem] = []
     sessions: list[str] = []
@@ -84,6 +91,7 @@ def read(
             problems += error.problems
             continue
         problems += _differences(folder, meta, lab, variants, machine)
+        problems += _other_arms(folder, meta, arms)
         fingerprints[str(folder / META)] = meta["fingerprint"]
         problems += _other_workloads(found, lab)
         sessions += [*map(str, meta.get("resumed") or ()), name]
@@ -294,6 +302,19 @@ def _differences(
             if there.get(key) != here.get(key)
         ]
     return problems
+
+
+def _other_arms(folder: Path, meta: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Problem]:
+    """Arms of the lab's own settings that one session has and the other has not: a round is what all of them
+    did with one set of prompts. A session of an earlier version of the suite had all.
+    """
+    there = [arm for arm in OWN if arm in (meta.get("arms") or OWN)]
+    here = [arm for arm in OWN if arm in arms]
+    if there != here:
+        wrong = f"{', '.join(there)} there, {', '.join(here)} here"
+        given = "".join(f" --arm {arm}" for arm in there if len(there) < len(OWN))
+        mend = f"pass{given or ' neither --arm nor --without'}, {LEAVE_OUT}"
+        yield Problem(str(folder / META), "arms", wrong, mend)
 
 
 def _lab(lab: Lab) -> dict[str, str]:

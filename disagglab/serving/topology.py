@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from disagglab.config import ipv4
+from disagglab.config import arms, ipv4
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
@@ -22,10 +22,10 @@ from disagglab.serving import boot, death, room
 from disagglab.serving.router import Hearing, Router, start_router
 from disagglab.serving.vllm import EventSource, VllmServer, plan_server
 
-SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
+SINGLE, REPLICATED, DISAGGREGATED = arms.SINGLE, arms.REPLICATED, arms.DISAGGREGATED
+SINGLE_AGAIN = arms.SINGLE_AGAIN
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
 ROUTED = "routed"  # equal servers, between which a router chooses in its own way
-SINGLE_AGAIN = "single-again"  # the same servers and router as SINGLE: what differs between the two is noise
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,8 @@ class Deployment:
         with contextlib.ExitStack() as ended:
             for service in reversed((*routers, *servers)):
                 ended.callback(service.stop)
+            for service in (*routers, *servers):
+                service.process.has_died()  # noted before it is asked to end, for who looks for the cause
 
 
 @contextlib.contextmanager

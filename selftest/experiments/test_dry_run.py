@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from disagglab.config.arms import Arms
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import HostSection, Lab
@@ -315,3 +316,16 @@ def test_a_lab_that_is_not_there_is_a_usage_error() -> None:
 
     with pytest.raises(pytest.UsageError, match="no such lab file"):
         plugin.pytest_cmdline_main(Config())  # type: ignore[arg-type]
+
+
+def test_an_arm_that_is_left_out_has_no_router_and_no_load_in_the_plan() -> None:
+    lab = load_lab("embedded")
+    arms = Arms(("replicated", "disaggregated"), ("single", "single-again"))
+    lines = dry_run.lines(lab, arms=arms)
+    commands = [line for line in lines if not line.startswith("#")]
+    workloads = {gate.workload for gate in lab.gates}
+    assert any("Left out of the comparison: single, single-again" in line for line in lines)
+    assert not any(line.endswith(" on single") for line in lines)
+    assert sum("vllm bench serve" in line for line in commands) == 2 * len(workloads)
+    everything = [line for line in dry_run.lines(lab) if not line.startswith("#")]
+    assert sum(map(starts_router, commands)) == sum(map(starts_router, everything)) - 1

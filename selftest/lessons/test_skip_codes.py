@@ -9,6 +9,7 @@ import ast
 import re
 from collections.abc import Iterator
 
+from disagglab.config import arms
 from disagglab.config.precondition import PRECONDITIONS
 from disagglab.paths import ROOT
 
@@ -16,7 +17,7 @@ PAGE = ROOT / "docs" / "how-to" / "troubleshooting.md"
 SECTION = "## Skipped tests"
 CODE = re.compile(r"[A-Z][A-Z0-9]*(?:-[A-Z0-9]+)*")
 SKIPS = ("pytest.skip", "pytest.mark.skip", "pytest.mark.skipif")
-DECIDED_ELSEWHERE = {"reason"}  # names whose text is a Precondition's
+DECIDED_ELSEWHERE = {"reason"}  # a name; its text is a Precondition's or that of Arms
 
 
 def reasons(source: str) -> Iterator[tuple[int, str]]:
@@ -66,7 +67,7 @@ def test_the_table_has_every_code_and_no_other() -> None:
     """What a reader may see is explained, and what is explained can be seen."""
     table = in_the_table(PAGE.read_text())
     assert len(table) == len(set(table))
-    assert set(table) == {*in_the_code().values(), *(one.code for one in PRECONDITIONS.values())}
+    assert set(table) == {*in_the_code().values(), *(one.code for one in PRECONDITIONS.values()), arms.CODE}
 
 
 def test_a_skip_without_a_code_is_found() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from disagglab.config.arms import Arms
 from disagglab.config.labs import load_lab
 from disagglab.errors import LabError
 from disagglab.results import plot, report
@@ -115,3 +116,33 @@ def test_latest_moves_with_every_run(tmp_path: Path) -> None:
     for name in ("one", "two"):
         Store.create(tmp_path, name).point_latest()
         assert (tmp_path / "latest").resolve() == tmp_path / name
+
+
+def test_what_is_left_out_stands_beside_the_verdicts(store: Store) -> None:
+    """A gate that lacks an arm has a row in terminal and report, neither met nor failed, and no floor."""
+    lab = load_lab("embedded")
+    arms = Arms(("replicated", "disaggregated"), ("single", "single-again"))
+    store.write_meta(arms_left_out=list(arms.left_out), not_judged=report.not_judged(lab, arms))
+    store.add(ROW)
+    lines = report.verdict_lines(store)
+    page = report.render(lab, store, [], [])
+    (row,) = (line for line in lines if "not judged" in line and "ttft_p50" in line)
+    assert "ARM-LEFT-OUT: single (not enforced)" in row
+    assert "met" not in row
+    assert ">ARM-LEFT-OUT: single (not enforced)<" in page
+    for said in (
+        "left out by --arm or --without: single, single-again",
+        "gates that were not judged for lack of an arm: 1",
+        "the A/A floor of this session is not known: it is single against single-again",
+    ):
+        assert said in lines
+        assert said in page
+
+
+def test_nothing_is_said_of_arms_where_all_are_measured(store: Store) -> None:
+    """The control."""
+    lab = load_lab("embedded")
+    store.write_meta(arms=list(Arms().kept), arms_left_out=[], not_judged=report.not_judged(lab, Arms()))
+    store.add(ROW)
+    assert not report.left_out_lines(store)
+    assert "ARM-LEFT-OUT" not in report.render(lab, store, [], [])

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from disagglab.config import arms
 from disagglab.config.arrivals import arrivals
 from disagglab.config.labs import load_lab, resolved_text
 from disagglab.config.workload import Workload
@@ -352,3 +353,45 @@ def test_pytest_refuses_before_it_starts_anything(tmp_path: Path) -> None:
     assert answer.returncode == 4, answer.stdout
     assert "--resume: no such folder" in answer.stderr
     assert "nothing was started" in answer.stderr
+
+
+EARLY = "20260101-000000-aaaa"
+WITHOUT_SINGLE = ("replicated", "disaggregated")
+
+
+def note_arms(folder: Path, names: Sequence[str]) -> None:
+    """Say in run.json which arms the session had."""
+    meta = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**meta, "arms": list(names)}))
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "mend"),
+    [
+        (None, WITHOUT_SINGLE, "pass neither --arm nor --without"),
+        (["single", "replicated", "disaggregated", "single-again"], WITHOUT_SINGLE, "neither --arm"),
+        (list(WITHOUT_SINGLE), arms.OWN, "pass --arm replicated --arm disaggregated"),
+    ],
+)
+def test_a_session_with_other_arms_is_refused(
+    tmp_path: Path, there: list[str] | None, here: Sequence[str], mend: str
+) -> None:
+    """With the options that give this session the same; one that does not say had all of them."""
+    folder = session(tmp_path, EARLY, 1)
+    if there:
+        note_arms(folder, there)
+    with pytest.raises(ConfigError, match="arms") as caught:
+        resume.read([folder], LAB, (), PRINT, COMMIT, here)
+    assert mend in str(caught.value)
+
+
+def test_a_session_with_the_same_arms_goes_on(tmp_path: Path) -> None:
+    """Its rounds are whole without the arms that both leave out; arms of variants may differ."""
+    measured = [*WITHOUT_SINGLE, "disaggregated@push"]
+    folder = session(tmp_path, EARLY, 2, arms=WITHOUT_SINGLE)
+    note_arms(folder, measured)
+    earlier = resume.read([folder], LAB, (), PRINT, COMMIT, WITHOUT_SINGLE)
+    taken, left_out = resume.complete(earlier, WITHOUT_SINGLE)
+    assert {one.run.topology for one in taken} == set(WITHOUT_SINGLE)
+    assert len(taken) == 2 * len(NAMES) * len(WITHOUT_SINGLE)
+    assert not left_out

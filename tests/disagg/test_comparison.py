@@ -12,10 +12,11 @@ import pytest
 
 from disagglab.config.schema import GateSection, Lab
 from disagglab.experiments.comparison import Comparison, figure_rows
+from disagglab.pytest_plugin.session import Session
 from disagglab.results.gate import State
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
-from disagglab.serving.topology import DISAGGREGATED, TOPOLOGIES
+from disagglab.serving.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
 from disagglab.stats.metric import METRICS
 from disagglab.stats.verdict import NO_SPREAD
 
@@ -26,7 +27,7 @@ ALWAYS_KNOWN = ("ttft_p50", "tpot_p50", "e2e_p50", "output_tokens_per_s")
 
 @pytest.mark.parametrize("arm", TOPOLOGIES)
 def test_gated_figure_of_each_arm(
-    comparison: Comparison, gate: GateSection, timing: Callable[..., None], arm: str
+    comparison: Comparison, live: Session, gate: GateSection, timing: Callable[..., None], arm: str
 ) -> None:
     """The figure that a gate compares, one value a round; times are in pytest-benchmark's table and storage.
 
@@ -36,6 +37,7 @@ def test_gated_figure_of_each_arm(
     """
     if gate.limit is not None and arm != DISAGGREGATED:
         pytest.skip(f"NO-SUCH-FIGURE: {gate.metric} is a figure of disaggregated serving alone")
+    live.require_arms(arm)
     values = comparison.values(gate.workload, arm, gate.metric, gate.stream)
     assert values, f"{gate.workload} has too few samples a run for {gate.figure}; raise its requests"
     assert all(value >= 0 for value in values)
@@ -60,7 +62,9 @@ def test_gated_figure_of_each_arm(
         )
 
 
-def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, record: Recorder) -> None:
+def test_figures_of_every_run_are_recorded(
+    comparison: Comparison, live: Session, lab: Lab, record: Recorder
+) -> None:
     """Every run-level figure of each arm on each workload, with the command.
 
     Of a workload with steady requests also theirs alone: what the arriving prompts do to them is the point.
@@ -69,8 +73,9 @@ def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, rec
     for row in rows:
         command = comparison.valid(row.workload, row.arm)[0].command
         record.numbers(f"{row.metric}, {row.workload}", row.values, row.unit, arm=row.arm, command=command)
+    measured = [name for name in TOPOLOGIES if name in live.arms.kept]
     for gate in lab.gates:
-        arms = TOPOLOGIES if gate.limit is None else (DISAGGREGATED,)
+        arms = measured if gate.limit is None else [DISAGGREGATED]
         by_arm = {arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in arms}
         record.plot(
             f"{gate.figure}, {gate.workload}",
@@ -82,7 +87,7 @@ def test_figures_of_every_run_are_recorded(comparison: Comparison, lab: Lab, rec
         )
     found = {(row.workload, row.arm, row.metric) for row in rows}
     for workload in dict.fromkeys(gate.workload for gate in lab.gates):
-        for arm in TOPOLOGIES:
+        for arm in measured:
             missing = [name for name in ALWAYS_KNOWN if (workload, arm, name) not in found]
             assert not missing, f"{workload}, {arm}: no values for {missing}"
 
@@ -113,10 +118,12 @@ def test_every_run_took_the_path_it_claims(comparison: Comparison) -> None:
     )
 
 
-def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, lab: Lab) -> None:
-    """Single against itself gives every gated figure an A/A row, and a noise floor beside it."""
+def test_identical_arms_measure_the_noise(comparison: Comparison, live: Session, store: Store) -> None:
+    """Single against itself gives every figure of a judged gate an A/A row, and a noise floor beside it."""
+    live.require_arms(SINGLE_AGAIN)
     identical = [row for row in store.verdicts if row.gate.state is State.IDENTICAL]
-    compared = {(gate.workload, gate.figure) for gate in lab.gates if gate.limit is None}
+    judged = live.arms.judged(live.lab).gates
+    compared = {(gate.workload, gate.figure) for gate in judged if gate.limit is None}
     assert {(row.workload, row.metric) for row in identical} == compared
     beside = [row for row in store.verdicts if (row.workload, row.metric) in compared]
     unknown = [row for row in beside if row.rounds > 1 and row.noise_floor is None]  # one round has no spread
@@ -124,16 +131,13 @@ def test_identical_arms_measure_the_noise(comparison: Comparison, store: Store, 
     assert all(row.noise_floor is None or row.noise_floor > 0 for row in beside)
 
 
-def test_gates_of_the_lab(comparison: Comparison, store: Store, lab: Lab) -> None:
-    """Every gate that the lab file enforces is met; the others are reported."""
+def test_gates_of_the_lab(comparison: Comparison, live: Session, store: Store, gate: GateSection) -> None:
+    """A gate that the lab file enforces is met; another is reported. One that lacks an arm is not judged."""
+    live.require_arms(gate.baseline or DISAGGREGATED)
+    judged = live.arms.judged(live.lab).gates
     gated = [row for row in store.verdicts if row.gate.of_a_gate]
-    failed = [
-        row
-        for gate, row in zip(lab.gates, gated, strict=True)
-        if gate.enforce and row.gate.state is State.NOT_MET
-    ]
-    assert not failed, "\n".join(
+    (row,) = (row for one, row in zip(judged, gated, strict=True) if one == gate)
+    assert not row.gate.fails, (
         f"{row.workload} {row.metric}: {row.standing}; alone {row.outcome}, effect {row.effect:+.1%}"
         f" [{row.low:+.1%}, {row.high:+.1%}], {row.rounds} rounds"
-        for row in failed
     )
