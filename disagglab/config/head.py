@@ -24,8 +24,9 @@ class Head(Section):
       leaves no `[slo]`, `block-size = []` in `[vllm.args]` leaves the option out. As TOML has it, `gate = []`
       and `slo = []` stand at the top of the file, before its first section.
 
-    A folder that an inherited `model.id` or `model.tokenizer` names stays the one beside the file that names
-    it. What is checked is the result; a mistake is reported with the file in which its key stands.
+    A folder that an inherited `model.id` or `model.tokenizer` names, starting with `.`, stays the one beside
+    the file that names it. What is checked is the result; a mistake is reported with the file in which its
+    key stands.
     """
 
     name: str = Field(

@@ -18,7 +18,7 @@ from disagglab.config import ipv4, variant
 from disagglab.config.arms import Arms
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab, VariantSection
-from disagglab.errors import Problem
+from disagglab.errors import ConfigError, Problem
 from disagglab.experiments import routing
 from disagglab.hosts import linkspeed, shaping
 from disagglab.hosts.recording import RUN, WORDS, NothingRan, RecordingHosts, Word
@@ -27,6 +27,8 @@ from disagglab.install.environments import dynamo_python
 from disagglab.measure.bench import HASH_SEED, LoadEngine, bench_options
 from disagglab.measure.oracles import kvprobe, nixlprobe
 from disagglab.paths import ROOT
+from disagglab.predict import memory
+from disagglab.predict.breakeven_map import config_of
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.progress import ProgressLine
 from disagglab.serving.dynamo import etcd, nats
@@ -120,6 +122,7 @@ def deploy(
     for one in variants:
         beside = Deployment(hosts, variant.changed(lab, one), model, tag=f"@{one.name}")
         found.append(_stage(hosts, beside, (DISAGGREGATED,), f"[[variant]] {one.name}"))
+    _memory(hosts, lab, [stage.deployment for stage in found])
     if dedicated:
         plain = Deployment(hosts, lab, model, connector=False)
         found.append(_stage(hosts, plain, (SINGLE, REPLICATED), "without connector (--dedicated)", False))
@@ -127,6 +130,24 @@ def deploy(
         other = Deployment(hosts, with_release(lab, against), model, tag=f"@{against}")
         found.append(_stage(hosts, other, (SINGLE, DISAGGREGATED), "--against"))
     return tuple(found)
+
+
+def _memory(hosts: RecordingHosts, lab: Lab, beside: Sequence[Deployment]) -> None:
+    """Note what servers beside each other take of each GPU, where the lab file says how large caches are."""
+    if memory.BYTES_KEY not in lab.vllm.args:
+        return
+    hosts.heading("memory of each GPU, estimated; held against what is free before any of them starts")
+    try:
+        weights = memory.weights_gib(lab, config_of(lab)[1])
+    except ConfigError:
+        weights = None
+    for node in lab.nodes:
+        for number in node.gpus:
+            demands = [
+                memory.of_gpu(one.lab, f"{node.name}{one.tag}", weights, total_gib=0.0) for one in beside
+            ]
+            total = sum(demand.sum_gib for demand in demands)
+            hosts.sheets[node.host].note(f"GPU {number}: {total:.1f} GiB", *memory.table(demands))
 
 
 def _stage(

@@ -108,7 +108,7 @@ def predict(
     _require_shares(loads, efficiency)
     node = _node(lab, peak_tflop_s, memory_gb_s)
     link = _link(lab, link_bytes_per_s)
-    shown, config = _config(lab, model)
+    shown, config = config_of(lab, model)
     shape = attention.shape(config, lab.kv_dtype, shown)
     counted = roofline.weights(config, shape, shown)
     speeds = roofline.speeds(counted, shape, lab.model.dtype, node, efficiency, link)
@@ -196,7 +196,12 @@ def _link(lab: Lab, link_bytes_per_s: float | None) -> float:
     return link_bytes_per_s or (lab.transport.link_gbit_s or 0.0) * 1e9 / BITS
 
 
-def _config(lab: Lab, model: str | None) -> tuple[str, dict[str, Any]]:
+def config_of(lab: Lab, model: str | None = None) -> tuple[str, dict[str, Any]]:
+    """A name to show and the config of a lab's model, or of the ``model`` that is named in its place.
+
+    Raises:
+        ConfigError: if it is not at hand.
+    """
     if model is not None:
         return modelconfig.find(model)
     if lab.model.id in modelconfig.shipped():

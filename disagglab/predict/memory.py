@@ -22,8 +22,8 @@ GIB = 2**30
 GPU_SHARE = 0.9  # what vLLM takes when nothing is said (CacheConfig.gpu_memory_utilization)
 SHARE_KEY, BYTES_KEY = "gpu-memory-utilization", "kv-cache-memory-bytes"
 CPU_KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # GiB
-# CUDA context 0.5, activations of a chunk of 8,192 tokens 1 to 1.5, graphs 0.5 to 1 (vLLM used to warn of 1
-# to 3 for graphs): an estimate for dense models of about 8B, not a measurement.
+# CUDA context 0.5, activations of a chunk of 8,192 tokens 1 to 1.5, graphs 0.5 to 1 (vLLM used to warn of
+# 1 to 3 there): an estimate for dense models of about 8B, not a measurement.
 GPU_REST_GIB = 3.0
 CPU_REST_GIB = 1.0  # two processes that have loaded PyTorch; an estimate
 STEP_GIB = 0.5  # of the figures that mends name

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from disagglab.config import variant
 from disagglab.config.arms import Arms
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab
@@ -206,6 +207,18 @@ def test_over_ipv6_every_url_has_brackets_and_what_needs_ipv4_is_left_out() -> N
     assert not any("--kv-events-config" in line for line in found)
     assert part(lab, "tests/routing") == part(lab, "tests/dynamo") == []
     assert sum(line.startswith("# nothing: ::1 is IPv6") for line in dry_run.lines(lab)) == 2
+
+
+def test_what_servers_beside_each_other_take_of_a_gpu_is_said() -> None:
+    """Where the lab file gives the size of their caches: as soon as a variant is asked for."""
+    lab = load_lab("two-h200")
+    chosen = variant.chosen(lab, ["stock", "tcp"])
+    lines = dry_run.lines(variant.beside(lab, 2), variants=chosen)
+    first = lines.index("# GPU 0: 115.4 GiB")
+    assert lines[first + 2].split() == ["#", "gpu0", "15.0", "20.5", "3.0", "38.5"]
+    assert lines[first + 4].split()[1] == "gpu0@tcp"
+    assert "# GPU 1: 115.4 GiB" in lines
+    assert not any(line.startswith("# GPU 0: ") for line in dry_run.lines(lab))
 
 
 def test_probes_of_nodes_and_link_are_in_the_plan() -> None:

@@ -7,13 +7,12 @@ expectation is recorded, so that the report can say what a figure was measured o
 from __future__ import annotations
 
 import shutil
-import time
 
 import pytest
 
 from disagglab.config.checks import ports_needed
 from disagglab.config.schema import Lab
-from disagglab.hosts import facts, gpu
+from disagglab.hosts import clock, facts, gpu
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import cache_folder
 from disagglab.results.recorder import Recorder
@@ -98,15 +97,19 @@ def test_disk_has_room(store: Store) -> None:
 
 
 def test_clock_of_each_host_agrees_with_ours(hosts: Hosts, lab: Lab, record: Recorder) -> None:
-    """A host's clock lies between two readings of ours, taken before and after asking it.
+    """A host's clock is within half a second of ours, asking time included.
 
-    Logs of two hosts are read side by side; with clocks apart, causes come after effects.
+    NTP promises that two clocks are close, and not that one lies within a round trip of the other. No figure
+    compares them; logs of two hosts are read side by side, and with clocks a second apart causes come after
+    effects. What asking took is the width of the interval, so a slow answer can leave it open.
     """
+    limit_s = clock.MOST_OFFSET_S
     for host in hosts.all:
-        before = time.time()
-        theirs = float(host.facts.check_output("date +%s.%N"))
-        after = time.time()
-        record.numbers(
-            "clock uncertainty", [after - before], "s", what="readings", arm=host.name, command="date +%s.%N"
+        offset = clock.read(host.facts)
+        limits = [offset.low_s, offset.mean_s, offset.high_s]
+        record.numbers("clock offset", limits, "s", what="limits and mean", arm=host.name, command=clock.ASK)
+        mend = {"no": "timedatectl there: is a time service running?", "unknown": "run it again"}
+        found = offset.within(limit_s)
+        assert found == "yes", (
+            f"{host.name}: clock is {offset} off, at most {limit_s:g} s are wanted; {mend[found]}"
         )
-        assert before <= theirs <= after, f"{host.name}: clock is {theirs - before:+.3f} s off"
