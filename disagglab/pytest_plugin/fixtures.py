@@ -48,6 +48,7 @@ from disagglab.serving.topology import (
     Topology,
     running,
 )
+from disagglab.serving.vllm import keeps_prefixes
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +87,15 @@ def one_table(lab: Lab, shape: KvShape) -> None:
     """For tests whose arithmetic is that of one block table a request; skipped where layers have several."""
     if len(layout(shape, lab.block_size).groups) > 1:
         pytest.skip("HYBRID: sliding layers free blocks while a request runs, so hits follow another rule")
+
+
+@pytest.fixture(scope="session")
+def prefix_cache(lab: Lab, shape: KvShape) -> None:
+    """For tests of blocks that are found again; skipped where the servers keep none, which
+    tests/kvcache/test_arithmetic.py holds against their own word.
+    """
+    if not keeps_prefixes(lab, shape):
+        pytest.skip("NO-PREFIX-CACHE: switched off by the lab file, or by vLLM: latent attention on a CPU")
 
 
 @pytest.fixture(scope="session")

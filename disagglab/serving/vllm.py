@@ -20,6 +20,7 @@ from disagglab.errors import StartError
 from disagglab.hosts import release
 from disagglab.hosts.host import Host, HostProcess
 from disagglab.hosts.weights import Model
+from disagglab.kv.shape import KvShape
 from disagglab.results.records import Snapshot
 from disagglab.serving import death
 from disagglab.serving.causes import cause_of
@@ -281,6 +282,18 @@ class VllmServer(Service):
             Died: with how it died.
         """
         death.require_alive(self.process, self.plan.node.role)
+
+
+def keeps_prefixes(lab: Lab, shape: KvShape) -> bool:
+    """Whether the lab's servers find KV blocks of earlier prompts again (prefix caching).
+
+    The lab file may switch that off. vLLM does where latent attention (MLA) runs on a CPU: ``vllm/platforms/
+    cpu.py``, "MLA is enabled on a non-GPU platform".
+    """
+    if lab.vllm.args.get("enable-prefix-caching") is False:
+        return False
+    latent = any(layer.value_dim == 0 for layer in shape.layers)
+    return not latent or all(node.gpus for node in lab.nodes)
 
 
 def phase_of(lines: list[str]) -> str:

@@ -16,6 +16,8 @@ from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
 from disagglab.hosts.weights import Model
+from disagglab.kv import attention, modelconfig
+from disagglab.paths import LABS
 from disagglab.progress import ProgressLine
 from disagglab.serving import router
 from disagglab.serving.boot import wait_ready
@@ -23,6 +25,7 @@ from disagglab.serving.causes import CAUSES, causes_of
 from disagglab.serving.vllm import (
     ServerPlan,
     VllmServer,
+    keeps_prefixes,
     phase_of,
     plan_server,
     post_mortem,
@@ -279,3 +282,17 @@ def test_the_memory_limit_reaches_the_supervisor(lab: Lab, stop_gib: float, stop
     assert started == [
         (("vllm-b", made.argv, made.env, [1], [21000, 21001]), {"memory_stop_bytes": stop_bytes})
     ]
+
+
+def test_prefix_caching_is_off_for_latent_attention_on_a_cpu(lab: Lab) -> None:
+    """vLLM 0.31.0 says so in its log; a lab file may switch it off, and GPUs keep it."""
+    latent = attention.shape(modelconfig.read(LABS / "models" / "deepseek-tiny"), "bfloat16", "deepseek-tiny")
+    plain = attention.shape(modelconfig.read(LABS / "models" / "gemma3-tiny"), "bfloat16", "gemma3-tiny")
+    gpus = load_lab("two-h200")
+    assert not keeps_prefixes(load_lab("latent"), latent)
+    assert keeps_prefixes(lab, plain)
+    assert keeps_prefixes(gpus, latent)
+    off = lab.model_copy(
+        update={"vllm": lab.vllm.model_copy(update={"args": {"enable-prefix-caching": False}})}
+    )
+    assert not keeps_prefixes(off, plain)

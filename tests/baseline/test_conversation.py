@@ -73,7 +73,7 @@ def prove_held(
 
 
 @pytest.fixture
-def block(one_table: None, single: Topology) -> int:
+def block(one_table: None, prefix_cache: None, single: Topology) -> int:
     """Tokens of a KV block, where one table of blocks says what is held."""
     return ledger.block_size(single.servers[0].metrics())
 

@@ -58,6 +58,7 @@ def test_transferred_bytes_equal_whole_blocks(
     )
 
 
+@pytest.mark.usefixtures("prefix_cache")
 @pytest.mark.parametrize(
     ("first", "second"),
     [((3, 7), (3, 7)), ((3, 7), (5, 9)), ((2, 1), (2, 1)), ((2, 0), (2, 0)), ((1, 0), (1, 0))],
@@ -114,6 +115,7 @@ def test_only_missing_blocks_move(
     )
 
 
+@pytest.mark.usefixtures("prefix_cache")
 def test_what_only_prefill_holds_moves_in_full(disaggregated: Topology, lab: Lab, shape: KvShape) -> None:
     """A prefix-cache hit on the prefill server saves its computing, and nothing on the wire."""
     block = ledger.block_size(disaggregated.decode[0].metrics())

@@ -111,6 +111,7 @@ def test_every_node_takes_its_share(
         assert moved == book.finished[server.name] * each, f"{server.name}: {dict(book.kv_bytes_by)}"
 
 
+@pytest.mark.usefixtures("prefix_cache")
 def test_every_pair_transfers(disaggregated: Topology, lab: Lab, shape: KvShape, record: Recorder) -> None:
     """Each prefill node hands a prompt to each decode node, asked directly, and the bytes are exact.
 

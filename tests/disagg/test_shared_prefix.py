@@ -7,6 +7,8 @@ exactly (disagglab/measure/ledger.py, with_shared_prefix).
 
 from __future__ import annotations
 
+import pytest
+
 from disagglab.config.schema import Lab
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
@@ -20,6 +22,7 @@ from disagglab.stats.metric import percentile
 SEED = 62_000
 
 
+@pytest.mark.usefixtures("prefix_cache")
 def test_a_shared_prefix_moves_once(
     engine: LoadEngine,
     replicated: Topology,

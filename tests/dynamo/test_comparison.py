@@ -156,7 +156,7 @@ def measured(live: Session, beside: Beside, engine: LoadEngine, store: Store, sh
 
 @pytest.fixture(scope="module")
 def told(
-    live: Session, beside: Beside, measured: Comparison, store: Store, shape: KvShape
+    prefix_cache: None, live: Session, beside: Beside, measured: Comparison, store: Store, shape: KvShape
 ) -> dict[str, list[Held]]:
     """Conversations on every arm, in interleaved rounds, by arm; every request was answered, or there is no
     figure. After the comparison, whose runs would lengthen the first of them.

@@ -62,7 +62,12 @@ class Measured:
 
 @pytest.fixture(scope="module")
 def modes(
-    one_table: None, dynamo_workers: DynamoDeployment, live: Session, routing_size: Size, weights: Model
+    one_table: None,
+    prefix_cache: None,
+    dynamo_workers: DynamoDeployment,
+    live: Session,
+    routing_size: Size,
+    weights: Model,
 ) -> dict[str, Measured]:
     """An arm of each router mode, predicted before."""
     tokenizer = AutoTokenizer.from_pretrained(weights.tokenizer)

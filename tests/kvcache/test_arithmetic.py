@@ -14,6 +14,7 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.results.recorder import Recorder
 from disagglab.serving.topology import Topology
+from disagglab.serving.vllm import keeps_prefixes
 from disagglab.variables import CPU_KV_SPACE_VARIABLE
 
 GIB = 2**30
@@ -41,6 +42,15 @@ def test_bytes_per_token(lab: Lab, shape: KvShape, record: Recorder) -> None:
     if known is None:
         pytest.skip(f"NO-REFERENCE: no value known for {lab.model.id}; computed {shape.bytes_per_token} B")
     assert shape.bytes_per_token == known
+
+
+def test_prefix_caching_is_as_computed(single: Topology, lab: Lab, shape: KvShape) -> None:
+    """Whether a server keeps blocks for later prompts is known before it starts; its own word is the same.
+
+    Tests of blocks that are found again are skipped (NO-PREFIX-CACHE) by what is computed here.
+    """
+    said = ledger.cache_config(single.servers[0].metrics())["enable_prefix_caching"]
+    assert said == str(keeps_prefixes(lab, shape))
 
 
 @pytest.mark.lab_has("fixed_budget")

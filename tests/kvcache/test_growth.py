@@ -74,6 +74,7 @@ def test_memory_grows_by_whole_blocks(single: Topology, shape: KvShape, record: 
     )
 
 
+@pytest.mark.usefixtures("prefix_cache")
 @pytest.mark.parametrize("remainder", [0, 1], ids=["at an edge", "one past it"])
 def test_a_repeated_prompt_reuses_whole_blocks(single: Topology, record: Recorder, remainder: int) -> None:
     """The second time a prompt comes, all its whole blocks are found, except that the last token is computed.

@@ -34,7 +34,9 @@ Measured = dict[int, list[float]]  # bytes: seconds of each transfer
 
 
 @pytest.fixture(scope="module")
-def transfers(disaggregated: Topology, lab: Lab, shape: KvShape, live: Session) -> Measured:
+def transfers(
+    prefix_cache: None, disaggregated: Topology, lab: Lab, shape: KvShape, live: Session
+) -> Measured:
     """Transfer times by bytes; the first one of each length fills prefill's cache and warms the path."""
     block = ledger.block_size(disaggregated.decode[0].metrics())
     repeats = SHORT_REPEATS if live.short else REPEATS

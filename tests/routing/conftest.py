@@ -18,7 +18,13 @@ from disagglab.serving.topology import Deployment, running
 
 @pytest.fixture(scope="session")
 def workers(
-    live: Session, lab: Lab, one_table: None, hosts: Hosts, weights: Model, routing_size: routing.Size
+    live: Session,
+    lab: Lab,
+    one_table: None,
+    prefix_cache: None,
+    hosts: Hosts,
+    weights: Model,
+    routing_size: routing.Size,
 ) -> Iterator[Deployment]:
     """Two equal servers on the lab's first nodes, without a KV connector, with small caches and KV events."""
     deployed = routing.workers(hosts, lab, weights, routing_size)

@@ -26,7 +26,7 @@ from disagglab.results.recorder import Recorder
 from disagglab.results.records import Ledger
 from disagglab.serving.topology import Deployment, Topology
 
-pytestmark = pytest.mark.lab_has("ipv4")
+pytestmark = [pytest.mark.lab_has("ipv4"), pytest.mark.usefixtures("prefix_cache")]
 
 CONVERSATIONS, TURNS, OUTPUT_TOKENS = 3, 2, 4
 SEED = 0  # of the order: dealt in turn to two servers, every conversation moves
