@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
+from disagglab.hosts.host import local_host
 from disagglab.hosts.weights import Model
 from disagglab.kv import attention, modelconfig
 from disagglab.paths import LABS
@@ -221,14 +224,19 @@ def standin() -> Iterator[int]:
 
 
 def server_at(
-    lab: Lab, port: int, strangers: tuple[int, ...] = (), alive: bool = True, log: Path = Path("/nonexistent")
+    lab: Lab, port: int, strangers: tuple[int, ...] = (), log: Path = Path("/nonexistent")
 ) -> VllmServer:
     """A server whose process is made up. ``strangers``: ports that others listen on."""
     made = plan_server(lab, lab.nodes[0], MODEL, "M-1234", port, None, PYTHON)
     process: Any = SimpleNamespace(
         is_anothers_port=lambda asked: asked in strangers,
         cpu_s=lambda: 0.0,
-        alive=alive,
+        alive=True,
+        asked=False,
+        died=False,
+        has_died=lambda: False,
+        host=SimpleNamespace(follow=lambda _: None),
+        name="vllm-a",
         log=log,
         recorded=False,
     )
@@ -252,13 +260,16 @@ def test_our_own_server_is_ready(lab: Lab, standin: int) -> None:
     assert server_at(lab, standin).is_ready()
 
 
-def test_a_server_that_dies_is_reported_at_once(lab: Lab, tmp_path: Path) -> None:
-    """A dead process ends the wait with its log, not with the deadline."""
-    log = tmp_path / "vllm-a.log"
-    log.write_text("ValueError: the reason\n")
-    dead = server_at(lab, 1, alive=False, log=log)
-    with pytest.raises(StartError, match=r"died while starting(.|\n)*the reason"):
+def test_a_server_that_dies_is_reported_at_once(lab: Lab, state: Path, tmp_path: Path) -> None:
+    """A dead process ends the wait with how it ended and its last error, not with the deadline."""
+    host = local_host("run", (20700, 20799), tmp_path, sys.executable)
+    made = plan_server(lab, lab.nodes[0], MODEL, "M-1234", 1, None, PYTHON)
+    script = "echo 'ValueError: the reason'; exit 3"
+    dead = VllmServer(made, host.start("vllm-a", ["sh", "-c", script], {"PATH": os.environ["PATH"]}))
+    told = r"while starting, vllm-a, prefill \(pid \d+\) died .*ended with status 3\nlast error: .*the reason"
+    with pytest.raises(StartError, match=told):
         wait_ready([dead], lab, ProgressLine("servers"))
+    host.close()
 
 
 def test_a_server_without_a_sign_of_life_has_failed(lab: Lab, tmp_path: Path) -> None:
