@@ -55,16 +55,24 @@ def _short_host(host: Host, tenants: Sequence[Tenant]) -> Iterator[Problem]:
 def _short_gpus(host: Host, tenants: Sequence[Tenant]) -> Iterator[Problem]:
     numbers = sorted({number for tenant in tenants for number in tenant.node.gpus})
     cards = gpu.read_memory(host.facts) if numbers else ()
-    for number in numbers:
-        card = cards[number] if number < len(cards) else None
-        if (
-            card is None
-        ):  # absent: tests/environment names it; without memory of its own: the host's was asked
-            continue
+    for number in numbers if cards else ():
         here = [tenant for tenant in tenants if number in tenant.node.gpus]
+        if number >= len(cards):
+            yield _absent(host, here[0], number, len(cards))
+            continue
+        card = cards[number]
+        if card is None:  # it takes the host's memory, which was asked for
+            continue
         demands = [memory.of_gpu(one.lab, one.name, one.weights_gib, card.total_gib) for one in here]
         room = memory.Room(f"GPU {number} of {_name(host)}", card.total_gib, card.free_gib)
         yield from memory.too_much(here[0].lab, room, demands)
+
+
+def _absent(host: Host, tenant: Tenant, number: int, have: int) -> Problem:
+    names = [node.name for node in tenant.lab.nodes]
+    key = f"node[{names.index(tenant.node.name)}].gpus"
+    wrong = f"GPU {number}, but {_name(host)} has {have} (0 to {have - 1})"
+    return Problem(tenant.lab.where(key), key, wrong, "name GPUs that it has: nvidia-smi -L")
 
 
 def _name(host: Host) -> str:

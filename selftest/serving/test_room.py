@@ -138,6 +138,15 @@ def test_a_large_cache_on_a_host_counts_beyond_the_floor() -> None:
     assert problem.mend.startswith("set VLLM_CPU_KVCACHE_SPACE to 4 or less")
 
 
+def test_a_gpu_that_a_host_lacks_is_named_once() -> None:
+    """By the node's key, with what the host has; servers of variants on it say nothing more."""
+    lab = load_lab("two-h200")
+    nodes = (lab.nodes[0], lab.nodes[1].model_copy(update={"gpus": [2]}))
+    (problem,) = refused(tenants(lab.model_copy(update={"nodes": nodes}), host(H200_MIB), ["stock"]))
+    assert (problem.file, problem.key) == (lab.file, "node[1].gpus")
+    assert problem.wrong == "GPU 2, but this machine has 2 (0 to 1)"
+
+
 def test_memory_of_gpus_is_read() -> None:
     """In GiB; a GPU that shares the host's memory has no figure of its own."""
     assert parse_memory("81920, 40960\n[N/A], [N/A]\n") == (GpuMemory(80.0, 40.0), None)
