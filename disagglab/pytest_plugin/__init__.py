@@ -3,4 +3,8 @@
 PYTEST_DONT_REWRITE, because this file asserts nothing, and elsewhere.py may have imported it before.
 """
 
-pytest_plugins = ["disagglab.pytest_plugin.plugin", "disagglab.pytest_plugin.fixtures"]
+pytest_plugins = [
+    "disagglab.pytest_plugin.plugin",
+    "disagglab.pytest_plugin.endings",
+    "disagglab.pytest_plugin.fixtures",
+]
