@@ -96,7 +96,7 @@ class Causes:
             if id(one) in self._errors:
                 return self._errors[id(one)][1]
             if isinstance(one, LabError):
-                line = str(one).partition("\n")[0]
+                line = Cause.of(one).line
                 if (cause := next((known for known in self.found if known.line == line), None)) is not None:
                     return cause
         return None

@@ -298,7 +298,7 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ledger, "settle", lambda *_: None)
     monkeypatch.setattr(ledger, "prove", refuse)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", require_alive=lambda: None)
     none: Any = None
     measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid == "counters do not add up"
@@ -421,7 +421,7 @@ def test_an_invalid_run_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ledger, "read", lambda _: None)
     monkeypatch.setattr(ledger, "settle", lambda *_: None)
     engine: Any = SimpleNamespace(run=lambda *_: over)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0")
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", require_alive=lambda: None)
     none: Any = None
     measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid is not None

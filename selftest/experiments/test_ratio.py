@@ -170,7 +170,12 @@ def test_a_router_comes_back_to_a_pair(prefill: int, decode: int, cycle: int) ->
 def test_a_deployment_routes_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers take the part of their node, in the order of the lab file."""
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(topology, "start_router", lambda *_, **roles: asked.append(roles))
+
+    def start(_host: Any, _lab: Any, label: str, **roles: Any) -> Any:
+        asked.append(roles)
+        return SimpleNamespace(process=SimpleNamespace(name=f"router-{label}"))
+
+    monkeypatch.setattr(topology, "start_router", start)
     hosts: Any = SimpleNamespace(controller=None)
     lab = load_lab("four-h200-2p2d")
     model: Any = SimpleNamespace(name="m")
@@ -179,6 +184,7 @@ def test_a_deployment_routes_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {kind: deployed.topology(kind) for kind in (SINGLE, REPLICATED, DISAGGREGATED)}
     assert asked == [{"workers": (P,)}, {"workers": (P, A, Q, B)}, {"prefill": (P, Q), "decode": (A, B)}]
     assert [len(one.servers) for one in kinds.values()] == [1, 4, 4]
+    assert deployed.process_names == {f"router-{kind}" for kind in kinds}
 
 
 SHAPE = KvShape((Layer(3, 64, 64),) * 30, "bfloat16")

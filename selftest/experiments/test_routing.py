@@ -337,13 +337,17 @@ def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pyte
     """The first command runs, the second cannot be executed: stop ends the first."""
     stopped: list[str] = []
 
+    def named(node: Any) -> Any:
+        return SimpleNamespace(process_name=f"vllm-{node.name}")
+
     def start(_host: Any, _lab: Any, plan: Any, _ports: Any) -> Any:
-        if plan == "b":
+        if plan.process_name == "vllm-b":
             raise StartError("no such program")
-        return SimpleNamespace(stop=lambda: stopped.append(plan))
+        process = SimpleNamespace(has_died=lambda: False)
+        return SimpleNamespace(stop=lambda: stopped.append(plan.process_name), process=process)
 
     monkeypatch.setattr(VllmServer, "start", start)
-    monkeypatch.setattr(topology, "plan_server", lambda _lab, node, *_: node.name)
+    monkeypatch.setattr(topology, "plan_server", lambda _lab, node, *_: named(node))
     host = SimpleNamespace(reserve_port=lambda _: 1)
     hosts: Any = SimpleNamespace(of=lambda _: host, python_of=lambda *_: "/p", model_on=lambda *_: None)
     model: Any = SimpleNamespace(name="m")
@@ -352,7 +356,7 @@ def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pyte
     with pytest.raises(StartError, match="no such program"):
         deployed.launch()
     deployed.stop()
-    assert stopped == ["a"]
+    assert stopped == ["vllm-a"]
 
 
 def test_a_ledger_demands_no_even_shares_of_a_routed_topology() -> None:

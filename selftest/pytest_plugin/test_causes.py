@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from disagglab.errors import InvalidRun, StartError
+from disagglab.errors import ConfigError, InvalidRun, Problem, StartError
 from disagglab.paths import ROOT
 from disagglab.pytest_plugin.causes import Cause, Causes
 from disagglab.serving.death import Death, Died
@@ -88,6 +88,16 @@ def test_a_fixture_that_failed_is_told_once(hosts: Hosts) -> None:
         "because of it 3 tests failed or were not run: t (2), u (1)",
     ]
     assert causes.stops(lambda _: True) is None, "nothing runs that could be used"
+
+
+def test_what_is_not_there_is_told_once(hosts: Hosts) -> None:
+    """Two fixtures look for the same model, each raises an error of its own; they are one cause."""
+    causes = Causes(hosts)
+    for node in ("t::a", "t::b"):
+        error = ConfigError([Problem("lab.toml", "model.id", "not found", "correct the path")])
+        assert blame(causes, node, error, shared=True) is causes.found[0]
+    (cause,) = causes.found
+    assert cause.line == "lab.toml: model.id: not found"
 
 
 def test_a_lost_host_is_a_cause(hosts: Hosts) -> None:
