@@ -152,9 +152,10 @@ def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
     model: ModelSection | None = parts.get("model")
     scale: ScaleSection | None = parts.get("scale")
     seen: set[tuple[str, str, str, str]] = set()
-    if parts.get("gates") and any(node.share_cpus for node in parts.get("nodes", ())):
-        wrong = "nodes share cores, so servers measure each other and a verdict means nothing"
-        yield Problem(file, "gate", wrong, "remove the gates, or share_cpus from every node")
+    sharing = any(node.share_cpus or node.share_gpus for node in parts.get("nodes", ()))
+    if parts.get("gates") and sharing:
+        wrong = "nodes share cores or GPUs, so servers measure each other and a verdict means nothing"
+        yield Problem(file, "gate", wrong, "remove the gates, or share_cpus and share_gpus from every node")
     for index, gate in enumerate(parts.get("gates", ())):
         where = f"gate[{index}]"
         known = (gate.workload, gate.figure, str(gate.baseline), str(gate.limit))
@@ -216,15 +217,15 @@ def _node_problems(
         seen[node.name] = key
         if not node.cpus and not node.gpus:
             yield Problem(file, key, "neither cpus nor gpus", "add cpus = [0] or gpus = [0]")
-        for kind, units in (("cpus", node.cpus), ("gpus", node.gpus)):
+        for kind, units, share in (("cpus", node.cpus, "share_cpus"), ("gpus", node.gpus, "share_gpus")):
             for unit in units:
                 machine = "local" if node.host in here else node.host
                 owner = owners.setdefault((machine, kind, unit), node)
-                shared = kind == "cpus" and owner.share_cpus and node.share_cpus
+                shared = getattr(owner, share) and getattr(node, share)
                 if unit < 0:
                     yield Problem(file, f"{key}.{kind}", f"{unit} is negative", "count from 0")
                 elif owner is not node and not shared:
-                    also = "" if kind == "gpus" else "; share_cpus = true on both where only the path counts"
+                    also = f"; {share} = true on both where only the path counts"
                     yield Problem(
                         file,
                         f"{key}.{kind}",

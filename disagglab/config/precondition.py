@@ -37,8 +37,8 @@ PRECONDITIONS = {
     ),
     "own_cores": Precondition(
         "SHARED-CPUS",
-        lambda lab: not lab.shares_cpus,
-        "servers share cores (share_cpus), so no time of one says anything about several at once",
+        lambda lab: not lab.shared,
+        "servers share cores or GPUs (share_cpus, share_gpus), so no time of one tells of several at once",
     ),
     "gates": Precondition(
         "NO-GATES",

@@ -85,6 +85,7 @@ class NodeSection(Section):
         False, description="its cores may be another such node's too; then only the path counts, no figure"
     )
     gpus: list[int] = Field(default=[], description="GPUs that the server sees (CUDA_VISIBLE_DEVICES)")
+    share_gpus: bool = Field(False, description="the same for its GPUs")
     rdma: list[str] = Field(
         default=[], description="RDMA devices of its data network (mlx5_0 …); their counters are the wire's"
     )
@@ -317,9 +318,13 @@ class Lab(Section):
         return tuple(node for node in self.nodes if node.role == "decode")
 
     @property
-    def shares_cpus(self) -> bool:
-        """Whether servers measure each other, so that no figure of this lab means anything."""
-        return any(node.share_cpus for node in self.nodes)
+    def shared(self) -> str:
+        """What servers share, ``cores`` or ``GPUs``: they measure each other, so that no figure of this lab
+        means anything. Empty where each has its own.
+        """
+        kinds = {"cores": "share_cpus", "GPUs": "share_gpus"}
+        found = (kind for kind, key in kinds.items() if any(getattr(node, key) for node in self.nodes))
+        return " and ".join(found)
 
     @property
     def ratio(self) -> str:

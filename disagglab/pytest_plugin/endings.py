@@ -146,8 +146,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(f"verdicts ({live.lab.label or live.lab.name})")
         for line in report.verdict_lines(live.store):
             terminalreporter.write_line(line)
-    if live.lab.shares_cpus:
-        terminalreporter.write_line("servers share cores (share_cpus): the path counts, no time or rate does")
+    if live.lab.shared:
+        terminalreporter.write_line(f"servers share {live.lab.shared}: the path counts, no time or rate does")
     if live.store.meta.get("nothing_proved"):
         terminalreporter.write_line("FAILED: every test was skipped; this session proved nothing", red=True)
     if live.unfit:

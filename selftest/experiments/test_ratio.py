@@ -76,9 +76,9 @@ def test_labs_of_one_host_differ_in_their_nodes_alone() -> None:
 def test_cores_are_shared_where_both_nodes_say_so() -> None:
     """The lab with shared cores is accepted, and knows that its figures mean nothing."""
     lab = parse_lab(SHARED, "my.toml")
-    assert lab.shares_cpus
+    assert lab.shared == "cores"
     assert [node.cpus for node in lab.decode] == [[1], [1]]
-    assert not load_lab("embedded").shares_cpus
+    assert not load_lab("embedded").shared
 
 
 @pytest.mark.parametrize("silent", [1, 2])
@@ -91,13 +91,16 @@ def test_a_core_is_not_shared_with_a_node_that_did_not_ask(silent: int) -> None:
     assert [problem.key for problem in caught.value.problems] == ["node[2].cpus"]
 
 
-def test_a_gpu_is_never_shared() -> None:
-    """The key is about cores."""
+def test_a_gpu_is_shared_by_a_key_of_its_own() -> None:
+    """The key of cores does not lend a GPU; with its own on both nodes the lab's figures mean nothing."""
     raw = ratio_lab(1, 1)
     for node in raw["node"]:
         node.update(gpus=[0], share_cpus=True)
-    with pytest.raises(ConfigError, match="gpu 0 of local belongs to n0 already"):
+    with pytest.raises(
+        ConfigError, match=r"gpu 0 of local belongs to n0 already(.|\n)*share_gpus = true on both"
+    ):
         parse_lab(raw, "my.toml")
+    assert load_lab("one-gpu").shared == "GPUs"
 
 
 def test_shared_cores_bear_no_verdict() -> None:
