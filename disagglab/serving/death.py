@@ -33,7 +33,11 @@ _TRACEBACK = "Traceback "
 _EXCEPTION = re.compile(
     r"^[\w.]*(Error|Exception|Exit)\b|^Fatal Python error|^Segmentation fault|^free\(\)|^malloc"
 )
-_FOLLOWS = re.compile(r"EngineDeadError|^SystemExit|CancelledError|^KeyboardInterrupt")  # what a death brings
+_FOLLOWS = re.compile(  # what a death brings
+    r"EngineDeadError|Engine core initialization failed|^SystemExit|CancelledError|^KeyboardInterrupt"
+)
+    r"EngineDeadError|Engine core initialization failed|^SystemExit|CancelledError|^KeyboardInterrupt"
+)  # what a death brings
 
 # What a signal that nobody here sent means, and what mends it.
 SIGNALS = {

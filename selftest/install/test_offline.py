@@ -6,9 +6,12 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from disagglab.config.labs import load_lab
 from disagglab.paths import ROOT
@@ -16,6 +19,7 @@ from disagglab.serving import vllm_plugin
 
 OFFLINE = ROOT / "offline"
 LIMIT_S = 60
+HOST_HAS = {"numpy", "scipy"}  # beside its PyTorch; docs/how-to/offline.md says so
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -37,6 +41,13 @@ def test_the_lab_serves_what_is_packed() -> None:
     assert packed["vllm"] == load_lab("two-h200").vllm.version
     assert packed["vllm-router"] == main["vllm-router"] == load_lab("two-h200").router.version
     assert packed["nixl-cu13"] == main["nixl-cu13"]
+
+
+def test_what_the_suite_imports_is_packed() -> None:
+    """A dependency that is missing there stops the collection of every module, not of its own alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
+    assert wanted - set(pins(OFFLINE / "requirements.txt")) == HOST_HAS
 
 
 def test_what_nixl_imports_stays_in_the_pack() -> None:

@@ -17,7 +17,7 @@ from disagglab import waiting
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess, local_host
 from disagglab.serving import death
-from disagglab.serving.causes import CHILD_ENDED
+from disagglab.serving.causes import CHILD_ENDED, cause_of
 from disagglab.serving.death import Died
 
 PORTS = (20600, 20699)
@@ -118,6 +118,21 @@ def test_an_engine_killed_by_a_signal_is_named(run: Run, tmp_path: Path) -> None
     assert found is not None
     assert "its EngineCore (pid 77) was ended by SIGKILL" in found.line
     assert "somebody else killed it" in found.cause
+
+
+def test_an_engine_that_does_not_start_says_why() -> None:
+    """Lines of vLLM 0.26.0 on a GPU: the API server's own error points at the engine's, which is told."""
+    lines = [
+        "(EngineCore pid=1191) ERROR 11-28 11:03:21 [core.py:1330] EngineCore failed to start.",
+        "(EngineCore pid=1191) ERROR 11-28 11:03:21 [core.py:1330] Traceback (most recent call last):",
+        "(EngineCore pid=1191) ERROR 11-28 11:03:21 [core.py:1330] ValueError: No available memory",
+        "(EngineCore pid=1191) Process EngineCore:",
+        "(EngineCore pid=1191) ValueError: No available memory for the cache blocks.",
+        "(APIServer pid=910)     raise RuntimeError(",
+        "(APIServer pid=910) RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    assert death.last_error(lines) == "ValueError: No available memory for the cache blocks."
+    assert cause_of(lines)[0] == "out of memory"
 
 
 def test_what_a_killed_engine_brings_is_not_its_error() -> None:
