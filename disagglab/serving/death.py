@@ -36,8 +36,6 @@ _EXCEPTION = re.compile(
 _FOLLOWS = re.compile(  # what a death brings
     r"EngineDeadError|Engine core initialization failed|^SystemExit|CancelledError|^KeyboardInterrupt"
 )
-    r"EngineDeadError|Engine core initialization failed|^SystemExit|CancelledError|^KeyboardInterrupt"
-)  # what a death brings
 
 # What a signal that nobody here sent means, and what mends it.
 SIGNALS = {
