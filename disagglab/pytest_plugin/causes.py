@@ -55,9 +55,8 @@ class Causes:
     def __init__(self, deaths: Callable[[], Sequence[Death]]) -> None:
         self.found: list[Cause] = []
         self._deaths = deaths
-        self._errors: dict[
-            int, tuple[BaseException, Cause]
-        ] = {}  # the errors are kept, so that ids stay theirs
+        # by id; the errors are kept beside their causes, so that no other error gets their id
+        self._errors: dict[int, tuple[BaseException, Cause]] = {}
 
     def look(self, seen_by: str = "") -> None:
         """Note what has died since the last look, or which host cannot be asked any more."""
