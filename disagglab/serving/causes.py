@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+GIVE_LESS = "give it less: VLLM_CPU_KVCACHE_SPACE, gpu-memory-utilization or max_model_len in the lab file"
 CHILD_ENDED = "disagg-lab: a process of this server ended: "  # what the plugin logs, then pid and status
 
 # Lines that a server wrote and lived on after: what vLLM, uvicorn, torch and NIXL log below ERROR (vLLM puts
@@ -34,7 +35,7 @@ CAUSES = (
             re.I,
         ),
         "out of memory",
-        "give it less: VLLM_CPU_KVCACHE_SPACE, gpu-memory-utilization or max_model_len in the lab file",
+        GIVE_LESS,
     ),
     (
         re.compile(r"Address already in use|EADDRINUSE|Errno 98\b"),

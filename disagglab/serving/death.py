@@ -18,7 +18,7 @@ from disagglab import waiting
 from disagglab.agent.supervisor import MEMORY
 from disagglab.errors import InvalidRun
 from disagglab.hosts.host import HostProcess
-from disagglab.serving.causes import CHILD_ENDED, cause_of, last_words
+from disagglab.serving.causes import CHILD_ENDED, GIVE_LESS, cause_of, last_words
 from disagglab.serving.service import read_tail
 
 LOG_LINES = 2000  # of a log's end: an engine's error stands above one traceback a request that it took along
@@ -55,10 +55,7 @@ SIGNALS = {
     signal.SIGABRT: ("native code gave up (abort)", "the reason stands above the last lines of the log"),
     signal.SIGFPE: ("native code divided by zero", "the reason stands above the last lines of the log"),
 }
-STARVED = (
-    "the kernel killed it: out of memory",
-    "give it less: VLLM_CPU_KVCACHE_SPACE, gpu-memory-utilization or max_model_len in the lab file",
-)
+STARVED = ("the kernel killed it: out of memory", GIVE_LESS)
 
 
 @dataclass(frozen=True)
