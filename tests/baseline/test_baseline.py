@@ -156,6 +156,7 @@ def test_prefill_grows_with_the_prompt_and_decode_hardly(
     )
 
 
+@pytest.mark.usefixtures("one_table")
 def test_kv_memory_in_use_is_the_arithmetic(
     warm: None, single: Topology, lab: Lab, shape: KvShape, record: Recorder
 ) -> None:
