@@ -107,7 +107,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
     if live is None:
         yield
         return
-    if live.causes.found:
+    if live.causes.found and exitstatus == pytest.ExitCode.OK:  # an interrupt stays one
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     live.store.write_meta(
         root_causes=live.causes.as_rows(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from disagglab import jsonfile
+from disagglab.config.arms import DISAGGREGATED
 from disagglab.errors import ConfigError, Problem
 from disagglab.results import fingerprint, speed
 from disagglab.results.records import FigureRow
@@ -24,7 +25,6 @@ RUN_ID = re.compile(r"\d{8}-\d{6}")
 FIGURES, COMMITTED = "figures.jsonl", "reference"
 NOT_RECORDED = "not recorded"
 LAB_FILE_DIGITS = 8
-CANDIDATE = "disaggregated"  # of every gate
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _gated(text: str) -> Iterable[tuple[str, str, str]]:
         return
     for gate in filter(lambda one: isinstance(one, Mapping), gates if isinstance(gates, list) else ()):
         figure = of_stream(str(gate.get("metric")), str(gate.get("stream") or ""))
-        for arm in filter(None, (CANDIDATE, gate.get("baseline"))):
+        for arm in filter(None, (DISAGGREGATED, gate.get("baseline"))):
             yield str(gate.get("workload")), str(arm), figure
 
 
