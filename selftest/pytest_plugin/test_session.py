@@ -13,6 +13,7 @@ import pytest
 from disagglab.paths import ROOT
 from disagglab.pytest_plugin import endings
 from disagglab.pytest_plugin.plugin import SESSION
+from disagglab.results import speed
 from disagglab.results.run_folder import Store, new_run_id
 
 LIMIT_S = 90
@@ -68,7 +69,7 @@ def test_a_root_cause_fails_a_session_that_was_not_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: pytest.ExitCode, ends_with: pytest.ExitCode
 ) -> None:
     """Also where every test passed before the death was seen."""
-    monkeypatch.setattr(endings.speed, "probe", dict)
+    monkeypatch.setattr(speed, "probe", dict)
     store = Store.create(tmp_path, "run")
     store.write_meta(speed={})
     causes = SimpleNamespace(found=["cause"], as_rows=lambda: [{"line": "cause"}])
