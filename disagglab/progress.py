@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 PLAIN_INTERVAL_S = 15.0  # between two lines when the output is a file or a CI log
@@ -38,6 +39,14 @@ class ProgressLine:
         else:
             return
         self._last_detail, self._last_shown = detail, now
+        self._stream.flush()
+
+    def tell(self, lines: Sequence[str]) -> None:
+        """Lines that stay, above the one that is rewritten."""
+        if self._tty:
+            self._stream.write("\r\x1b[2K")
+        self._stream.writelines(f"{line}\n" for line in lines)
+        self._last_detail = ""
         self._stream.flush()
 
     def done(self, detail: str) -> None:

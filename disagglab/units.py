@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, get_args
 
@@ -31,3 +32,23 @@ def unit_of(field: FieldInfo) -> str:
 def meaning_of(field: FieldInfo) -> str:
     """The description of a field with its unit; empty if it has none."""
     return ", ".join(part for part in (field.description, unit_of(field)) if part)
+
+
+TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?")
+IN_SECONDS = {None: 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def seconds(text: str) -> float | None:
+    """A time as people write it (90, 90s, 10m, 10 min, 1.5h), in seconds; None if it is no such text."""
+    found = TIME.fullmatch(text.strip())
+    return float(found[1]) * IN_SECONDS[found[2]] if found else None
+
+
+def share(text: str) -> float | None:
+    """A share as people write it (5%, 5 %, 0.05); None if it is no such text."""
+    bare, percent = text.strip().removesuffix("%").strip(), text.strip().endswith("%")
+    try:
+        value = float(bare)
+    except ValueError:
+        return None
+    return value / 100 if percent else value

@@ -29,7 +29,7 @@ from disagglab.cli import main as command_line
 from disagglab.config import inherit, labs
 from disagglab.config.head import Head
 from disagglab.config.schema import ScaleSection
-from disagglab.config.workload import Workload, load_workload
+from disagglab.config.workload import NOT_FOR_FILES, Workload, load_workload
 from disagglab.paths import LABS, ROOT, WORKLOADS
 from disagglab.pytest_plugin import options
 from disagglab.units import unit_of
@@ -98,6 +98,8 @@ def keys(model: type[BaseModel], heading: str, often: str) -> Iterator[str]:
 
 def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str, str]]:
     for name, field in model.model_fields.items():
+        if field.json_schema_extra == NOT_FOR_FILES:
+            continue
         if not field.description:
             raise Stale(f"{model.__name__}.{name} has no description")
         inner = next((one for one in _options(field.annotation) if _is_model(one)), None)

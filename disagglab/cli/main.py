@@ -15,6 +15,7 @@ from disagglab.cli import (
     kv,
     labs,
     plan,
+    plan_trials,
     predict,
     provision,
     publish,
@@ -25,10 +26,10 @@ from disagglab.errors import ConfigError
 PROGRAM = "disagglab"
 DESCRIPTION = (
     "What the suite does beside its experiments, which pytest runs. kv, gate, predict, history, reference,"
-    " labs and plan compute from files and start nothing; provision and scatter go to a lab's hosts."
+    " labs, plan and plan-trials compute from files and start nothing; provision and scatter go to a lab's hosts."
 )
 EXAMPLES = ("disagglab labs", "disagglab kv Llama-3.1-8B-Instruct --link 100Gbps", "disagglab kv --help")
-COMMANDS = (labs, kv, predict, plan, provision, scatter, gate, history, publish, completion)
+COMMANDS = (labs, kv, predict, plan, plan_trials, provision, scatter, gate, history, publish, completion)
 COMPLETING = "_ARGCOMPLETE"  # argcomplete's own variable: a shell asks for completions
 
 

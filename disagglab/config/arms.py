@@ -11,6 +11,7 @@ from disagglab.errors import ConfigError, Problem
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 SINGLE_AGAIN = "single-again"  # the same servers and router as SINGLE: what differs between the two is noise
 OWN = (SINGLE, REPLICATED, DISAGGREGATED, SINGLE_AGAIN)  # of the lab's own settings, in the order of a round
+AGAIN = "-again"
 CODE = "ARM-LEFT-OUT"  # of skipped tests
 LEAST = 2  # arms of a comparison
 
@@ -38,6 +39,11 @@ class Arms:
         """Why a test that wants these arms is skipped; None if all of them are measured."""
         lacking = [arm for arm in wanted if arm not in self.kept]
         return f"{CODE}: {', '.join(lacking)} by --arm or --without" if lacking else None
+
+
+def twin_of(arm: str) -> str:
+    """The arm that is the same servers and router a second time."""
+    return f"{arm}{AGAIN}"
 
 
 def name_of_variant(name: str) -> str:

@@ -55,10 +55,10 @@ def arrivals(workload: Workload, seed: int) -> list[Arrival]:
             request(0.0, STEADY, steady.prompt_tokens, steady.output_tokens) for _ in range(steady.requests)
         ]
     shared = pieces(workload.shared_prefix_tokens)
-    times = [0.0] * workload.requests
+    times = [0.0] * workload.run_requests
     if workload.rate_per_s is not None:
-        window = workload.requests / workload.rate_per_s
-        times = sorted(lead + window * source.random() for _ in range(workload.requests))
+        window = workload.run_requests / workload.rate_per_s
+        times = sorted(lead + window * source.random() for _ in range(workload.run_requests))
     found += [request(at, MAIN, workload.prompt_tokens, workload.output_tokens, shared) for at in times]
     return found
 

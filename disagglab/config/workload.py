@@ -6,13 +6,14 @@ import hashlib
 import tomllib
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import WORKLOADS
 from disagglab.problems import problems_of
 from disagglab.units import Seconds, Tokens, Unit
 
+NOT_FOR_FILES: dict[str, JsonValue] = {"file": False}
 CHUNK = 64  # tokens; prompts are built of such pieces, so a shared prefix is a multiple of it
 
 
@@ -51,6 +52,12 @@ class Workload(BaseModel):
         0, ge=0, multiple_of=CHUNK, description="beginning that all prompts share; less than prompt_tokens"
     )
     steady: Steady | None = Field(None, description="requests that decode while the others arrive")
+    length: int | None = Field(
+        None,
+        ge=1,
+        description="requests of a run that a plan of trials made shorter or longer; not for files",
+        json_schema_extra=NOT_FOR_FILES,
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Workload:
@@ -62,12 +69,14 @@ class Workload(BaseModel):
             raise ValueError("shared_prefix_tokens must be less than prompt_tokens")
         if any(share <= 0 for share in self.rate_shares):
             raise ValueError("rate_shares must be positive")
+        if self.length is not None and self.concurrency is None:
+            raise ValueError("length is for a closed loop: another one would change what an open loop is")
         return self
 
     @property
     def definition(self) -> str:
-        """Short hash of all that a run of it depends on."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+        """Short hash of all that a figure of it depends on; that is not the length of a closed loop's runs."""
+        return hashlib.sha256(self.model_dump_json(exclude={"length"}).encode()).hexdigest()[:8]
 
     @property
     def tokens(self) -> int:
@@ -76,14 +85,19 @@ class Workload(BaseModel):
         return max(self.prompt_tokens + self.output_tokens, steady)
 
     @property
+    def run_requests(self) -> int:
+        """Requests of one run, without the steady ones."""
+        return self.length or self.requests
+
+    @property
     def total_requests(self) -> int:
         """All requests of one run."""
-        return self.requests + (self.steady.requests if self.steady else 0)
+        return self.run_requests + (self.steady.requests if self.steady else 0)
 
     @property
     def most_under_way(self) -> int:
         """The most requests that can be under way at once."""
-        return self.total_requests if self.concurrency is None else min(self.concurrency, self.requests)
+        return self.total_requests if self.concurrency is None else min(self.concurrency, self.run_requests)
 
     def scaled(self, prompt: float, output: float, requests: float, rate: float, steady: float) -> Workload:
         """The workload on a lab that is smaller, or larger, than the one it was written for.
@@ -119,9 +133,13 @@ class Workload(BaseModel):
             )
         return self.model_copy(update=changes)
 
+    def of_length(self, requests: int) -> Workload:
+        """The same closed loop, with so many requests a run."""
+        return self.model_copy(update={"length": None if requests == self.requests else requests})
+
     def at_rate(self, rate_per_s: float) -> Workload:
         """The same requests in an open loop."""
-        return self.model_copy(update={"concurrency": None, "rate_per_s": rate_per_s})
+        return self.model_copy(update={"concurrency": None, "rate_per_s": rate_per_s, "length": None})
 
 
 def load_workload(name: str) -> Workload:
@@ -132,7 +150,8 @@ def load_workload(name: str) -> Workload:
     """
     path = WORKLOADS / f"{name}.toml"
     try:
-        return Workload.model_validate(tomllib.loads(path.read_text()))
+        raw = tomllib.loads(path.read_text())
+        found = Workload.model_validate(raw)
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.stem for file in WORKLOADS.glob("*.toml")))
         raise ConfigError([Problem(str(path), "(whole file)", "missing", f"use one of {known}")]) from error
@@ -140,3 +159,7 @@ def load_workload(name: str) -> Workload:
         raise ConfigError([Problem(str(path), "(whole file)", f"not TOML: {error}", "correct it")]) from error
     except ValidationError as error:
         raise ConfigError(problems_of(error, str(path), Workload)) from error
+    if "length" in raw:
+        wrong = "chosen by the plan of trials of a session, not by a file"
+        raise ConfigError([Problem(str(path), "length", wrong, "leave it out, and give requests")])
+    return found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from disagglab.config.arrivals import MAIN, STEADY
+from disagglab.config.arms import twin_of
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
@@ -20,10 +21,11 @@ from disagglab.results.metrics import figures, saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died
-from disagglab.serving.topology import DISAGGREGATED, SINGLE, SINGLE_AGAIN, Topology
+from disagglab.serving.topology import DISAGGREGATED, SINGLE, Topology
 from disagglab.stats.metric import METRICS, of_stream
-from disagglab.stats.verdict import CONFIDENCE, NoiseFloor, gate_p, holm, judge, noise_floor, passes
+from disagglab.stats.verdict import CONFIDENCE, NoiseFloor, Rule, gate_p, holm, judge, noise_floor, passes
 
+AT_LEAST_MET = 2  # requests through a router in a warm-up: the first one opens its connections
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file
 
 
@@ -73,6 +75,25 @@ class Comparison:
                 pairs.append((left, right))
         return pairs
 
+    def of_pairs(
+        self, workload: str, arms: Sequence[str], metric: str, stream: str = ""
+    ) -> dict[str, list[float]]:
+        """The figures of each arm in the rounds in which all of these arms have one."""
+        by_arm = {
+            arm: {run.round: figures(run, self.slo, stream)[metric] for run in self.valid(workload, arm)}
+            for arm in arms
+        }
+        first, *others = by_arm.values()
+        shared = [
+            number
+            for number, value in first.items()
+            if value is not None and all(other.get(number) is not None for other in others)
+        ]
+        return {
+            arm: [value for number in shared if (value := found[number]) is not None]
+            for arm, found in by_arm.items()
+        }
+
     def saturated(self, workload: str, topology: str) -> int:
         """How many of the runs that count fell behind their arrivals."""
         return sum(saturated(run) for run in self.valid(workload, topology))
@@ -103,11 +124,6 @@ def run_rounds(
         one.name: 1 + max((run.round for run in earlier if run.workload.name == one.name), default=-1)
         for one in workloads
     }
-    warm_up = warm_up_of(workloads, max(topology.cycle for topology in topologies))
-    first = [
-        Trial(WARM_UP_ROUND, rounds, topology, warm_up, random.getrandbits(31)) for topology in topologies
-    ]
-
     def wanted(number: int) -> list[Workload]:
         lacking = [one for one in workloads if done[one.name] <= number]
         still_open = open_workloads(comparison) if lacking and number >= rounds else done
@@ -115,9 +131,7 @@ def run_rounds(
 
     all_turns = trials(topologies, wanted, rounds, lambda *_: random.getrandbits(31), cap)
     try:
-        for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
-            if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
-                comparison.runs.append(run)
+        warm_up(engine, topologies, workloads, shape, store, progress, comparison)
         for run in runs(engine, all_turns, shape, store, progress):
             comparison.runs.append(run)
     except Died as died:
@@ -128,7 +142,8 @@ def run_rounds(
 def figure_rows(comparison: Comparison) -> list[FigureRow]:
     """Every run-level figure of every arm on every workload that was measured."""
     rows = []
-    for workload in dict.fromkeys(run.workload for run in comparison.runs if run.round != WARM_UP_ROUND):
+    measured = {run.workload.name: run.workload for run in comparison.runs if run.round != WARM_UP_ROUND}
+    for workload in measured.values():
         streams = ["", MAIN, STEADY] if workload.steady else [""]
         for arm in dict.fromkeys(run.topology for run in comparison.runs):
             for stream in streams:
@@ -141,6 +156,46 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
     return rows
 
 
+def warm_up(
+    engine: LoadEngine,
+    topologies: Sequence[Topology],
+    workloads: Sequence[Workload],
+    shape: KvShape,
+    store: Store,
+    progress: Callable[[str], None],
+    comparison: Comparison,
+) -> None:
+    """Let every server compute what the fullest workload has at once, and every router and pair of nodes meet.
+
+    The whole load goes to arms with servers that have had none yet, those with the most equal servers first;
+    each other router gets as many requests as make all pairs behind it. A twin is its arm a second time.
+
+    Raises:
+        Died: see :func:`disagglab.experiments.rounds.runs`.
+    """
+    first = warm_up_turns(topologies, workloads)
+    for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
+        if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
+            comparison.runs.append(run)
+
+
+def warm_up_turns(
+    topologies: Sequence[Topology], workloads: Sequence[Workload]
+) -> list[Trial[Topology, Workload]]:
+    """What a warm-up asks of which arm, in its order."""
+    by_router = {topology.router.url: topology for topology in reversed(topologies)}
+    whole = warm_up_of(workloads, max(topology.cycle for topology in topologies))
+    loaded: set[int] = set()
+    turns = []
+    for arm in sorted(by_router.values(), key=lambda one: (bool(one.decode), -len(one.servers))):
+        servers = {id(server) for server in arm.servers}
+        few = min(whole.requests, max(AT_LEAST_MET, arm.cycle))
+        load = _at_once(whole, few) if servers <= loaded else whole
+        loaded |= servers
+        turns.append(Trial(WARM_UP_ROUND, 0, arm, load, random.getrandbits(31)))
+    return turns
+
+
 def warm_up_of(workloads: Sequence[Workload], least: int = 1) -> Workload:
     """As many requests at once as the fullest of the workloads can have; it gets prompts of its own.
 
@@ -148,38 +203,35 @@ def warm_up_of(workloads: Sequence[Workload], least: int = 1) -> Workload:
         least: requests that it has in any case, so that every pair of nodes has met before it is measured.
     """
     fullest = max(workloads, key=lambda workload: workload.most_under_way)
-    count = max(fullest.most_under_way, least)
-    return fullest.model_copy(
-        update={
-            "requests": count,
-            "concurrency": count,
-            "rate_per_s": None,
-            "steady": None,
-            "shared_prefix_tokens": 0,
-        }
-    )
+    return _at_once(fullest, max(fullest.most_under_way, least))
 
 
-def verdict_rows(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
+def _at_once(workload: Workload, count: int) -> Workload:
+    closed = {"rate_per_s": None, "steady": None, "shared_prefix_tokens": 0, "length": None}
+    return workload.model_copy(update={"requests": count, "concurrency": count, **closed})
+
+
+def verdict_rows(comparison: Comparison, lab: Lab, rule: Rule = "fixed-n") -> list[VerdictRow]:
     """One row a gate of the lab, in its order, the family corrected by Holm; then the A/A pair of each
     figure.
 
-    A comparison that a death ended has no row for a gate that it did not come to, which stays in the family.
+    ``rule``: "any time" where the number of rounds depends on what was seen. A comparison that a death ended
+    has no row for a gate that it did not come to, which stays in the family.
 
     Raises:
         InvalidRun: if a gate has no pair of valid runs, and no death was the reason.
     """
     families = [_pairs(comparison, gate, gate.baseline or LIMIT, DISAGGREGATED) for gate in lab.gates]
     p_values = [
-        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want) if pairs else 1.0
+        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want, rule) if pairs else 1.0
         for gate, pairs in zip(lab.gates, families, strict=True)
     ]
     rows = [
-        _row(comparison, gate, pairs, _P(alone, p, len(p_values)))
+        _row(comparison, gate, pairs, _P(alone, p, len(p_values)), rule=rule)
         for gate, pairs, alone, p in zip(lab.gates, families, p_values, holm(p_values), strict=True)
         if pairs
     ]
-    return [*rows, *_identical_arms(comparison, lab)]
+    return [*rows, *_identical_arms(comparison, lab, rule)]
 
 
 def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRow]:
@@ -212,13 +264,19 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     return [*rows, *_identical_arms(comparison, lab)]
 
 
-def variant_rows(comparison: Comparison, lab: Lab, variants: Sequence[str]) -> list[VerdictRow]:
+def variant_rows(
+    comparison: Comparison, lab: Lab, variants: Sequence[str], rule: Rule = "fixed-n"
+) -> list[VerdictRow]:
     """One row a gated figure and variant (``disaggregated@tcp``), against the lab's own settings."""
-    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], State.VARIANT)
+    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], State.VARIANT, rule)
 
 
 def pair_rows(
-    comparison: Comparison, lab: Lab, arms: Sequence[tuple[str, str]], state: State
+    comparison: Comparison,
+    lab: Lab,
+    arms: Sequence[tuple[str, str]],
+    state: State,
+    rule: Rule = "fixed-n",
 ) -> list[VerdictRow]:
     """One row a gated figure and pair of arms (baseline, candidate) that both have it.
 
@@ -233,29 +291,40 @@ def pair_rows(
     pairs = [comparison.pairs(g.workload, left, right, g.metric, g.stream) for g, left, right in asked]
     own = [gate.model_copy(update={"baseline": None, "limit": None}) for gate, _, _ in asked]
     verdicts = [
-        judge(each, METRICS[g.metric].better, g.margin) for (g, _, _), each in zip(asked, pairs, strict=True)
+        judge(each, METRICS[g.metric].better, g.margin, rule)
+        for (g, _, _), each in zip(asked, pairs, strict=True)
     ]
     adjusted = holm([verdict.p for verdict in verdicts])
     rows = []
     for (_, baseline, arm), gate, each, verdict, p in zip(asked, own, pairs, verdicts, adjusted, strict=True):
-        row = _row(comparison, gate, each, _P(verdict.p, p, len(adjusted)), baseline, arm)
+        row = _row(comparison, gate, each, _P(verdict.p, p, len(adjusted)), baseline, arm, rule)
         rows.append(dataclasses.replace(row, gate=GateState(state)))
     return rows
 
 
-def undecided_workloads(comparison: Comparison, lab: Lab) -> set[str]:
+def undecided_workloads(comparison: Comparison, lab: Lab, rule: Rule = "any time") -> set[str]:
     """Workloads with a gate that is neither met nor refuted yet: more rounds may decide it."""
-    rows = verdict_rows(comparison, lab)[: len(lab.gates)]
-    return {row.workload for row in rows if row.outcome == "undecided" and row.gate.state is not State.MET}
+    rows = verdict_rows(comparison, lab, rule)
+    return {row.workload for row in rows if row.gate.of_a_gate and row.open}
+
+
+def gate_pairs(
+    comparison: Comparison, gate: GateSection, baseline: str = "", candidate: str = DISAGGREGATED
+) -> list[tuple[float, float]]:
+    """(baseline, candidate) of every round that a gate can be judged by; the limit of one that has a limit
+    stands in the place of its baseline.
+    """
+    if gate.limit is not None:
+        again = comparison.pairs(gate.workload, candidate, candidate, gate.metric, gate.stream)
+        return [(gate.limit, value) for _, value in again]
+    left = baseline or gate.baseline or candidate
+    return comparison.pairs(gate.workload, left, candidate, gate.metric, gate.stream)
 
 
 def _pairs(
     comparison: Comparison, gate: GateSection, baseline: str, candidate: str
 ) -> list[tuple[float, float]]:
-    pairs = comparison.pairs(gate.workload, baseline, candidate, gate.metric, gate.stream)
-    if gate.limit is not None:
-        again = comparison.pairs(gate.workload, candidate, candidate, gate.metric, gate.stream)
-        pairs = [(gate.limit, value) for _, value in again]
+    pairs = gate_pairs(comparison, gate, baseline, candidate)
     if not pairs and comparison.died is None:
         raise InvalidRun(
             f"{gate.workload}: no valid pair of runs for {gate.figure}; see the invalid runs in the report"
@@ -272,15 +341,22 @@ def _by_figure(lab: Lab) -> list[GateSection]:
     return list(found.values())
 
 
-def _identical_arms(comparison: Comparison, lab: Lab) -> list[VerdictRow]:
+def _identical_arms(comparison: Comparison, lab: Lab, rule: Rule = "fixed-n") -> list[VerdictRow]:
     """The A/A pair beside every gated figure; what it shows is noise."""
     rows = []
     for gate in _by_figure(lab):
-        if comparison.values(gate.workload, SINGLE_AGAIN, gate.metric, gate.stream):
-            if not (pairs := _pairs(comparison, gate, SINGLE, SINGLE_AGAIN)):
-                continue
-            rows.append(_row(comparison, gate, pairs, None, SINGLE, SINGLE_AGAIN))
+        arm = _twin(comparison, gate)
+        if arm and (pairs := gate_pairs(comparison, gate, arm, twin_of(arm))):
+            rows.append(_row(comparison, gate, pairs, None, arm, twin_of(arm), rule))
     return rows
+
+
+def _twin(comparison: Comparison, gate: GateSection) -> str | None:
+    """The arm whose twin was measured beside it: the gate's baseline, or else single."""
+    for arm in (gate.baseline or SINGLE, SINGLE):
+        if comparison.values(gate.workload, twin_of(arm), gate.metric, gate.stream):
+            return arm
+    return None
 
 
 @dataclass(frozen=True)
@@ -294,10 +370,11 @@ class _P:
 
 def _floor(comparison: Comparison, gate: GateSection) -> NoiseFloor | None:
     """What the A/A pair leaves open of a gate's figure; None where none was measured."""
-    pairs = comparison.pairs(gate.workload, SINGLE, SINGLE_AGAIN, gate.metric, gate.stream)
-    if not pairs:
+    arm = _twin(comparison, gate)
+    pairs = comparison.pairs(gate.workload, arm, twin_of(arm), gate.metric, gate.stream) if arm else []
+    if not arm or not pairs:
         return None
-    requests = min(len(run.ttft_s) for run in comparison.valid(gate.workload, SINGLE))
+    requests = min(len(run.ttft_s) for run in comparison.valid(gate.workload, arm))
     step = max(METRICS[gate.metric].step(value, requests) for pair in pairs for value in pair)
     return noise_floor(pairs, step)
 
@@ -309,15 +386,15 @@ def _row(
     p: _P | None,
     baseline: str = "",
     candidate: str = DISAGGREGATED,
+    rule: Rule = "fixed-n",
 ) -> VerdictRow:
     metric = METRICS[gate.metric]
     baseline = baseline or gate.baseline or LIMIT
-    values = {
-        arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in (baseline, candidate)
-    }
+    values = comparison.of_pairs(gate.workload, (baseline, candidate), gate.metric, gate.stream)
     if gate.limit is not None:
+        values = comparison.of_pairs(gate.workload, (candidate,), gate.metric, gate.stream)
         values[LIMIT] = [gate.limit]
-    verdict = judge(pairs, metric.better, gate.margin)
+    verdict = judge(pairs, metric.better, gate.margin, rule)
     late = sum(comparison.saturated(gate.workload, arm) for arm in values)
     reason = verdict.reason
     if late:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, TransferError
@@ -20,6 +21,14 @@ def measure(
     """One run with its proof of path. A run that breaks a rule comes back with ``invalid`` set, never
     dropped; if a server or the router has died, that is the reason.
     """
+    begun = time.monotonic()
+    run = _proved(engine, topology, workload, seed, number, shape)
+    return dataclasses.replace(run, took_s=time.monotonic() - begun)
+
+
+def _proved(
+    engine: LoadEngine, topology: Topology, workload: Workload, seed: int, number: int, shape: KvShape
+) -> Run:
     run: Run | None = None
     try:
         before = ledger.read(topology)

@@ -15,6 +15,7 @@ from disagglab.config.labs import check_against_model
 from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
 from disagglab.experiments import routing
+from disagglab.experiments.budgeted import entrants, run_in_time
 from disagglab.experiments.calibration import Calibration, calibrate
 from disagglab.experiments.comparison import (
     Comparison,
@@ -24,6 +25,7 @@ from disagglab.experiments.comparison import (
     variant_rows,
     verdict_rows,
 )
+from disagglab.experiments.trials import TrialPlan, with_outlook
 from disagglab.hosts import identity
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model, find
@@ -229,23 +231,38 @@ def comparison(
     """
     topologies = [*kept_arms(live, deployment), *variants]
     judged = live.arms.judged(live.lab)
-    live.store.write_meta(not_judged=not_judged(live.lab, live.arms))
-    workloads = live.lab.gated_workloads
+    live.store.write_meta(not_judged=not_judged(live.lab, live.arms), rule=live.rule, budget_s=live.budget_s)
     line = live.progress("comparison")
+    plan: TrialPlan | None = None
+    names = [one.name for one in topologies]
     with live.uncaptured():
-        live.comparison = run_rounds(
-            engine,
-            topologies,
-            workloads,
-            live.rounds,
-            store,
-            shape,
-            line.show,
-            cap=live.max_rounds,
-            slo=live.lab.slo,
-            open_workloads=lambda found: undecided_workloads(found, judged),
-            earlier=resume.begin(live.earlier, [one.name for one in topologies], store, line.show),
-        )
+        if live.budget_s is None:
+            live.comparison = run_rounds(
+                engine,
+                topologies,
+                live.lab.gated_workloads,
+                live.rounds,
+                store,
+                shape,
+                line.show,
+                cap=live.max_rounds,
+                slo=live.lab.slo,
+                open_workloads=lambda found: undecided_workloads(found, judged),
+                earlier=resume.begin(live.earlier, lambda _: names, store, line.show),
+            )
+        else:
+            who = entrants(topologies, judged)
+            live.comparison, plan = run_in_time(
+                engine,
+                who,
+                judged.gated_workloads,
+                live.budget_s,
+                store,
+                shape,
+                line.show,
+                line.tell,
+                earlier=resume.begin(live.earlier, who.needed, store, line.show, also=who.arms),
+            )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
     if len(live.comparison.invalid()) == len(live.comparison.runs):
         if live.comparison.died:
@@ -253,8 +270,10 @@ def comparison(
         raise InvalidRun(
             f"no run of the comparison is valid; the first says: {live.comparison.runs[0].invalid}"
         )
-    rows = verdict_rows(live.comparison, judged)
-    for verdict in [*rows, *variant_rows(live.comparison, live.lab, [one.name for one in variants])]:
+    rows = verdict_rows(live.comparison, judged, live.rule)
+    if plan is not None:
+        rows = with_outlook(rows, plan)
+    for verdict in [*rows, *variant_rows(live.comparison, live.lab, [one.name for one in variants], live.rule)]:
         store.add(verdict)
     for figure in figure_rows(live.comparison):
         store.add(figure)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from disagglab.config.arms import OWN
+from disagglab.errors import ConfigError, Problem
+from disagglab.units import seconds
 
 if TYPE_CHECKING:
     import pytest
 
 DEFAULT_ROUNDS = 3
 SHORT_ROUNDS = 2
+DEFAULT_BUDGET_S = 150.0
 PATHS = ("--lab", "--resume")  # options whose value may be a path
 
 
@@ -18,9 +21,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suite."""
     group = parser.getgroup("disagg-lab")
     group.addoption("--lab", default="embedded", help="name of a file in labs/, or a path")
-    group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds)")
+    group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds, and no more)")
     group.addoption(
-        "--rounds", type=int, default=None, help=f"rounds of the comparison (default {DEFAULT_ROUNDS})"
+        "--budget",
+        metavar="TIME",
+        help="time of the comparison, as 90s, 10m, 1h; a plan of trials divides it, and verdicts hold at every"
+        f" look (default {DEFAULT_BUDGET_S:g}s)",
+    )
+    group.addoption(
+        "--rounds",
+        type=int,
+        default=None,
+        help="in place of a budget: so many rounds of all arms, fixed beforehand; of other experiments"
+        f" {DEFAULT_ROUNDS} by default",
     )
     group.addoption(
         "--max-rounds", type=int, default=0, help="go on to so many rounds while a gate is undecided"
@@ -74,3 +87,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--plan", action="store_true", help="print what a session would run on every host; start nothing"
     )
+
+
+def budget_s(config: pytest.Config) -> float | None:
+    """Seconds of the comparison; None where rounds were asked for. ``--short`` ends after the pilot rounds.
+
+    Raises:
+        ConfigError: if the time cannot be read, or is given beside a number of rounds.
+    """
+    text = config.getoption("--budget")
+    rounds = [name for name in ("--rounds", "--max-rounds") if config.getoption(name)]
+    if text is None:
+        if rounds:
+            return None
+        return 0.0 if config.getoption("--short") else DEFAULT_BUDGET_S
+    found = seconds(text)
+    if found is None:
+        wrong = f"no time: {text!r}"
+        raise ConfigError([Problem("command line", "--budget", wrong, "write 90s, 10m or 1h")])
+    if rounds:
+        wrong = f"given beside {rounds[0]}"
+        raise ConfigError([Problem("command line", "--budget", wrong, "give a time or a number of rounds")])
+    return found

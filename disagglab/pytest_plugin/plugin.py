@@ -16,7 +16,7 @@ from disagglab.errors import ConfigError, LabError
 from disagglab.experiments import plan
 from disagglab.experiments.asked import Asked, Chosen, choose, require_here
 from disagglab.paths import REPORTS, ROOT
-from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, pytest_addoption
+from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, budget_s, pytest_addoption
 from disagglab.pytest_plugin.session import Session
 from disagglab.results import fingerprint, report, resume, speed
 from disagglab.results.recorder import VIRTUAL_CLOCK, saved_name
@@ -82,6 +82,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         asked = _asked(config)
         chosen = choose(asked)
+        budget_s(config)
         require_here(asked, chosen)
         earlier = _earlier(config, chosen)
     except ConfigError as error:
@@ -154,6 +155,7 @@ def _open_session(config: pytest.Config, chosen: Chosen, earlier: resume.Earlier
         run_id=run_id,
         short=short,
         rounds=rounds,
+        budget_s=budget_s(config),
         max_rounds=config.getoption("--max-rounds"),
         dedicated=config.getoption("--dedicated"),
         against=config.getoption("--against") or "",

@@ -23,17 +23,22 @@ from disagglab.results.run_folder import Store
 from disagglab.serving import death
 from disagglab.serving.death import Death
 from disagglab.serving.topology import Deployment
+from disagglab.stats.verdict import Rule
 
 
 @dataclass
 class Session:
-    """The live part of a pytest session. ``terminal``: the real standard error, whatever pytest captures."""
+    """The live part of a pytest session. ``terminal``: the real standard error, whatever pytest captures.
+
+    ``budget_s``: of the comparison, s; None where ``rounds`` (and ``max_rounds``) were given in its place.
+    """
 
     lab: Lab
     store: Store
     run_id: str
     short: bool
     rounds: int
+    budget_s: float | None
     max_rounds: int
     dedicated: bool
     against: str
@@ -57,6 +62,14 @@ class Session:
         died = self.hosts.died() if self.hosts else []
         found = (death.of(process, roles.get(process.name.partition("@")[0], "")) for process in died)
         return [one for one in found if one is not None]
+
+    @property
+    def rule(self) -> Rule:
+        """What the verdicts of the comparison hold for: a number of rounds that was fixed before any of them
+        was seen, or else every look.
+        """
+        fixed = self.budget_s is None and not self.max_rounds and not self.earlier.sessions
+        return "fixed-n" if fixed else "any time"
 
     def is_shared(self, process: str) -> bool:
         """Whether all tests of servers share this process: the lab's servers, routers, load engine."""

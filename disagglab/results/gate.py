@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,6 +11,7 @@ from typing import get_args
 from disagglab.stats.verdict import Want
 
 NOT_ENFORCED, UNDERPOWERED = " (not enforced)", ", underpowered"
+MORE = re.compile(r", needs about (\d+) min more$")
 
 
 class State(StrEnum):
@@ -36,8 +38,9 @@ class GateState:
     """State, and what belongs to it. Its text is what people read and what files hold.
 
     ``want``: of a gate. ``enforced``: whether the session fails of it. ``underpowered``: whether too few
-    rounds were made to find a difference of the size of the margin. ``about``: what is predicted, expected or
-    claimed; ``answer``: how that stands. Of OTHER, ``about`` is the whole text.
+    rounds were made to find a difference of the size of the margin. ``minutes``: of further rounds that
+    would decide it if effect and spread stay as they are; None where that is not foreseen. ``about``: what is
+    predicted, expected or claimed; ``answer``: how that stands. Of OTHER, ``about`` is the whole text.
     """
 
     state: State
@@ -46,6 +49,7 @@ class GateState:
     underpowered: bool = False
     about: str = ""
     answer: str = ""
+    minutes: int | None = None
 
     @property
     def of_a_gate(self) -> bool:
@@ -61,6 +65,8 @@ class GateState:
 
     def __str__(self) -> str:
         lacking = UNDERPOWERED if self.underpowered else ""
+        if self.minutes is not None:
+            lacking = f", needs about {self.minutes} min more"
         match self.state:
             case State.MET | State.NOT_MET:
                 return f"{self.state}: wants {self.want}{lacking}{'' if self.enforced else NOT_ENFORCED}"
@@ -89,13 +95,15 @@ class GateState:
         """What a text may say. Whether it does is told by turning that into text again."""
         rest, enforced = text.removesuffix(NOT_ENFORCED), not text.endswith(NOT_ENFORCED)
         rest, underpowered = rest.removesuffix(UNDERPOWERED), rest.endswith(UNDERPOWERED)
+        more = MORE.search(rest)
+        rest, minutes = MORE.sub("", rest), int(more[1]) if more else None
         yield from (cls(state) for state in State if state is not State.OTHER)
         yield cls(State.WORSE, enforced=False)
         yield cls(State.UNDECIDED, underpowered=True)
         head, _, tail = rest.partition(": ")
         for want in get_args(Want):
             for state in (State.MET, State.NOT_MET):
-                yield cls(state, want, enforced, underpowered)
+                yield cls(state, want, enforced, underpowered, minutes=minutes)
         yield cls(State.PREDICTED, about=text.removeprefix(f"{State.PREDICTED} "))
         yield cls(State.EXPECTED, about=head.removeprefix(f"{State.EXPECTED} "), answer=tail)
         claimed = head.removeprefix(State.CLAIM).removeprefix(" of ")

@@ -9,7 +9,7 @@ from typing import Any
 from disagglab.agent.supervisor import Process
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.results.gate import GateState
+from disagglab.results.gate import GateState, State
 from disagglab.stats.metric import Direction
 from disagglab.stats.verdict import NoiseFloor, Verdict, held_back
 
@@ -103,7 +103,8 @@ class Run:
 
     ``start_s``: when each request was sent, from the first of them. ``streams``: which part of the workload
     it belongs to. ``client``: how busy the load engine was; None if it was not seen. ``readings``: the
-    servers' counters before and after.
+    servers' counters before and after. ``took_s``: all of it with its proof, by the wall clock; None in files
+    of earlier versions.
     """
 
     topology: str
@@ -123,6 +124,7 @@ class Run:
     ledger: Ledger | None = None
     readings: tuple[Reading, Reading] | None = None
     invalid: str | None = None
+    took_s: float | None = None
 
     @property
     def sent(self) -> list[Sent]:
@@ -199,14 +201,25 @@ class VerdictRow:
     @property
     def standing(self) -> str:
         """What is said of the gate: its state, and what Holm's correction holds back."""
+        said = self._held_back
+        return f"{self.gate}; {said}" if said else str(self.gate)
+
+    @property
+    def open(self) -> bool:
+        """Whether further rounds could still change what is said of the gate: it is not met, and that is for
+        lack of rounds.
+        """
+        return self.gate.state is not State.MET and (self.outcome == "undecided" or bool(self._held_back))
+
+    @property
+    def _held_back(self) -> str:
         if self.p is None or self.p_adjusted is None or self.family is None:
-            return str(self.gate)
+            return ""
         answer = self.gate.want if self.gate.of_a_gate else self.outcome
         if (answer == "better" and self.outcome != "better") or answer in ("equivalent", "undecided"):
-            return str(self.gate)  # it is not the correction that decides
+            return ""  # it is not the correction that decides
         noun = "gates" if self.gate.of_a_gate else "figures"
-        said = held_back(str(answer), self.p, self.p_adjusted, self.family, noun)
-        return f"{self.gate}; {said}" if said else str(self.gate)
+        return held_back(str(answer), self.p, self.p_adjusted, self.family, noun)
 
     @classmethod
     def of(

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,9 @@ def read(
     kept: dict[tuple[str, str, int], KeptRun] = {}
     for folder in sorted({folder.resolve() for folder in folders}, key=lambda path: path.name):
         try:
-            meta = _meta(folder)
+            meta = meta_of(folder)
             name = str(meta.get("run") or folder.name)
-            found = list(_runs(folder, name))
+            found = list(runs_of(folder, name))
         except ConfigError as error:
             problems += error.problems
             continue
@@ -122,11 +122,17 @@ def require_same_lab(earlier: Earlier, whole: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
-def complete(earlier: Earlier, arms: Sequence[str]) -> tuple[list[KeptRun], list[str]]:
-    """The rounds that hold a run of every arm, numbered anew from 0 for each workload; then what was left
-    out, and why.
+def complete(
+    earlier: Earlier, needed: Callable[[str], Sequence[str]], also: Collection[str] = ()
+) -> tuple[list[KeptRun], list[str]]:
+    """The rounds that hold a run of every arm that a workload needs, numbered anew from 0 for each workload;
+    then what was left out, and why.
 
-    A round is what one session measured with one seed. Of other arms nothing is taken.
+    A round is what one session measured with one seed.
+
+    Args:
+        needed: the arms by the name of a workload.
+        also: arms whose runs are taken along where a round has them; of others nothing is taken.
     """
     rounds: dict[tuple[str, str, int], dict[str, KeptRun]] = {}
     for one in earlier.runs:
@@ -135,6 +141,7 @@ def complete(earlier: Earlier, arms: Sequence[str]) -> tuple[list[KeptRun], list
     numbers: dict[str, int] = {}
     lacking: dict[tuple[str, str, str], int] = {}
     for (session, workload, _), found in rounds.items():
+        arms = needed(workload)
         missing = [arm for arm in arms if arm not in found]
         if missing:
             left_out = (session, workload, ", ".join(missing))
@@ -142,21 +149,28 @@ def complete(earlier: Earlier, arms: Sequence[str]) -> tuple[list[KeptRun], list
             continue
         number = numbers.get(workload, 0)
         numbers[workload] = number + 1
-        taken += [replace(found[arm], run=replace(found[arm].run, round=number)) for arm in arms]
+        kept = [*arms, *(arm for arm in found if arm in also and arm not in arms)]
+        taken += [replace(found[arm], run=replace(found[arm].run, round=number)) for arm in kept]
     return taken, [
         f"{session}: {count} round{'s' if count > 1 else ''} of {workload} left out, no run of {absent}"
         for (session, workload, absent), count in lacking.items()
     ]
 
 
-def begin(earlier: Earlier, arms: Sequence[str], store: Store, show: Callable[[str], None]) -> list[Run]:
+def begin(
+    earlier: Earlier,
+    needed: Callable[[str], Sequence[str]],
+    store: Store,
+    show: Callable[[str], None],
+    also: Collection[str] = (),
+) -> list[Run]:
     """Put the complete rounds of earlier sessions into this session's folder, and say in ``run.json`` whose.
 
-    So the folder holds every run that its verdicts are made of, and may itself be resumed alone.
+    See :func:`complete`. So the folder holds every run that its verdicts are made of, and may itself be resumed alone.
     """
     if not earlier.sessions:
         return []
-    taken, left_out = complete(earlier, arms)
+    taken, left_out = complete(earlier, needed, also)
     for one in taken:
         _copy(one, store.folder / RUNS)
     notes = [*earlier.notes, *left_out]
@@ -176,7 +190,12 @@ def _copy(kept: KeptRun, into: Path) -> None:
         shutil.copyfile(counters, into / f"{name}{METRICS}")
 
 
-def _meta(folder: Path) -> Mapping[str, Any]:
+def meta_of(folder: Path) -> Mapping[str, Any]:
+    """``run.json`` of a session.
+
+    Raises:
+        ConfigError: if it is missing, or lacks what its runs cannot be told without.
+    """
     mend = "name the folder of an earlier session, with its run.json and runs/*.json"
     if not folder.is_dir():
         raise ConfigError([Problem(str(folder), "--resume", "no such folder", mend)])
@@ -189,7 +208,7 @@ def _meta(folder: Path) -> Mapping[str, Any]:
     return meta
 
 
-def _runs(folder: Path, session: str) -> Iterator[KeptRun]:
+def runs_of(folder: Path, session: str) -> Iterator[KeptRun]:
     """Every run of a folder.
 
     Raises:

@@ -27,6 +27,10 @@ class Metric(Generic[Of]):
     ``by_stream``: whether one stream of a workload has it, else all requests only. ``needs_slo``: whether it
     counts requests that met the lab's objective. ``needs_transfer``: whether only arms in which KV moves have
     it. ``share``: whether it is k of n requests. ``gated``: whether a gate may ask for it.
+
+    ``each``: the values of single requests, where the metric is their median. ``by_length``: whether it
+    depends on how many requests a run has, because it counts its beginning and end, or because a far
+    percentile of few samples is another thing than that of many.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Metric(Generic[Of]):
     needs_transfer: bool = False
     share: bool = False
     gated: bool = True
+    each: Callable[[Of], Sequence[float]] | None = None
+    by_length: bool = True
 
     def comparable(self, value: float, requests: int) -> float:
         """A value as the verdict takes it. Its logarithm has to exist: of a share k / n, (k + 1/2) / (n + 1).
@@ -121,11 +127,20 @@ def _throughput(run: Answers) -> float | None:
 
 
 _OF_A_RUN: tuple[Metric[Answers], ...] = (
-    Metric("ttft_p50", "s", "lower", lambda run: percentile(run.ttft_s, 50)),
-    Metric("tpot_p50", "s", "lower", lambda run: percentile(run.tpot_s, 50)),
+    Metric(
+        "ttft_p50", "s", "lower", lambda run: percentile(run.ttft_s, 50),
+        each=lambda run: run.ttft_s, by_length=False,
+    ),
+    Metric(
+        "tpot_p50", "s", "lower", lambda run: percentile(run.tpot_s, 50),
+        each=lambda run: run.tpot_s, by_length=False,
+    ),
     Metric("itl_p50", "s", "lower", lambda run: percentile(run.gaps_s, 50), gated=False),
     Metric("itl_p99", "s", "lower", lambda run: percentile(run.gaps_s, 99)),
-    Metric("e2e_p50", "s", "lower", lambda run: percentile(run.e2e_s, 50)),
+    Metric(
+        "e2e_p50", "s", "lower", lambda run: percentile(run.e2e_s, 50),
+        each=lambda run: run.e2e_s, by_length=False,
+    ),
     Metric("output_tokens_per_s", "tokens/s", "higher", _throughput),
     Metric(
         "slo_attainment", "share of sent", "higher", _attainment,
@@ -138,7 +153,7 @@ _OF_A_RUN: tuple[Metric[Answers], ...] = (
     ),
     Metric(
         "transfer_share_of_ttft", "share of TTFT", "lower", _transfer_share,
-        by_stream=False, needs_transfer=True,
+        by_stream=False, needs_transfer=True, by_length=False,
     ),
 )  # fmt: skip
 METRICS: Mapping[str, Metric[Answers]] = MappingProxyType({metric.name: metric for metric in _OF_A_RUN})

@@ -1,0 +1,394 @@
+"""The plan of trials: in the time given, how long runs are, how many rounds each workload gets, and what that
+will be able to decide.
+
+It is made of what pilot rounds and all rounds since have shown: the spread of a pair, the seconds of a run,
+and how large an effect is. Which arm an effect favours it never asks. It is made again after every round,
+so time goes to gates that are open; that looking does no harm is the business of
+:mod:`disagglab.stats.sequential`. docs/explanation/trials.md tells more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from disagglab import text
+from disagglab.config.arms import DISAGGREGATED, twin_of
+from disagglab.config.schema import GateSection, Lab
+from disagglab.config.workload import Workload
+from disagglab.errors import InvalidRun
+from disagglab.experiments.comparison import LIMIT, Comparison, gate_pairs, verdict_rows
+from disagglab.results.metrics import answers
+from disagglab.results.records import VerdictRow
+from disagglab.stats.components import RunCost, Spread, best_length, spread, within
+from disagglab.stats.metric import METRICS
+from disagglab.stats.rule import MOST_ROUNDS, Rule, multiplier, quantile
+from disagglab.stats.verdict import ALPHA, LARGEST_LOG, POWER
+
+PILOT_ROUNDS = 2  # the fewest that show a spread
+HELD = 2  # requests a run for each that is under way at once: concurrency is then reached, and held for a half
+LONGEST = 4  # times the workload's own number of requests; longer runs would leave too few rounds
+OWN_PAIRS = 4  # from so many pairs on their own spread is taken, before that the one of all arms
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known of one gate. ``rounds``: pairs so far; ``pair_sd``: standard deviation of a pair's
+    log-ratio, None where nothing tells; ``needed``: rounds in all after which it would be decided if effect
+    and spread stay as they are, None where no number of rounds is foreseen.
+    """
+
+    gate: GateSection
+    rule: Rule
+    rounds: int
+    pair_sd: float | None
+    open: bool
+    needed: int | None
+
+    def half_width(self, rounds: int) -> float | None:
+        """Of the interval after so many rounds, ratio - 1; None where that is not known, or not finite."""
+        return self._reach(multiplier(rounds, ALPHA, self.rule), rounds)
+
+    def detectable(self, rounds: int) -> float | None:
+        """Smallest difference that so many rounds find with 80 % power, ratio - 1; None as above."""
+        power = quantile(POWER, rounds - 1) if rounds > 1 else math.inf
+        return self._reach(multiplier(rounds, ALPHA, self.rule) + power, rounds)
+
+    def _reach(self, errors: float, rounds: int) -> float | None:
+        if self.pair_sd is None or errors == math.inf:
+            return None
+        log = errors * self.pair_sd / math.sqrt(rounds)
+        return math.expm1(log) if log < LARGEST_LOG else None
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one workload gets. ``arms``: of a round; ``round_s``: what a round takes, s; ``done``: rounds so
+    far; ``planned``: more.
+    """
+
+    workload: Workload
+    arms: tuple[str, ...]
+    round_s: float
+    done: int
+    planned: int
+    outlooks: tuple[Outlook, ...]
+
+    @property
+    def open(self) -> bool:
+        """Whether one of its gates is."""
+        return any(one.open for one in self.outlooks)
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """``budget_s``: for all of the comparison; ``left_s``: of it; ``shares``: by workload."""
+
+    budget_s: float
+    left_s: float
+    shares: tuple[Share, ...]
+
+    def following(self) -> Share | None:
+        """The workload whose round is next: the one that has made the smallest part of its rounds; None when
+        nothing is planned.
+        """
+        wanting = [one for one in self.shares if one.planned]
+        return min(wanting, key=lambda one: one.done / (one.done + one.planned)) if wanting else None
+
+    def lines(self) -> list[str]:
+        """The plan as people read it."""
+        head = ("workload", "arms of a round", "requests", "rounds", "s a round")
+        rows = [
+            (
+                one.workload.name,
+                ", ".join(one.arms),
+                str(one.workload.total_requests),
+                f"{one.done} + {one.planned}",
+                f"{one.round_s:.1f}",
+            )
+            for one in self.shares
+        ]
+        gates = ("gate", "now", "decided after", "interval then", "smallest detectable then")
+        outlooks = [_outlook(share, one) for share in self.shares for one in share.outlooks]
+        taken = sum(one.planned * one.round_s for one in self.shares)
+        return [
+            f"plan of trials: {self.left_s:.0f} of {self.budget_s:.0f} s are left, {taken:.0f} s are planned",
+            *text.table([head, *rows], right={2, 3, 4}),
+            *text.table([gates, *outlooks]),
+        ]
+
+    def as_json(self) -> dict[str, object]:
+        """For ``run.json``: the forecast, before what it is about is measured."""
+        return {
+            "budget_s": self.budget_s,
+            "left_s": self.left_s,
+            "workloads": [
+                {
+                    "workload": share.workload.name,
+                    "arms": list(share.arms),
+                    "requests": share.workload.total_requests,
+                    "round_s": share.round_s,
+                    "done": share.done,
+                    "planned": share.planned,
+                    "gates": [
+                        {
+                            "figure": one.gate.figure,
+                            "open": one.open,
+                            "pair_sd": one.pair_sd,
+                            "needed": one.needed,
+                            "half_width": one.half_width(share.done + share.planned),
+                            "smallest_detectable": one.detectable(share.done + share.planned),
+                        }
+                        for one in share.outlooks
+                    ],
+                }
+                for share in self.shares
+            ],
+        }
+
+
+def _outlook(share: Share, one: Outlook) -> tuple[str, ...]:
+    rounds = share.done + share.planned
+    after = "-" if not one.open else f"{one.needed} rounds" if one.needed else "not foreseen"
+    reached = (one.half_width(rounds), one.detectable(rounds))
+    return (
+        f"{share.workload.name} {one.gate.figure}",
+        "open" if one.open else "decided",
+        after,
+        *("not known" if value is None else text.margin(value) for value in reached),
+    )
+
+
+def arms_needed(gates: Sequence[GateSection], variants: Sequence[str] = ()) -> tuple[str, ...]:
+    """The arms of a round that judges these gates, baselines first; variants stand beside the candidate."""
+    baselines = dict.fromkeys(gate.baseline for gate in gates if gate.baseline)
+    return (*baselines, DISAGGREGATED, *variants)
+
+
+def twin_needed(gates: Sequence[GateSection]) -> str | None:
+    """The arm whose only difference from the gates' baseline is noise; None without a baseline."""
+    return next((twin_of(gate.baseline) for gate in gates if gate.baseline), None)
+
+
+def cost_of_a_run(comparison: Comparison, workload: str, arm: str) -> RunCost:
+    """What a run of an arm takes, by its runs so far.
+
+    Raises:
+        InvalidRun: if none of its runs counts.
+    """
+    found = comparison.valid(workload, arm)
+    if not found:
+        raise InvalidRun(f"{workload}, {arm}: no valid run, so nothing is known of what a run takes")
+    fixed = statistics.fmean((run.took_s or run.duration_s) - run.duration_s for run in found)
+    each = statistics.fmean(run.duration_s / max(1, run.workload.run_requests) for run in found)
+    return RunCost(fixed, each)
+
+
+def pair_sd(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> float | None:
+    """Standard deviation of the log-ratio of a gate's pair; None where nothing tells.
+
+    Of few pairs it is taken from all arms of the workload, which together know it better.
+    """
+    pairs = gate_pairs(comparison, gate)
+    ratios = [math.log(candidate / baseline) for baseline, candidate in pairs]
+    found = _spread(comparison, gate, arms) if gate.baseline else None
+    if len(ratios) >= OWN_PAIRS or (found is None and len(ratios) > 1):
+        return statistics.stdev(ratios)
+    return found.of_a_pair if found else None
+
+
+def _spread(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> Spread | None:
+    """Of all arms that were measured in the same rounds as the candidate."""
+    table = []
+    for arm in arms:
+        pairs = comparison.pairs(gate.workload, DISAGGREGATED, arm, gate.metric, gate.stream)
+        table.append([value for _, value in pairs])
+    longest = max(map(len, table), default=0)
+    whole = [row for row in table if len(row) == longest]
+    return spread(whole) if len(whole) > 1 and longest > 1 else None
+
+
+def lengths(workload: Workload, gates: Sequence[GateSection]) -> list[int]:
+    """The lengths that runs of a workload may have, requests; its own alone where another would be another
+    measurement.
+
+    That is an open loop, whose queue depends on how long it lasts; a figure that depends on a run's length,
+    see :class:`disagglab.stats.metric.Metric`; and a run in which the concurrency would not be reached and
+    held.
+    """
+    own = workload.requests
+    if workload.concurrency is None or any(METRICS[gate.metric].by_length for gate in gates):
+        return [own]
+    least = min(own, workload.concurrency * (HELD if workload.concurrency > 1 else 1))
+    doubled = (least * 2**power for power in range((LONGEST * own).bit_length()))
+    return sorted({own, *(length for length in doubled if length <= LONGEST * own)})
+
+
+def length_of(
+    comparison: Comparison,
+    workload: Workload,
+    gates: Sequence[GateSection],
+    arms: Sequence[str],
+    seconds: float,
+    rule: Rule = "any time",
+) -> Workload:
+    """The workload with runs of the length that makes the interval of its first gate with a baseline
+    narrowest.
+
+    Args:
+        arms: whose runs tell the spread.
+        seconds: for all runs of one arm.
+    """
+    candidates = lengths(workload, gates)
+    judged = [gate for gate in gates if METRICS[gate.metric].each and gate.baseline]
+    if len(candidates) < 2 or not judged:
+        return workload
+    metric, stream = METRICS[judged[0].metric], judged[0].stream
+    assert metric.each is not None  # by the choice of the gate
+    runs = [run for arm in arms for run in comparison.valid(workload.name, arm)]
+    found = _spread(comparison, judged[0], arms)
+    inside = within([metric.each(answers(run, stream=stream)) for run in runs])
+    if found is None or inside is None:
+        return workload
+    cost = cost_of_a_run(comparison, workload.name, DISAGGREGATED)
+    measured = runs[0].workload.run_requests
+    best = best_length(
+        found, inside, measured, cost, candidates, seconds, lambda n: multiplier(n, ALPHA, rule)
+    )
+    return workload.of_length(best)
+
+
+def outlook(
+    comparison: Comparison,
+    gate: GateSection,
+    arms: Sequence[str],
+    is_open: bool,
+    rule: Rule = "any time",
+    alpha: float = ALPHA,
+) -> Outlook:
+    """What is known of a gate after the rounds so far.
+
+    Args:
+        arms: all of the workload, which tell the spread together while pairs are few.
+        alpha: that a decision takes.
+    """
+    pairs = gate_pairs(comparison, gate)
+    sd = pair_sd(comparison, gate, arms)
+    needed = None
+    if sd is not None and pairs:
+        mean = statistics.fmean(math.log(candidate / baseline) for baseline, candidate in pairs)
+        needed = rounds_to_decide(gate, mean, sd, len(pairs), rule, alpha)
+    return Outlook(gate, rule, len(pairs), sd, is_open, needed)
+
+
+def rounds_to_decide(
+    gate: GateSection, mean: float, sd: float, rounds: int, rule: Rule, alpha: float = ALPHA
+) -> int | None:
+    """Rounds in all after which a gate would be decided: its interval would exclude no difference, lie within
+    the margin or, where not to be worse is enough, stay within the margin on the bad side.
+
+    Args:
+        mean, sd: of the log-ratios of its pairs, which are taken to stay as they are.
+    """
+    bound = math.log1p(gate.margin)
+    badness = mean if METRICS[gate.metric].better == "lower" else -mean
+
+    def decides(total: int) -> bool:
+        errors = multiplier(total, alpha, rule)
+        half = errors * sd / math.sqrt(total) if errors < math.inf else math.inf
+        met = gate.want == "not worse" and badness + half <= bound
+        return met or abs(mean) > half or abs(mean) + half <= bound
+
+    return next((total for total in range(max(2, rounds), MOST_ROUNDS + 1) if decides(total)), None)
+
+
+def plan(
+    comparison: Comparison,
+    lab: Lab,
+    workloads: Sequence[Workload],
+    arms: Mapping[str, Sequence[str]],
+    budget_s: float,
+    left_s: float,
+    rule: Rule = "any time",
+) -> TrialPlan:
+    """Divide the time that is left among workloads with open gates.
+
+    First what takes least to be decided, since that decides most in a given time; what is left then goes to
+    those that it will not decide, so that they too get narrower.
+
+    Args:
+        lab: whose gates are judged.
+        workloads: with the lengths that their runs have.
+        arms: of a round, by workload. One of which an arm has no valid run yet gets no rounds: what broke it
+            would break them as well.
+    """
+    rows = {(row.workload, row.metric, row.baseline): row for row in verdict_rows(comparison, lab, rule)}
+    still = [gate for gate in lab.gates if _is_open(rows, gate)]
+    alpha = ALPHA / max(1, len(still))  # Holm's step for the first of those that are open
+    shares = []
+    for workload in workloads:
+        own = tuple(arms[workload.name])
+        if not all(comparison.valid(workload.name, arm) for arm in own):
+            continue
+        seen = dict.fromkeys(run.topology for run in comparison.runs if run.workload.name == workload.name)
+        outlooks = tuple(
+            outlook(comparison, gate, list(seen), gate in still, rule, alpha)
+            for gate in lab.gates
+            if gate.workload == workload.name
+        )
+        round_s = sum(
+            cost_of_a_run(comparison, workload.name, arm).of(workload.run_requests) for arm in own
+        )
+        done = max((one.rounds for one in outlooks), default=0)
+        shares.append(Share(workload, own, round_s, done, 0, outlooks))
+    return TrialPlan(budget_s, left_s, tuple(_divided(shares, left_s)))
+
+
+def _is_open(rows: Mapping[tuple[str, str, str], VerdictRow], gate: GateSection) -> bool:
+    row = rows.get((gate.workload, gate.figure, gate.baseline or LIMIT))
+    return row is None or row.open
+
+
+def with_outlook(rows: Sequence[VerdictRow], found: TrialPlan) -> list[VerdictRow]:
+    """The rows, with the minutes that gates which are still open would take, by a plan of what was measured."""
+    minutes: dict[tuple[str, str, str], int] = {}
+    for share in found.shares:
+        for one in share.outlooks:
+            if one.open and one.needed:
+                seconds = max(1, one.needed - share.done) * share.round_s
+                key = (one.gate.workload, one.gate.figure, one.gate.baseline or LIMIT)
+                minutes[key] = max(1, round(seconds / 60))
+    return [
+        dataclasses.replace(row, gate=dataclasses.replace(row.gate, minutes=more))
+        if row.gate.of_a_gate and (more := minutes.get((row.workload, row.metric, row.baseline)))
+        else row
+        for row in rows
+    ]
+
+
+def _divided(shares: Sequence[Share], left_s: float) -> list[Share]:
+    planned = dict.fromkeys((one.workload.name for one in shares), 0)
+    wanted = sorted(
+        (max(1, one.needed - share.done) * share.round_s, share.workload.name, one.needed - share.done)
+        for share in shares
+        for one in share.outlooks
+        if one.open and one.needed
+    )
+    seconds = {share.workload.name: share.round_s for share in shares}
+    for _, name, more in wanted:
+        rounds = min(max(1, more) - planned[name], int(left_s / seconds[name]))
+        if rounds > 0:
+            planned[name] += rounds
+            left_s -= rounds * seconds[name]
+    for share in sorted(shares, key=lambda one: one.round_s):
+        if share.open and not planned[share.workload.name]:
+            rounds = int(left_s / share.round_s)
+            planned[share.workload.name] += rounds
+            left_s -= rounds * share.round_s
+    return [
+        Share(one.workload, one.arms, one.round_s, one.done, planned[one.workload.name], one.outlooks)
+        for one in shares
+    ]
