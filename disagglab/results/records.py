@@ -11,7 +11,7 @@ from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.results.gate import GateState, State
 from disagglab.stats.metric import Direction
-from disagglab.stats.verdict import NoiseFloor, Verdict, held_back
+from disagglab.stats.verdict import NoiseFloor, Rule, Verdict, held_back
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,10 @@ class VerdictRow:
     :class:`disagglab.stats.verdict.NoiseFloor`. ``p``, ``p_adjusted``: of the gate's hypothesis, alone and
     after Holm over ``family`` verdicts; None for a pair that no gate asks for, and ``p`` and ``family`` in
     files of earlier versions.
+
+    ``rule``: what ``low``, ``high`` and p hold for, see :class:`disagglab.stats.verdict.Verdict`; files of
+    earlier versions have no other than "fixed-n". ``fixed_low``, ``fixed_high``: the fixed-n interval,
+    ratio - 1, whatever the rule; None in those files.
     """
 
     workload: str
@@ -197,6 +201,9 @@ class VerdictRow:
     floor_note: str = ""
     p: float | None = None
     family: int | None = None
+    rule: Rule = "fixed-n"
+    fixed_low: float | None = None
+    fixed_high: float | None = None
 
     @property
     def standing(self) -> str:
@@ -267,6 +274,9 @@ class VerdictRow:
             floor_note=floor.note if floor else "",
             p=verdict.p if p is None else p,
             family=family,
+            rule=verdict.rule,
+            fixed_low=verdict.fixed_low,
+            fixed_high=verdict.fixed_high,
         )
 
     @classmethod

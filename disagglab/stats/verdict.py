@@ -1,9 +1,10 @@
 """From paired runs to a verdict: better, worse, equivalent or undecided.
 
 The replicate is the run, not the request: requests inside a run wait in the same queues and are not
-independent. A pair is one round: both arms with the same prompts, back to back. The interval is Student's t
-over the log-ratios of the pairs, which kept its nominal coverage at the small numbers of rounds that one can
-afford.
+independent. A pair is one round: both arms with the same prompts, back to back. The interval is over the
+log-ratios of the pairs. Where the number of rounds was fixed beforehand it is Student's t, which kept its
+nominal coverage at the small numbers of rounds that one can afford; where each round may be the last it is the
+one of :mod:`disagglab.stats.sequential`, which holds at every look.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import special  # scipy.stats would take seconds to load, in each command that reads a verdict
-
 from disagglab.errors import InvalidRun
+from disagglab.stats import sequential
 from disagglab.stats.metric import Direction
+from disagglab.stats.rule import CONFIDENCE as CONFIDENCE  # these two are words of a verdict as well
+from disagglab.stats.rule import Rule as Rule
+from disagglab.stats.rule import fewest_rounds, multiplier, p_value, quantile, rounds_to_decide
 
-CONFIDENCE = 0.95
+ALPHA = 1 - CONFIDENCE
 POWER = 0.80
 
 Outcome = Literal["better", "worse", "equivalent", "undecided"]
@@ -35,10 +38,12 @@ class Verdict:
     """A comparison of candidate and baseline.
 
     ``effect``, ``low``, ``high``: candidate / baseline - 1 with its confidence limits; without a spread
-    (one round) the limits are -1 and infinity. ``smallest_detectable``: the relative difference that this
-    many rounds with this spread would find with 80 % power; None below two rounds. ``p``: two-sided,
-    Student's t, of no difference. ``p_sign_flip``: the same by turning the signs of the log-ratios in all
-    ways; a check that assumes no shape.
+    (one round), or where the rule decides nothing with so few rounds, the limits are -1 and infinity.
+    ``smallest_detectable``: the relative difference that this many rounds with this spread would find with
+    80 % power; None where the limits are not finite. ``p``: two-sided, by the rule, of no difference.
+    ``p_sign_flip``: the same by turning the signs of the log-ratios in all ways; a check that assumes no
+    shape, for one look. ``rule``: what interval and p hold for; ``fixed_low``, ``fixed_high``: the interval
+    of Student's t, whatever the rule, which is right where the number of rounds was fixed beforehand.
     """
 
     outcome: Outcome
@@ -51,6 +56,9 @@ class Verdict:
     p: float
     p_sign_flip: float
     reason: str
+    rule: Rule
+    fixed_low: float
+    fixed_high: float
 
     @property
     def underpowered(self) -> bool:
@@ -60,24 +68,40 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Log-ratios of the rounds: mean, standard error (0 without any spread), and how many."""
+    """Log-ratios of the rounds: mean, standard error (0 without any spread), how many, and by how much the
+    error is too small where neighbours hang together.
+    """
 
     mean: float
     error: float
     n: int
+    inflation: float
 
-    def p_above(self, bound: float) -> float:
-        """One-sided p of the hypothesis that the true mean is at or above ``bound``."""
-        if self.n < 2:
+    def error_of(self, rule: Rule) -> float:
+        """The standard error that a rule takes."""
+        return self.error * self.inflation if rule == "any time" else self.error
+
+    def limits(self, rule: Rule) -> tuple[float, float]:
+        """Confidence limits, log scale; infinite where so few rounds decide nothing."""
+        factor = multiplier(self.n, ALPHA, rule)
+        if factor == math.inf:
+            return -math.inf, math.inf
+        half = factor * self.error_of(rule)
+        return self.mean - half, self.mean + half
+
+    def p(self, rule: Rule, bound: float = 0.0) -> float:
+        """Two-sided p of the hypothesis that the true mean is ``bound``."""
+        if self.mean == bound:
             return 1.0
-        if self.error == 0:
-            return 0.0 if self.mean < bound else 1.0
-        return float(special.stdtr(self.n - 1, (self.mean - bound) / self.error))
+        away, error = self.mean - bound, self.error_of(rule)
+        return p_value(away / error if error else math.inf, self.n, rule)
 
+    def p_above(self, bound: float, rule: Rule) -> float:
+        """p, on the scale of a two-sided test, of the hypothesis that the true mean is ``bound`` or above.
 
-def _t(share: float, freedom: int) -> float:
-    """Quantile of Student's t."""
-    return float(special.stdtrit(freedom, share))
+        Of all means that it holds, ``bound`` is refuted last.
+        """
+        return self.p(rule, bound) if self.mean < bound else 1.0
 
 
 def _log_ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
@@ -103,32 +127,34 @@ def _sample(ratios: Sequence[float]) -> _Sample:
     n = len(ratios)
     mean = math.fsum(ratios) / n
     spread = math.fsum((ratio - mean) ** 2 for ratio in ratios)
-    return _Sample(mean, math.sqrt(spread / (n - 1) / n) if n > 1 else 0.0, n)
+    error = math.sqrt(spread / (n - 1) / n) if n > 1 else 0.0
+    return _Sample(mean, error, n, sequential.inflation(ratios))
 
 
-def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float) -> Verdict:
-    """Judge (baseline, candidate) pairs, one a round.
+def judge(
+    pairs: Sequence[tuple[float, float]], better: Direction, margin: float, rule: Rule = "fixed-n"
+) -> Verdict:
+    """Judge (baseline, candidate) pairs, one a round, in the order of measuring.
 
     Args:
         better: whether lower or higher values are better.
         margin: relative differences below it count as equivalent.
+        rule: "fixed-n" where the number of rounds was fixed before the first; "any time" where it depends on
+            what was seen, as where one goes on until something is decided.
 
     Raises:
         InvalidRun: if there is no pair, or a value is not a positive finite number.
     """
     ratios = _log_ratios(pairs)
     sample = _sample(ratios)
-    if sample.n < 2:
-        reason = "one round has no spread; run more rounds"
-        return Verdict(
-            "undecided", _ratio(sample.mean), -1.0, math.inf, sample.n, margin, None, 1.0, 1.0, reason
-        )
-    t = _t((1 + CONFIDENCE) / 2, sample.n - 1)
-    low, high = sample.mean - t * sample.error, sample.mean + t * sample.error
-    detectable = _ratio((t + _t(POWER, sample.n - 1)) * sample.error)
+    low, high = sample.limits(rule)
+    fixed_low, fixed_high = sample.limits("fixed-n")
+    detectable: float | None = None
     bound = math.log1p(margin)
     outcome: Outcome
-    if -bound <= low and high <= bound:
+    if high == math.inf:
+        outcome, reason = "undecided", _too_few(sample.n, rule)
+    elif -bound <= low and high <= bound:
         outcome, reason = "equivalent", f"the interval lies within the margin of {margin:.3g}"
     elif high < 0 or low > 0:
         outcome = "better" if (high < 0) == (better == "lower") else "worse"
@@ -136,8 +162,12 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
     else:
         outcome = "undecided"
         reason = f"the interval holds both no difference and more than the margin; {sample.n} rounds"
-    if detectable > margin:
-        reason += f"; underpowered: the smallest detectable difference, {detectable:.3g}, exceeds the margin"
+    if high < math.inf:
+        factor = multiplier(sample.n, ALPHA, rule) + quantile(POWER, sample.n - 1)
+        detectable = _ratio(factor * sample.error_of(rule))
+        if detectable > margin:
+            found = f"the smallest detectable difference, {detectable:.3g}, exceeds the margin"
+            reason += f"; underpowered: {found}"
     return Verdict(
         outcome=outcome,
         effect=_ratio(sample.mean),
@@ -146,10 +176,36 @@ def judge(pairs: Sequence[tuple[float, float]], better: Direction, margin: float
         rounds=sample.n,
         margin=margin,
         smallest_detectable=detectable,
-        p=min(1.0, 2 * min(sample.p_above(0), 1 - sample.p_above(0))) if sample.error or sample.mean else 1.0,
+        p=sample.p(rule),
         p_sign_flip=sign_flip_p(ratios),
         reason=reason,
+        rule=rule,
+        fixed_low=_ratio(fixed_low),
+        fixed_high=_ratio(fixed_high),
     )
+
+
+def _too_few(rounds: int, rule: Rule) -> str:
+    if rounds < 2:
+        return "one round has no spread; run more rounds"
+    fewest = fewest_rounds(ALPHA, rule)
+    return f"{rounds} rounds cannot decide yet under looks after every round; {fewest} is the fewest"
+
+
+def rounds_needed(
+    pairs: Sequence[tuple[float, float]], margin: float, rule: Rule, alpha: float = ALPHA
+) -> int | None:
+    """Rounds in all that would decide, if mean and spread stayed as they are; None where one round tells no
+    spread, or where it would take too many. See :func:`disagglab.stats.rule.rounds_to_decide`.
+
+    Raises:
+        InvalidRun: see :func:`judge`.
+    """
+    sample = _sample(_log_ratios(pairs))
+    if sample.n < 2:
+        return None
+    deviation = sample.error_of(rule) * math.sqrt(sample.n)
+    return rounds_to_decide(sample.mean, deviation, sample.n, margin, rule, alpha)
 
 
 def sign_flip_p(ratios: Sequence[float]) -> float:
@@ -169,7 +225,13 @@ def sign_flip_p(ratios: Sequence[float]) -> float:
     return float(extreme / 2 ** len(kept))
 
 
-def gate_p(pairs: Sequence[tuple[float, float]], better: Direction, margin: float, want: Want) -> float:
+def gate_p(
+    pairs: Sequence[tuple[float, float]],
+    better: Direction,
+    margin: float,
+    want: Want,
+    rule: Rule = "fixed-n",
+) -> float:
     """p of a gate's hypothesis, on the scale of a two-sided test: at 0.05 it says what the 95 % interval
     says.
 
@@ -182,7 +244,7 @@ def gate_p(pairs: Sequence[tuple[float, float]], better: Direction, margin: floa
     ratios = _log_ratios(pairs)
     badness = _sample(ratios if better == "lower" else [-ratio for ratio in ratios])
     bound = 0.0 if want == "better" else math.log1p(margin)
-    return min(1.0, 2 * badness.p_above(bound))
+    return badness.p_above(bound, rule)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -202,7 +264,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def passes(verdict: Verdict, want: Want, p_adjusted: float) -> bool:
     """Whether a gate is met: its hypothesis is refuted within its family; "equivalent" is not "better"."""
-    refuted = p_adjusted <= 1 - CONFIDENCE
+    refuted = p_adjusted <= ALPHA
     return refuted and (want == "not worse" or verdict.outcome == "better")
 
 
@@ -210,8 +272,7 @@ def held_back(answer: str, p: float, p_adjusted: float, family: int, noun: str =
     """What an answer says that stands alone and that Holm's correction does not let stand, with both p:
     "better at p 0.03, 0.066 after 12 gates"; empty where the correction decides nothing.
     """
-    alpha = 1 - CONFIDENCE
-    if not p <= alpha < p_adjusted:
+    if not p <= ALPHA < p_adjusted:
         return ""
     return f"{answer} at p {p:.2g}, {p_adjusted:.2g} after {family} {noun}"
 
@@ -227,7 +288,7 @@ class NoiseFloor:
 
 
 def noise_floor(pairs: Sequence[tuple[float, float]], step: float = 0.0) -> NoiseFloor:
-    """Half the width of the 95 % interval between two identical arms (A/A); not known below two rounds, and
+    """Half the width of the fixed-n 95 % interval between two identical arms (A/A); not known below two rounds, and
     where no pair shows any spread.
 
     Args:
@@ -242,7 +303,7 @@ def noise_floor(pairs: Sequence[tuple[float, float]], step: float = 0.0) -> Nois
     sample = _sample(_log_ratios(pairs))
     if sample.n < 2:
         return NoiseFloor(None, ONE_ROUND)
-    width = _ratio(_t((1 + CONFIDENCE) / 2, sample.n - 1) * sample.error)
+    width = _ratio(multiplier(sample.n, ALPHA, "fixed-n") * sample.error)
     if width < step:
         return NoiseFloor(step, ONE_REQUEST)
     return NoiseFloor(width) if width > 0 else NoiseFloor(None, NO_SPREAD)
