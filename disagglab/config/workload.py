@@ -75,7 +75,7 @@ class Workload(BaseModel):
 
     @property
     def definition(self) -> str:
-        """Short hash of all that a figure of it depends on; that is not the length of a closed loop's runs."""
+        """Short hash of all that a figure of it depends on, so without the length of its runs."""
         return hashlib.sha256(self.model_dump_json(exclude={"length"}).encode()).hexdigest()[:8]
 
     @property

@@ -26,12 +26,13 @@ from disagglab.serving.death import Died
 from disagglab.serving.topology import DISAGGREGATED, Topology
 
 Turn = Trial[Topology, Workload]
+TWIN_ROUNDS = 3  # of two, Student's t would make the noise floor three times as wide
 
 
 @dataclass(frozen=True)
 class Entrants:
-    """Who takes part. ``arms``: by name, in the order of a round, twins included; ``judged``: the lab with the
-    gates that can be judged by them; ``variants``: names of arms that stand beside the candidate.
+    """Who takes part. ``arms``: by name, in the order of a round, twins included; ``judged``: the lab with
+    the gates that can be judged by them; ``variants``: names of arms that stand beside the candidate.
     """
 
     arms: Mapping[str, Topology]
@@ -44,13 +45,13 @@ class Entrants:
         return trials.arms_needed(gates, self.variants)
 
     def of_round(self, workload: str, number: int) -> tuple[str, ...]:
-        """The arms of a round: in the first all of them, so that each has figures; in the pilot also the twin
-        of the baseline, which measures the noise; then those that the gates need.
+        """The arms of a round: in the first all of them, so that each has figures; in the first three also
+        the twin of the baseline, which measures the noise; then those that the gates need.
         """
         needed = self.needed(workload)
         gates = [gate for gate in self.judged.gates if gate.workload == workload]
         wanted = {*needed}
-        if number < PILOT_ROUNDS:
+        if number < TWIN_ROUNDS:
             wanted.add(trials.twin_needed(gates) or "")
         if number == 0:
             wanted |= {name for name in self.arms if name in OWN and name != SINGLE_AGAIN}

@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
-from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.arms import twin_of
+from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
@@ -124,6 +124,7 @@ def run_rounds(
         one.name: 1 + max((run.round for run in earlier if run.workload.name == one.name), default=-1)
         for one in workloads
     }
+
     def wanted(number: int) -> list[Workload]:
         lacking = [one for one in workloads if done[one.name] <= number]
         still_open = open_workloads(comparison) if lacking and number >= rounds else done
@@ -165,7 +166,8 @@ def warm_up(
     progress: Callable[[str], None],
     comparison: Comparison,
 ) -> None:
-    """Let every server compute what the fullest workload has at once, and every router and pair of nodes meet.
+    """Let every server compute what the fullest workload has at once, and every router and pair of nodes
+    meet.
 
     The whole load goes to arms with servers that have had none yet, those with the most equal servers first;
     each other router gets as many requests as make all pairs behind it. A twin is its arm a second time.
@@ -368,15 +370,15 @@ class _P:
     family: int
 
 
-def _floor(comparison: Comparison, gate: GateSection) -> NoiseFloor | None:
-    """What the A/A pair leaves open of a gate's figure; None where none was measured."""
+def _floor(comparison: Comparison, gate: GateSection, rounds: int) -> NoiseFloor | None:
+    """What the A/A pair leaves open of a gate's figure in so many rounds; None where none was measured."""
     arm = _twin(comparison, gate)
     pairs = comparison.pairs(gate.workload, arm, twin_of(arm), gate.metric, gate.stream) if arm else []
     if not arm or not pairs:
         return None
     requests = min(len(run.ttft_s) for run in comparison.valid(gate.workload, arm))
     step = max(METRICS[gate.metric].step(value, requests) for pair in pairs for value in pair)
-    return noise_floor(pairs, step)
+    return noise_floor(pairs, step, rounds)
 
 
 def _row(
@@ -418,7 +420,7 @@ def _row(
         gate=state,
         reason=reason,
         saturated=late,
-        floor=_floor(comparison, gate),
+        floor=_floor(comparison, gate, verdict.rounds),
         p=p.alone if p else None,
         p_adjusted=p.adjusted if p else None,
         family=p.family if p else None,

@@ -273,7 +273,10 @@ def comparison(
     rows = verdict_rows(live.comparison, judged, live.rule)
     if plan is not None:
         rows = with_outlook(rows, plan)
-    for verdict in [*rows, *variant_rows(live.comparison, live.lab, [one.name for one in variants], live.rule)]:
+    for verdict in [
+        *rows,
+        *variant_rows(live.comparison, live.lab, [one.name for one in variants], live.rule),
+    ]:
         store.add(verdict)
     for figure in figure_rows(live.comparison):
         store.add(figure)

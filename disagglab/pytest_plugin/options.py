@@ -21,12 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the suite."""
     group = parser.getgroup("disagg-lab")
     group.addoption("--lab", default="embedded", help="name of a file in labs/, or a path")
-    group.addoption("--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds, and no more)")
+    group.addoption(
+        "--short", action="store_true", help=f"fewer repetitions ({SHORT_ROUNDS} rounds, and no more)"
+    )
     group.addoption(
         "--budget",
         metavar="TIME",
-        help="time of the comparison, as 90s, 10m, 1h; a plan of trials divides it, and verdicts hold at every"
-        f" look (default {DEFAULT_BUDGET_S:g}s)",
+        help="time of the comparison, as 90s, 10m, 1h; a plan of trials divides it, and verdicts hold at"
+        f" every look (default {DEFAULT_BUDGET_S:g}s)",
     )
     group.addoption(
         "--rounds",

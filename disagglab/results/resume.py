@@ -166,7 +166,8 @@ def begin(
 ) -> list[Run]:
     """Put the complete rounds of earlier sessions into this session's folder, and say in ``run.json`` whose.
 
-    See :func:`complete`. So the folder holds every run that its verdicts are made of, and may itself be resumed alone.
+    See :func:`complete`. So the folder holds every run that its verdicts are made of, and may itself be
+    resumed alone.
     """
     if not earlier.sessions:
         return []

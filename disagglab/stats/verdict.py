@@ -287,11 +287,15 @@ class NoiseFloor:
     note: str = ""
 
 
-def noise_floor(pairs: Sequence[tuple[float, float]], step: float = 0.0) -> NoiseFloor:
-    """Half the width of the fixed-n 95 % interval between two identical arms (A/A); not known below two rounds, and
-    where no pair shows any spread.
+def noise_floor(
+    pairs: Sequence[tuple[float, float]], step: float = 0.0, rounds: int | None = None
+) -> NoiseFloor:
+    """Half the width of the fixed-n 95 % interval that two identical arms (A/A) leave; not known below two
+    rounds, and where no pair shows any spread.
 
     Args:
+        rounds: of the verdict beside which it stands, if the identical arms were measured in fewer or more;
+            their spread is taken to be the same in all.
         step: relative difference that one request more makes to a figure that counts requests, else 0. A
             floor is never below it: identical counts tell that the noise is less than a request, not that
             there is none. Source: JCGM 100:2008 (GUM), F.2.2.1: also where repeated indications are all
@@ -303,7 +307,8 @@ def noise_floor(pairs: Sequence[tuple[float, float]], step: float = 0.0) -> Nois
     sample = _sample(_log_ratios(pairs))
     if sample.n < 2:
         return NoiseFloor(None, ONE_ROUND)
-    width = _ratio(multiplier(sample.n, ALPHA, "fixed-n") * sample.error)
+    error = sample.error * math.sqrt(sample.n / (rounds or sample.n))
+    width = _ratio(multiplier(sample.n, ALPHA, "fixed-n") * error)
     if width < step:
         return NoiseFloor(step, ONE_REQUEST)
     return NoiseFloor(width) if width > 0 else NoiseFloor(None, NO_SPREAD)

@@ -34,6 +34,7 @@ from disagglab.results.report import verdict_cells
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, SINGLE_AGAIN, TOPOLOGIES
 from disagglab.stats.verdict import NO_SPREAD
+from selftest.experiments.made import made_arm
 
 LAB = load_lab("embedded")
 BASE_S = {SINGLE_AGAIN: 1.0, SINGLE: 1.0, REPLICATED: 1.0, DISAGGREGATED: 0.5}
@@ -78,7 +79,7 @@ def test_rounds_are_interleaved_and_mirrored(monkeypatch: pytest.MonkeyPatch, tm
         return run(topology.name, workload, number)
 
     monkeypatch.setattr(rounds, "measure", measure)
-    arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in TOPOLOGIES]
+    arms: list[Any] = [made_arm(name) for name in TOPOLOGIES]
     store = Store.create(tmp_path, "run")
     none: Any = None
     found = run_rounds(none, arms, [LAB.workload("chat")], 2, store, none, lambda _: None)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +34,7 @@ from disagglab.results import fingerprint, resume
 from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import DISAGGREGATED, SINGLE_AGAIN, TOPOLOGIES
+from selftest.experiments.made import made_arm
 
 LAB = load_lab("embedded")
 NAMES = list(dict.fromkeys(gate.workload for gate in LAB.gates))
@@ -128,7 +128,7 @@ def test_a_run_that_never_began_is_read_back(tmp_path: Path) -> None:
 def test_figures_and_verdicts_of_runs_read_back_are_the_same(tmp_path: Path) -> None:
     """Figures and verdicts of two sessions' runs equal those of the same runs that were never on disk."""
     earlier = read(session(tmp_path, "20260101-000000-aaaa", 2), session(tmp_path, "20260102-000000-bbbb", 1))
-    taken, notes = resume.complete(earlier, ARMS)
+    taken, notes = resume.complete(earlier, lambda _: ARMS)
     direct = [
         replace(run(arm, LAB.workload(name), place, seed=seed_of(folder, place)), round=number)
         for number, (folder, place) in enumerate(
@@ -148,7 +148,7 @@ def test_a_round_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     folder = session(tmp_path, "20260101-000000-aaaa", 2)
     last = sorted(folder.glob(f"runs/{NAMES[0]}.01.*.json"), key=lambda path: path.name.split(".")[-2])[-1]
     last.unlink()
-    taken, notes = resume.complete(read(folder), ARMS)
+    taken, notes = resume.complete(read(folder), lambda _: ARMS)
     rounds = {name: {one.run.round for one in taken if one.run.workload.name == name} for name in NAMES}
     assert rounds == {name: {0} if name == NAMES[0] else {0, 1} for name in NAMES}
     assert notes == [f"20260101-000000-aaaa: 1 round of {NAMES[0]} left out, no run of {SINGLE_AGAIN}"]
@@ -157,8 +157,8 @@ def test_a_round_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
 def test_the_arms_of_this_session_decide(tmp_path: Path) -> None:
     """Runs of an arm that this session lacks are not taken; rounds that lack an arm of its are left out."""
     earlier = read(session(tmp_path, "20260101-000000-aaaa", 1))
-    fewer, none = resume.complete(earlier, TOPOLOGIES)
-    more, notes = resume.complete(earlier, (*ARMS, "disaggregated@tcp"))
+    fewer, none = resume.complete(earlier, lambda _: TOPOLOGIES)
+    more, notes = resume.complete(earlier, lambda _: (*ARMS, "disaggregated@tcp"))
     assert {one.run.topology for one in fewer} == set(TOPOLOGIES)
     assert none == []
     assert more == []
@@ -192,10 +192,10 @@ def test_missing_rounds_are_measured_and_numbered_after_the_earlier_ones(
         return run(topology.name, workload, number, seed)
 
     monkeypatch.setattr(rounds, "measure", measure)
-    arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in ARMS]
+    arms: list[Any] = [made_arm(name) for name in ARMS]
     store = Store.create(tmp_path, "20260102-000000-bbbb")
     store.write_meta(**json.loads((folder / "run.json").read_text()) | {"run": store.folder.name})
-    first = resume.begin(read(folder), ARMS, store, lambda _: None)
+    first = resume.begin(read(folder), lambda _: ARMS, store, lambda _: None)
     none: Any = None
     workloads = [LAB.workload(name) for name in NAMES]
     found = run_rounds(none, arms, workloads, 3, store, none, lambda _: None, earlier=first)
@@ -206,7 +206,7 @@ def test_missing_rounds_are_measured_and_numbered_after_the_earlier_ones(
     meta = json.loads((store.folder / "run.json").read_text())
     assert meta["resumed"] == ["20260101-000000-aaaa"]
     again = read(store.folder, folder)
-    taken, notes = resume.complete(again, ARMS)
+    taken, notes = resume.complete(again, lambda _: ARMS)
     assert again.sessions == ("20260101-000000-aaaa", "20260102-000000-bbbb")
     assert len(taken) == 3 * len(NAMES) * len(ARMS), "a run in both folders counts once"
     assert notes == []
@@ -223,8 +223,8 @@ def test_rounds_that_are_there_are_not_measured_again(
         return run(topology.name, workload, number, seed)
 
     monkeypatch.setattr(rounds, "measure", measure)
-    taken, _ = resume.complete(read(session(tmp_path, "20260101-000000-aaaa", 2)), ARMS)
-    arms: list[Any] = [SimpleNamespace(name=name, cycle=1) for name in ARMS]
+    taken, _ = resume.complete(read(session(tmp_path, "20260101-000000-aaaa", 2)), lambda _: ARMS)
+    arms: list[Any] = [made_arm(name) for name in ARMS]
     none: Any = None
     run_rounds(
         none, arms, [LAB.workload(name) for name in NAMES], 2, Store.create(tmp_path, "new"), none,
@@ -391,7 +391,7 @@ def test_a_session_with_the_same_arms_goes_on(tmp_path: Path) -> None:
     folder = session(tmp_path, EARLY, 2, arms=WITHOUT_SINGLE)
     note_arms(folder, measured)
     earlier = resume.read([folder], LAB, (), PRINT, COMMIT, WITHOUT_SINGLE)
-    taken, left_out = resume.complete(earlier, WITHOUT_SINGLE)
+    taken, left_out = resume.complete(earlier, lambda _: WITHOUT_SINGLE)
     assert {one.run.topology for one in taken} == set(WITHOUT_SINGLE)
     assert len(taken) == 2 * len(NAMES) * len(WITHOUT_SINGLE)
     assert not left_out

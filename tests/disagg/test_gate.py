@@ -30,7 +30,8 @@ from disagglab.stats.metric import METRICS
 from disagglab.stats.verdict import Verdict, judge
 
 FACTOR = 1.2
-ROUNDS = 6  # planned; a verdict that is still open then goes on to --max-rounds
+ROUNDS = 4  # the fewest that are made; then a verdict that is still open goes on
+MOST_ROUNDS = 24  # a log-ratio may then spread by 0.2 from round to round
 METRIC, MARGIN = "e2e_p50", 0.05
 SLOWED = "single-slowed"
 WORKLOAD = "one-user"
@@ -77,8 +78,9 @@ def slowed(hosts: Hosts, single: Topology, lab: Lab) -> Iterator[Topology]:
 
 
 def verdict_on(found: Comparison) -> Verdict:
-    """Slowed against single."""
-    return judge(found.pairs(WORKLOAD, SINGLE, SLOWED, METRIC), METRICS[METRIC].better, MARGIN)
+    """Slowed against single, as it may be asked for after every round."""
+    pairs = found.pairs(WORKLOAD, SINGLE, SLOWED, METRIC)
+    return judge(pairs, METRICS[METRIC].better, MARGIN, "any time")
 
 
 def test_a_slowdown_of_a_fifth_is_caught(
@@ -93,19 +95,20 @@ def test_a_slowdown_of_a_fifth_is_caught(
 ) -> None:
     """An arm whose answers take 1.2 times as long is called worse; the interval holds the injected factor.
 
-    Fault injection for the instrument. How many rounds it takes is a measure of the machine's noise.
+    Fault injection for the instrument. How many rounds it takes is a measure of the machine's noise. A run is
+    one request: with one user the median of several tells no more for its time.
     """
-    if live.max_rounds <= ROUNDS:
-        pytest.skip("NO-CAP: asked for with --max-rounds N; a noisy machine takes 10 to 40 rounds of 8 s")
+    if live.short:
+        pytest.skip("SHORT: half a minute and more, by the noise of the machine")
     found = run_rounds(
         engine,
         [single, slowed],
-        [lab.workload(WORKLOAD)],
+        [lab.workload(WORKLOAD).of_length(1)],
         ROUNDS,
         store,
         shape,
         live.progress("slowed arm").show,
-        cap=live.max_rounds,
+        cap=max(MOST_ROUNDS, live.max_rounds),
         open_workloads=lambda so_far: {WORKLOAD} if verdict_on(so_far).outcome == "undecided" else set(),
     )
     assert not found.invalid(), found.invalid()[0].invalid
