@@ -3,7 +3,7 @@
     python docs/sequential.py            simulates (20 s), writes data, picture and page
     python docs/sequential.py --tables   the page alone, of its template and the data that are there
 
-The data are docs/explanation/sequential.json; ``<!-- NAME -->`` in the template stands for a table or a figure.
+The data are docs/explanation/sequential.json; ``<!-- NAME -->`` in the template stands for a table or figure.
 """
 
 from __future__ import annotations
