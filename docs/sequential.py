@@ -1,9 +1,9 @@
 """Figures of docs/explanation/sequential.md, by simulation: how often rules err, and how soon they decide.
 
-    python docs/sequential.py            simulates (half a minute), writes data, picture and page
+    python docs/sequential.py            simulates (20 s), writes data, picture and page
     python docs/sequential.py --tables   the page alone, of its template and the data that are there
 
-The data are docs/explanation/sequential.json; a line ``<!-- NAME -->`` of the template stands for a table.
+The data are docs/explanation/sequential.json; ``<!-- NAME -->`` in the template stands for a table or figure.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MARKER = re.compile(r"<!-- ([a-z ]+) -->")
 
 SEED = 20_260_101
 SESSIONS = 20_000
-CALIBRATING = 100_000  # sessions that the spending boundary is made of; its first looks lie far out in the tail
+CALIBRATING = 100_000  # sessions of which the spending boundary is made; its first looks lie far out
 ALPHA = 0.05
 FIRST_OF_FIVE = 0.01  # Holm's first step of five gates
 CUT = 0.02  # level at which the spending rule with wider errors holds 5 % where rounds hang together
@@ -62,6 +62,7 @@ NOISES = {
     "skewed": "exponential: skewed to one side",
 }
 RULES = {
+    "one look": "t, one look",
     "t": "t after every round",
     "spending": "spending, cap 20",
     "spending cut": "spending, cap 20, cut",
@@ -115,7 +116,7 @@ def simulated() -> dict[str, Any]:
         alarms[noise] = {
             name: [round(float(share), 5) for share in operating.excluded_by(looks, rule)]
             for name, rule in rules.items()
-        }
+        } | {"one look": [round(share, 5) for share in one_look(looks, ALPHA, 0.0)]}
     normal = operating.simulate("normal", SESSIONS, MOST_ROUNDS, SEED)
     ahead = {alpha: operating.any_time(MOST_ROUNDS, alpha) for alpha in (ALPHA, FIRST_OF_FIVE)}
     widths = {
@@ -146,6 +147,10 @@ def simulated() -> dict[str, Any]:
         for margin in MARGINS
     }
     tenth = operating.excluded_by(normal, ahead[ALPHA], TENTH)[TENTH_ROUNDS - 1]
+    small = {
+        name: round(float(operating.excluded_by(capped, rules[name], 1.0)[-1]), 4)
+        for name in ("spending cut", "any time")
+    }
     return {
         "made_by": COMMAND,
         "seed": SEED,
@@ -159,6 +164,7 @@ def simulated() -> dict[str, Any]:
         "rounds_until_half_and_nine_tenths": decided,
         "rounds_until_equivalent": equivalent,
         "found_of_10_percent_in_10_rounds": round(float(tenth), 4),
+        "found_of_one_deviation_in_20_rounds": small,
     }
 
 
@@ -181,12 +187,9 @@ def percent(share: float) -> str:
 
 def alarm_table(data: dict[str, Any]) -> Iterator[str]:
     """False alarms of every rule on every kind of noise, by 12 and by 20 rounds."""
+    alarms = data["false_alarms_by_round"]
     rows = [
-        [what]
-        + [
-            " / ".join(percent(data["false_alarms_by_round"][noise][rule][n - 1]) for n in SHOWN)
-            for rule in RULES
-        ]
+        [what, *(" / ".join(percent(alarms[noise][rule][n - 1]) for n in SHOWN) for rule in RULES)]
         for noise, what in NOISES.items()
     ]
     return table(["noise", *RULES.values()], rows)
@@ -202,10 +205,8 @@ def width_table(data: dict[str, Any]) -> Iterator[str]:
     for n, one in data["multipliers"].items():
         wider = one["any time"] and one["any time"] / one["t"]
         with_errors = wider and wider * one["inflation"]
-        rows.append(
-            [n, shown(one["t"]), shown(one["any time"]), shown(wider), shown(with_errors)]
-            + [shown(one["first of five"])]
-        )
+        values = (one["t"], one["any time"], wider, with_errors, one["first of five"])
+        rows.append([n, *map(shown, values)])
     head = ["rounds", "t(0.975, n-1)", "b(n), 5 %", "wider", "with the wider errors", "b(n), 1 %"]
     return table(head, rows)
 
@@ -217,10 +218,14 @@ def _rounds(found: Sequence[int | None], most: int = MOST_ROUNDS) -> str:
 def decision_table(data: dict[str, Any]) -> Iterator[str]:
     """Rounds until a difference is found."""
     rows = [
-        [f"{float(effect):g}"]
-        + [_rounds(one[key]) for key in ("fixed", "any time")]
-        + [_rounds(one["spending cut"], ROUNDS)]
-        + [_rounds(one[f"{key}, first of five"]) for key in ("fixed", "any time")]
+        [
+            f"{float(effect):g}",
+            _rounds(one["fixed"]),
+            _rounds(one["any time"]),
+            _rounds(one["spending cut"], ROUNDS),
+            _rounds(one["fixed, first of five"]),
+            _rounds(one["any time, first of five"]),
+        ]
         for effect, one in data["rounds_until_half_and_nine_tenths"].items()
     ]
     head = ["effect", "fixed n", "any time", "spending, cap 20, cut", "fixed n, 1 %", "any time, 1 %"]
@@ -236,11 +241,24 @@ def equivalence_table(data: dict[str, Any]) -> Iterator[str]:
     return table(["margin", "fixed n", "any time"], rows)
 
 
-TABLES = {
+def tenth_figure(data: dict[str, Any]) -> Iterator[str]:
+    """Share of sessions that find +10 % within 10 rounds."""
+    yield f"{100 * data['found_of_10_percent_in_10_rounds']:.0f} %"
+
+
+def small_figures(data: dict[str, Any]) -> Iterator[str]:
+    """Shares of sessions that find one deviation within 20 rounds, by two rules."""
+    found = data["found_of_one_deviation_in_20_rounds"]
+    yield f"{100 * found['spending cut']:.0f} % against {100 * found['any time']:.0f} %"
+
+
+PARTS = {
     "false alarms": alarm_table,
     "widths": width_table,
     "decisions": decision_table,
     "equivalence": equivalence_table,
+    "tenth": tenth_figure,
+    "one deviation": small_figures,
 }
 
 
@@ -248,16 +266,17 @@ def page(data: dict[str, Any], template: str) -> str:
     """The page of its template and the data.
 
     Raises:
-        KeyError: if the template names a table that there is not.
+        KeyError: if the template names a part that there is not.
     """
     note = f"<!-- Made by {COMMAND} from {TEMPLATE.name} and {DATA.name}; edit the first. -->\n\n"
-    return note + MARKER.sub(lambda match: "\n".join(TABLES[match[1]](data)), template)
+    return note + MARKER.sub(lambda match: "\n".join(PARTS[match[1]](data)), template)
 
 
 def picture(data: dict[str, Any]) -> str:
     """False alarms by the number of rounds, as SVG."""
     alarms = data["false_alarms_by_round"]
-    rounds = tuple(float(n) for n in range(2, ROUNDS + 1))
+    rounds = tuple(range(2, ROUNDS + 1))
+    places = tuple(float(place) for place in range(len(rounds)))
     together = "rounds that hang together"
     lines = [
         ("t after every round", "normal", "t"),
@@ -267,11 +286,13 @@ def picture(data: dict[str, Any]) -> str:
         ("any time, rounds correlated 0.3", together, "any time"),
     ]
     series = {
-        label: (rounds, tuple(100 * share for share in alarms[noise][rule][1:])) for label, noise, rule in lines
+        label: (places, tuple(100 * share for share in alarms[noise][rule][1:]))
+        for label, noise, rule in lines
     }
     title = "False alarms of identical arms, looked at after every round"
     axes = ("rounds so far", "sessions with a false alarm, %")
-    return plot.render(Plot("", title, *axes, series | {"5 %": ((2.0, ROUNDS), (5.0, 5.0))}, "line"))
+    level = {"5 %": ((places[0], places[-1]), (5.0, 5.0))}
+    return plot.render(Plot("", title, *axes, series | level, "line", ticks=tuple(map(str, rounds))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,8 @@ def add(commands: command.Commands) -> None:
         "gate",
         run,
         "verdict on pairs of figures",
-        "Print a verdict on pairs of figures (baseline, candidate) as JSON. With \"sequential\": true in the file"
+        "Print a verdict on pairs of figures (baseline, candidate) as JSON."
+        ' With "sequential": true in the file'
         " pairs may be appended and judged again until something is decided.",
         ["disagglab gate pairs.json", EXAMPLE],
     )

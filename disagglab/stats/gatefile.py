@@ -44,8 +44,8 @@ class GateFile(BaseModel):
     )
     sequential: bool = Field(
         default=False,
-        description="whether the number of pairs depends on what was seen, as where one is added after another"
-        " until something is decided; false: it was fixed before the first",
+        description="whether the number of pairs depends on what was seen, as where one is added after"
+        " another until something is decided; false: it was fixed before the first",
     )
 
     @property

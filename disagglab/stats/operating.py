@@ -1,9 +1,8 @@
 """How often rules err, and how soon they decide, on simulated sessions of many kinds of noise.
 
 A session is a row of log-ratios, one a round, in the order of measuring; an array of them is (sessions x
-rounds). Noise has a mean of 0, so a rule that excludes 0 at any look has given a false alarm, and the interval
-of a session with an effect has missed it in just the sessions in which that of the same session without it
-has missed 0.
+rounds). Noise has a mean of 0, so a rule that excludes 0 at any look has given a false alarm. With an effect
+added to the same noise the interval misses the effect in just those sessions.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from disagglab.stats import sequential
-from disagglab.stats.rule import multiplier, quantile
+from disagglab.stats.rule import multiplier
 
 CORRELATION = 0.3  # of neighbours
 STRONGER = 0.5  # the same, as a control

@@ -1,4 +1,4 @@
-"""How a confidence interval is made of rounds: for a number fixed beforehand, or for a look after every one."""
+"""How a confidence interval is made of rounds: their number fixed beforehand, or a look after every one."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 The replicate is the run, not the request: requests inside a run wait in the same queues and are not
 independent. A pair is one round: both arms with the same prompts, back to back. The interval is over the
 log-ratios of the pairs. Where the number of rounds was fixed beforehand it is Student's t, which kept its
-nominal coverage at the small numbers of rounds that one can afford; where each round may be the last it is the
-one of :mod:`disagglab.stats.sequential`, which holds at every look.
+nominal coverage at the small numbers of rounds that one can afford; where each round may be the last it is
+that of :mod:`disagglab.stats.sequential`, which holds at every look.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def gate_p(
     rule: Rule = "fixed-n",
 ) -> float:
     """p of a gate's hypothesis, on the scale of a two-sided test: at 0.05 it says what the 95 % interval
-    says.
+    of the same rule says.
 
     "better": that there is no difference, or one to the worse. "not worse": that the candidate is worse by
     the margin or more.

@@ -17,6 +17,7 @@ from disagglab.results.gate import GateState, State
 from disagglab.results.records import VerdictRow
 from disagglab.results.report import verdict_cells
 from disagglab.results.run_folder import Store
+from disagglab.stats.verdict import judge
 
 TEXTS = {
     "met: wants better": GateState(State.MET, "better"),
@@ -80,6 +81,22 @@ def test_a_verdict_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert VerdictRow.from_json(old) == dataclasses.replace(ROW, gate=TEXTS["met: wants better"])
     with pytest.raises(TypeError, match="gate"):
         VerdictRow.from_json({key: value for key, value in old.items() if key != "gate"})
+
+
+def test_a_row_keeps_its_rule_and_the_fixed_interval() -> None:
+    """By whichever rule; a line of an earlier version was judged for a fixed number of rounds."""
+    figures = {"candidate_value": 0.5, "baseline_value": 0.4, "gate": TEXTS[""]}
+    names = dict.fromkeys(("workload", "metric", "unit", "candidate", "baseline"), "x")
+    verdict = judge([(1.0, 1.3), (1.0, 1.05), (1.0, 1.2), (1.0, 1.1)], "lower", 0.05, "any time")
+    row = VerdictRow.of(verdict, **names, **figures)  # type: ignore[arg-type]
+    assert VerdictRow.from_json(json.loads(json.dumps(row.as_json()))) == row
+    assert (row.rule, row.fixed_low, row.fixed_high) == ("any time", verdict.fixed_low, verdict.fixed_high)
+    assert row.fixed_low is not None
+    assert row.fixed_high is not None
+    assert row.low < row.fixed_low < row.fixed_high < row.high
+    later = ("rule", "fixed_low", "fixed_high")
+    old = VerdictRow.from_json({key: value for key, value in row.as_json().items() if key not in later})
+    assert (old.rule, old.fixed_low, old.fixed_high) == ("fixed-n", None, None)
 
 
 def test_sessions_that_are_kept_are_read() -> None:

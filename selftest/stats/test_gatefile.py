@@ -65,6 +65,40 @@ def test_an_undecided_gate_says_why(capsys: Capture, tmp_path: Path) -> None:
     assert found["mde"] > 0.05
 
 
+def test_pairs_may_be_appended_and_judged_again(capsys: Capture, tmp_path: Path) -> None:
+    """``sequential``: undecided with the rounds that it may take, then decided with as many pairs more; the
+    file says by which rule, and what a fixed number of pairs would say.
+    """
+    growing = GOOD | {"sequential": True, "pairs": [[1, 1.3], [1, 1.05], [1, 1.2], [1, 1.1]]}
+    early = answer(capsys, tmp_path / "gate.json", growing)
+    assert (early["verdict"], early["rule"]) == ("undecided", "any time")
+    assert early["ci"][0] < early["ci_fixed_n"][0] < early["ci_fixed_n"][1] < early["ci"][1]
+    assert early["rounds_needed"] > 4
+    assert early["p"] > 0.05
+    times = -(-early["rounds_needed"] // 4)
+    late = answer(capsys, tmp_path / "gate.json", growing | {"pairs": growing["pairs"] * times})
+    assert (late["verdict"], late["rounds_needed"]) == ("worse", None)
+    assert late["p"] < 0.05
+
+
+def test_the_number_of_pairs_is_fixed_unless_the_file_says_otherwise(capsys: Capture, tmp_path: Path) -> None:
+    """Without the key the rule is fixed-n, and both intervals are one."""
+    found = answer(capsys, tmp_path / "gate.json", GOOD)
+    assert (found["rule"], found["ci"], found["rounds_needed"]) == ("fixed-n", found["ci_fixed_n"], None)
+
+
+def test_three_pairs_are_too_few_for_looks(capsys: Capture, tmp_path: Path) -> None:
+    """No interval yet, and its fixed-n one beside; the reason names the fewest pairs."""
+    three = GOOD | {"sequential": True, "pairs": GOOD["pairs"][:3]}
+    found = answer(capsys, tmp_path / "gate.json", three)
+    assert (found["verdict"], found["ci"], found["mde"], found["rounds_needed"]) == (
+        *("undecided", None, None),
+        4,
+    )
+    assert found["ci_fixed_n"][0] > 0
+    assert "4 is the fewest" in found["reason"]
+
+
 def test_a_family_of_gates_is_corrected(capsys: Capture, tmp_path: Path) -> None:
     """Alone better, as one of twelve not: reason and p say so; without the key nothing is corrected."""
     pairs = {"pairs": [[1, 0.9], [1, 0.8], [1, 0.85], [1, 0.75]]}
@@ -105,6 +139,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no direction": (GOOD | {"better": "smaller"}, "better"),
     "direction no text": (GOOD | {"better": ["lower"]}, "better"),
     "no metric": (GOOD | {"metric": ""}, "metric"),
+    "sequential no boolean": (GOOD | {"sequential": "yes"}, "sequential"),
     "no gate in the family": (GOOD | {"family": 0}, "family"),
     "unknown key": (GOOD | {"alpha": 0.1}, "alpha"),
 }

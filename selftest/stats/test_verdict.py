@@ -17,6 +17,7 @@ from disagglab.paths import ROOT
 from disagglab.stats.metric import METRICS, Direction
 from disagglab.stats.verdict import (
     NoiseFloor,
+    Rule,
     Want,
     gate_p,
     held_back,
@@ -24,9 +25,11 @@ from disagglab.stats.verdict import (
     judge,
     noise_floor,
     passes,
+    rounds_needed,
     sign_flip_p,
 )
 
+RULES: tuple[Rule, ...] = ("fixed-n", "any time")
 SPREAD = (0.99, 1.01, 0.995, 1.005, 1.0, 1.0)
 
 
@@ -40,6 +43,7 @@ def met(rounds: list[tuple[float, float]], better: Direction, want: Want) -> boo
     return passes(judge(rounds, better, 0.05), want, gate_p(rounds, better, 0.05, want))
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("ratio", "better", "outcome"),
     [
@@ -51,10 +55,10 @@ def met(rounds: list[tuple[float, float]], better: Direction, want: Want) -> boo
         (1.0, "higher", "equivalent"),
     ],
 )
-def test_clear_cases(ratio: float, better: str, outcome: str) -> None:
-    """Halved, doubled and unchanged, in both directions of better."""
-    verdict = judge(pairs(ratio), better, 0.05)  # type: ignore[arg-type]
-    assert verdict.outcome == outcome
+def test_clear_cases(ratio: float, better: Direction, outcome: str, rule: Rule) -> None:
+    """Halved, doubled and unchanged, in both directions of better, by both rules."""
+    verdict = judge(pairs(ratio), better, 0.05, rule)
+    assert (verdict.outcome, verdict.rule) == (outcome, rule)
     assert verdict.low <= ratio - 1 <= verdict.high
 
 
@@ -122,18 +126,93 @@ def test_swapping_the_arms_swaps_the_verdict(rounds: list[tuple[float, float]]) 
     assert judge([(b, a) for a, b in rounds], "lower", 0.05).outcome == opposite[forward]
 
 
-@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=8), st.booleans())
-def test_gate_p_says_what_the_interval_says(rounds: list[tuple[float, float]], lower: bool) -> None:
-    """Alone, a gate is met exactly where the 95 % interval excludes its hypothesis."""
+@given(
+    st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=8),
+    st.booleans(),
+    st.sampled_from(RULES),
+)
+def test_gate_p_says_what_the_interval_says(
+    rounds: list[tuple[float, float]], lower: bool, rule: Rule
+) -> None:
+    """Alone, a gate is met exactly where the 95 % interval excludes its hypothesis, by either rule."""
     better: Direction = "lower" if lower else "higher"
-    verdict = judge(rounds, better, 0.05)
+    verdict = judge(rounds, better, 0.05, rule)
     # a lower limit far below is rounded to -1, a ratio of 0
     good, bad = (math.log1p(end) if end > -1 else -math.inf for end in (verdict.low, verdict.high))
     if not lower:
         good, bad = -bad, -good
     for bound, want in ((0.0, "better"), (math.log1p(0.05), "not worse")):
         if abs(bad - bound) > 1e-9:
-            assert (gate_p(rounds, better, 0.05, want) <= 0.05) == (bad < bound)  # type: ignore[arg-type]
+            p = gate_p(rounds, better, 0.05, want, rule)  # type: ignore[arg-type]
+            assert (p <= 0.05) == (bad < bound)
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=8))
+def test_the_interval_at_any_time_holds_the_fixed_one(rounds: list[tuple[float, float]]) -> None:
+    """It is never narrower, and the fixed-n interval stands beside it as it is when asked for alone."""
+    fixed, any_time = (judge(rounds, "lower", 0.05, rule) for rule in RULES)
+    assert any_time.low <= fixed.low <= fixed.high <= any_time.high
+    for verdict in (any_time, fixed):
+        assert (verdict.fixed_low, verdict.fixed_high) == (fixed.low, fixed.high)
+    assert any_time.p >= fixed.p
+    assert (any_time.effect, any_time.p_sign_flip) == (fixed.effect, fixed.p_sign_flip)
+
+
+def test_too_few_rounds_for_looks_are_undecided() -> None:
+    """A hundredfold with hardly any spread: where each round may be the last three do not decide, four do."""
+    three = judge(pairs(100.0)[:3], "lower", 0.05, "any time")
+    assert (three.outcome, three.low, three.high) == ("undecided", -1.0, math.inf)
+    assert three.reason == "3 rounds cannot decide yet under looks after every round; 4 is the fewest"
+    assert three.smallest_detectable is None
+    assert three.underpowered
+    assert 0.05 < three.p < 1
+    assert three.fixed_low > 0
+    assert judge(pairs(100.0)[:4], "lower", 0.05, "any time").outcome == "worse"
+    assert "more rounds" in judge([(1.0, 2.0)], "lower", 0.05, "any time").reason
+
+
+def test_equal_pairs_are_decided_by_their_number() -> None:
+    """Without any spread a fixed number decides at two; where each may be the last, p is 1 / 96 at four."""
+    for n, fixed, any_time in ((2, "worse", "undecided"), (4, "worse", "worse")):
+        rounds = [(1.0, 2.0)] * n
+        assert judge(rounds, "lower", 0.05).outcome == fixed
+        assert judge(rounds, "lower", 0.05, "any time").outcome == any_time
+    assert judge([(1.0, 2.0)] * 4, "lower", 0.05, "any time").p == pytest.approx(1 / 21**1.5)
+    assert judge([(1.0, 2.0)] * 4, "lower", 0.05).p == 0
+    assert gate_p([(1.0, 1.0)] * 4, "lower", 0.05, "better", "any time") == 1
+    assert gate_p([(1.0, 1.0)] * 4, "lower", 0.05, "not worse", "any time") == pytest.approx(1 / 21**1.5)
+
+
+def test_a_verdict_at_any_time_by_hand() -> None:
+    """Log-ratios 0.10, 0.12, 0.08, 0.10: se = 0.00816; rho = -1/2 + 2/4 = 0, so it stays; b(4) = 6.88."""
+    rounds = [(1.0, math.exp(ratio)) for ratio in (0.10, 0.12, 0.08, 0.10)]
+    verdict = judge(rounds, "lower", 0.05, "any time")
+    error = math.sqrt(0.0008 / 3 / 4)
+    assert math.log1p(verdict.low) == pytest.approx(0.1 - 6.8753 * error, abs=1e-5)
+    assert math.log1p(verdict.high) == pytest.approx(0.1 + 6.8753 * error, abs=1e-5)
+    assert verdict.p == pytest.approx(1 / (math.sqrt(1 / 21) * (51 * 21 / 71) ** 2))
+    assert verdict.smallest_detectable == pytest.approx(math.expm1((6.8753 + 0.9785) * error), abs=1e-5)
+
+
+def test_the_order_of_rounds_counts_at_any_time() -> None:
+    """The same pairs, in an order in which neighbours are alike, tell less; a fixed n knows no order."""
+    alternating = pairs(1.1, (0.97, 1.03, 0.98, 1.02, 0.97, 1.03))
+    sorted_pairs = sorted(alternating, key=lambda pair: pair[1] / pair[0])
+    for rule in RULES:
+        first, second = (judge(each, "lower", 0.01, rule) for each in (alternating, sorted_pairs))
+        assert (second.high > first.high + 0.01) == (rule == "any time")
+
+
+def test_rounds_needed_takes_mean_and_spread_as_they_are() -> None:
+    """Nothing is said of one round; else more than were made, and more where each may be the last."""
+    noisy = pairs(1.1, (0.9, 1.1, 0.95, 1.05))
+    assert rounds_needed([(1.0, 1.1)], 0.05, "any time") is None
+    fixed, any_time = (rounds_needed(noisy, 0.05, rule) for rule in RULES)
+    assert fixed is not None
+    assert any_time is not None
+    assert 4 < fixed < any_time
+    assert judge(noisy, "lower", 0.05).outcome == "undecided"
+    assert rounds_needed(pairs(2.0), 0.05, "any time") == 6
 
 
 @pytest.mark.parametrize(
