@@ -50,7 +50,7 @@ class OpenLoop:
     ttft_p50_s: float | None
 
     @property
-    def steady(self) -> bool:
+    def in_steady_state(self) -> bool:
         """Whether L = lambda W holds within ``UNBALANCED_BY``."""
         return self.balance is not None and abs(1 - self.balance.ratio) <= UNBALANCED_BY
 
@@ -64,14 +64,14 @@ class OpenLoop:
         signs = (self.kept_rate < SATURATED_BELOW, self.growth_p <= GROWS_BELOW)
         if all(signs):
             return KeepsUp.NO
-        return KeepsUp.TOO_SHORT if any(signs) and not self.steady else KeepsUp.YES
+        return KeepsUp.TOO_SHORT if any(signs) and not self.in_steady_state else KeepsUp.YES
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in the run's file; times in s, rates in 1/s."""
         little = self.balance
         return {
             "keeps_up": str(self.keeps_up),
-            "steady": self.steady,
+            "in_steady_state": self.in_steady_state,
             "requests": self.requests,
             "left_out": self.left_out,
             "window_s": little and little.window_s,
@@ -92,7 +92,7 @@ class OpenLoop:
         if self.growth_p is not None:
             parts.append(f"p of no growth {self.growth_p:.2g}")
         if self.balance is not None:
-            ratio, rest = self.balance.ratio, "" if self.steady else ", not in steady state"
+            ratio, rest = self.balance.ratio, "" if self.in_steady_state else ", not in steady state"
             parts.append(f"L / (lambda W) {ratio:.2f}{rest}")
         out = "too short to find a warm-up" if self.left_out is None else f"warm-up {self.left_out} requests"
         return "; ".join([*parts, out])
