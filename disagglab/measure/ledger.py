@@ -59,7 +59,7 @@ METRICS = (
 )  # all that a ledger needs of a server
 
 # How much of the requests' time may pass elsewhere than in servers, in router and HTTP. The most that was
-# seen is 0.074 s a request, and 11 % where an answer took 0.1 s (docs/reference/metrics.md).
+# seen is 0.074 s a request, and 11 % where an answer took 0.1 to 0.25 s (docs/reference/metrics.md).
 ELSEWHERE_SHARE = 0.25
 ELSEWHERE_S = 0.1  # for each request; below it any share may pass, as answers may be short
 

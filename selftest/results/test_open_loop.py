@@ -120,7 +120,7 @@ def test_two_signs_make_saturation_and_little_decides_on_one() -> None:
 
     assert of(0.94, 0.01, 1.0) is KeepsUp.NO
     assert of(0.95, 0.011, 0.5) is KeepsUp.YES
-    assert {of(0.94, 0.02, 0.9), of(0.96, 0.01, 1.1)} == {KeepsUp.YES}
+    assert {of(0.94, 0.02, 0.91), of(0.96, 0.01, 1.09)} == {KeepsUp.YES}
     assert {of(0.94, 0.02, 0.89), of(0.96, 0.01, 1.11)} == {KeepsUp.TOO_SHORT}
     assert {of(None, 0.01, 1.0), of(0.5, None, 1.0)} == {KeepsUp.TOO_SHORT}
 
