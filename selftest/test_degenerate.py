@@ -22,15 +22,16 @@ from disagglab.measure import transfer_stats
 from disagglab.predict import goodput, scattered_reads, speedfit
 from disagglab.predict.scattered_reads import ReadTime
 from disagglab.predict.speedfit import HandedTime, PrefillTime, StepTime
-from disagglab.results import metrics
+from disagglab.results import metrics, open_loop
 from disagglab.results.records import Ledger, Reading, Run, Snapshot
-from disagglab.stats import changepoint, linefit
+from disagglab.stats import changepoint, linefit, steady
 from disagglab.stats.linefit import LineFit
 from disagglab.stats.verdict import gate_p, judge, noise_floor
 
 EXTREME = [0.0, 1.0, 1.0, 2.0, -1.0, 5e-324, 1e-300, 1e300, math.inf, math.nan]
 figures = st.sampled_from(EXTREME) | st.floats()
 sizes = st.sampled_from([0, 1, 1, 2, 2**62])
+clock = st.sampled_from([0.0, 1e-9, 0.5, 0.5, 1e9]) | st.floats(0, 1e9).map(lambda value: round(value, 9))
 unhurried = settings(deadline=None)  # a busy machine is no finding
 LINK = LineFit(0.001, (0.0, 0.002), 1e9, (1e8, 1e10), 1.0, 9)
 
@@ -120,10 +121,27 @@ def test_figures_of_a_run(count: int, time_s: float, tokens: int, stream: str) -
         assert {found["slo_attainment"], found["transfer_share_of_ttft"], found["ttft_p50"]} == {None}
     if not time_s:
         assert {found["output_tokens_per_s"], found["goodput_per_s"]} == {None}
-    metrics.saturated(run)
+    queue = open_loop.of(run)
+    assert (queue is None) == (not count)
+    if queue is not None:
+        assert queue.keeps_up is open_loop.KeepsUp.TOO_SHORT
+        queue.as_json()
     speedfit.full_gaps(run)
     finite_or_refused(lambda: goodput.seen(run).duration_s)
     finite_or_refused(lambda: calibration.step_of(run, 1))
+
+
+@unhurried
+@given(st.lists(st.tuples(clock, clock), max_size=60), st.integers(0, 60))
+def test_queues(requests: list[tuple[float, float]], first: int) -> None:
+    """Arrivals at once, answers in no time, a window without any."""
+    requests.sort()
+    starts, times = [one for one, _ in requests], [one for _, one in requests]
+    found = steady.balance(starts, times, first)
+    finite_or_refused(lambda: found.ratio if found else 0)
+    assert all(number >= 0 for number in steady.found_in_system(starts, times))
+    finite_or_refused(lambda: steady.growth_p(times))
+    finite_or_refused(lambda: steady.left_out(times))
 
 
 def ledger_of(transfers: int, kv_bytes: int = 1) -> Ledger:

@@ -17,7 +17,8 @@ from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.results.arm import Arm
 from disagglab.results.gate import GateState, State
-from disagglab.results.metrics import figures, saturated
+from disagglab.results.metrics import figures
+from disagglab.results.open_loop import saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died

@@ -13,7 +13,9 @@ from disagglab.experiments.rounds import mirrored
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.run import measure
-from disagglab.results.metrics import figures, kept_rate, saturated
+from disagglab.results import open_loop
+from disagglab.results.metrics import figures
+from disagglab.results.open_loop import KeepsUp
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.topology import Topology
@@ -74,14 +76,15 @@ def sweep(
 
 
 def knee(runs: Mapping[float, Run], slo: SloSection) -> float | None:
-    """The rate up to which every rate was kept: enough good requests, and certainly no growing queue.
+    """The rate up to which every rate was kept: enough good requests, and a topology that keeps up for sure.
 
     None if not even the lowest was.
     """
     best = None
     for rate in sorted(runs):
         good = figures(runs[rate], slo)["slo_attainment"] or 0.0
-        if good < ATTAINMENT or kept_rate(runs[rate]) is None or saturated(runs[rate]):
+        queue = open_loop.of(runs[rate])
+        if good < ATTAINMENT or queue is None or queue.keeps_up is not KeepsUp.YES:
             break
         best = rate
     return best

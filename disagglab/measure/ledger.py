@@ -6,6 +6,7 @@ counter that was reset makes the run invalid, and the router's word counts for n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ WAITING = "vllm:num_requests_waiting"
 CACHE_CONFIG = "vllm:cache_config_info"
 QUERIED = "vllm:prefix_cache_queries_total"
 FOUND = "vllm:prefix_cache_hits_total"
+SERVED = "vllm:e2e_request_latency_seconds_sum"
 METRICS = (
     BYTES,
     TRANSFERS,
@@ -53,7 +55,13 @@ METRICS = (
     CACHE_CONFIG,
     QUERIED,
     FOUND,
+    SERVED,
 )  # all that a ledger needs of a server
+
+# How much of the requests' time may pass elsewhere than in servers, in router and HTTP. The most that was
+# seen is 0.074 s a request, and 11 % where an answer took 0.1 to 0.25 s (docs/reference/metrics.md).
+ELSEWHERE_SHARE = 0.25
+ELSEWHERE_S = 0.1  # for each request; below it any share may pass, as answers may be short
 
 
 def read(topology: Topology) -> Reading:
@@ -172,6 +180,7 @@ def compare(topology: Topology, before: Reading, after: Reading) -> Ledger:
         prefill_computed_tokens=round(total(prefill, BY_SOURCE, source="local_compute")),
         kv_bytes_by={name: round(total([name], BYTES)) for name in connected},
         transfers_by={name: round(total([name], TRANSFERS)) for name in connected},
+        served_s=total(names, SERVED),
     )
 
 
@@ -259,6 +268,31 @@ def prove(
     if topology.kind == REPLICATED:
         _prove_alternation(where, topology.servers, book)
     return book
+
+
+def require_served(where: str, book: Ledger, e2e_s: Sequence[float]) -> None:
+    """Refuse a run whose requests spent much of their time elsewhere than in the servers.
+
+    Little's law makes it one account of the mean number in system against another: both sums over the same
+    duration. What the client has more is in router and HTTP, or waits in the client.
+
+    Args:
+        e2e_s: of every request, as the client saw it.
+
+    Raises:
+        InvalidRun: if it is more than ``ELSEWHERE_SHARE`` of the client's, and more than ``ELSEWHERE_S`` a
+            request.
+    """
+    if book.served_s is None:
+        return
+    spent = math.fsum(e2e_s)
+    elsewhere = spent - book.served_s
+    if elsewhere > max(ELSEWHERE_SHARE * spent, ELSEWHERE_S * len(e2e_s)):
+        raise InvalidRun(
+            f"{where}: by the client the requests took {spent:.2f} s in all, by the servers"
+            f" {book.served_s:.2f} s: {elsewhere / spent:.0%} of the time passed in router or client;"
+            " look at the log of the router, and at the client's CPU and limits (open files, connections)"
+        )
 
 
 def _prove_alternation(where: str, servers: Sequence[VllmServer], book: Ledger) -> None:

@@ -42,6 +42,7 @@ def _proved(
                 topology, before, after, sent, workload.shared_prefix_tokens, workload.most_under_way
             )
         book = ledger.prove(topology, before, after, sent, shape, topology.version)
+        ledger.require_served(topology.name, book, run.e2e_s)
         return dataclasses.replace(run, ledger=book)
     except (InvalidRun, TransferError) as error:
         if run is None:

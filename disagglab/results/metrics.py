@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from disagglab.config.arrivals import MAIN
 from disagglab.config.schema import SloSection
 from disagglab.results.records import Run
 from disagglab.stats.metric import METRICS, Answers
 
 KEPT = "_figures"  # attribute of a run, no field of it
-SATURATED_BELOW = 0.95  # of the offered rate
-LEAST_ANSWERS = 3  # a run in which requests arrive for less than so many median E2E shows no steady state
 
 
 def _chosen(run: Run, stream: str) -> list[int]:
@@ -72,28 +68,3 @@ def figures(run: Run, slo: SloSection | None = None, stream: str = "") -> Figure
             }
         )
     return kept[slo, stream]
-
-
-def kept_rate(run: Run) -> float | None:
-    """Rate of completions over rate of arrivals in an open loop; None in a closed one, and in one that is
-    too short to tell.
-
-    The time in which the requests arrived over the time in which they were answered, less one answer's own
-    (the median E2E). Answers that take equally long give 1; where a queue grows, the last ones come late.
-    """
-    main = [i for i, stream in enumerate(run.streams) if stream == MAIN]
-    if run.workload.rate_per_s is None or len(main) < 2:
-        return None
-    starts = [run.start_s[i] for i in main]
-    arriving = max(starts) - min(starts)
-    usual = statistics.median(run.e2e_s[i] for i in main)
-    if arriving < LEAST_ANSWERS * usual:
-        return None
-    answering = max(run.start_s[i] + run.e2e_s[i] for i in main) - min(starts) - usual
-    return arriving / answering if answering > 0 else None
-
-
-def saturated(run: Run) -> bool:
-    """Whether the topology fell behind the arrivals of an open loop."""
-    kept = kept_rate(run)
-    return kept is not None and kept < SATURATED_BELOW

@@ -67,6 +67,8 @@ class Ledger:
     ``external``, ``computed`` and ``cached`` are prompt tokens by source on the servers that decode: fetched
     from prefill, computed there, found in the prefix cache there. ``prefill_computed``: on prefill servers.
     ``kv_bytes_by``, ``transfers_by``: by the server that counts them, the one that moves the blocks.
+    ``served_s``: end-to-end time of the requests by the servers, in all; disaggregated, prefill's part and
+    decode's. None in files of earlier versions.
     """
 
     finished: Mapping[str, int]
@@ -83,6 +85,7 @@ class Ledger:
     prefill_computed_tokens: int
     kv_bytes_by: Mapping[str, int] = field(default_factory=dict)
     transfers_by: Mapping[str, int] = field(default_factory=dict)
+    served_s: float | None = None
 
 
 @dataclass(frozen=True)

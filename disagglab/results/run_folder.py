@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from disagglab.errors import LabError
+from disagglab.results import open_loop
 from disagglab.results.records import FigureRow, Plot, Reading, Record, Run, Snapshot, VerdictRow
 
 META = "run.json"
@@ -93,7 +94,8 @@ class Store:
             stream.write(json.dumps(row) + "\n")
 
     def add_run(self, run: Run) -> None:
-        """Keep every request of a run, valid or not, and every counter of its servers before and after.
+        """Keep every request of a run, valid or not, and every counter of its servers before and after. Of an
+        open loop also what its queue says (``open_loop``), which is not read back.
 
         The file gets its name when it is whole, so a session that is killed leaves none that is cut off.
         """
@@ -101,6 +103,9 @@ class Store:
         raw = dataclasses.asdict(dataclasses.replace(run, readings=None))
         raw["workload"] = run.workload.model_dump()
         del raw["readings"]
+        queue = open_loop.of(run)
+        if queue is not None:
+            raw["open_loop"] = queue.as_json()
         unfinished = self.folder / "runs" / f"{name}.part"
         unfinished.write_text(json.dumps(raw))
         os.replace(unfinished, unfinished.with_name(f"{name}.json"))

@@ -306,6 +306,25 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     assert measured.ttft_s == whole.ttft_s
 
 
+def test_a_run_that_the_servers_did_not_see_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger proves it, yet the requests took half of their time where no server counted it."""
+    workload = LAB.workload("one-user")
+    whole = run(SINGLE, workload, 0)
+    spent = sum(whole.e2e_s)
+    readings = (Reading({}, {}), Reading({}, {}))
+    monkeypatch.setattr(ledger, "read", lambda _: readings[0])
+    monkeypatch.setattr(ledger, "settle", lambda *_: readings[1])
+    engine: Any = SimpleNamespace(run=lambda *_: whole)
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", require_alive=lambda: None)
+    none: Any = None
+    for served_s, valid in ((spent, True), (spent / 2, False)):
+        book = replace(Ledger({}, {}, {}, 0, 0, 0.0, 0, 0, 0, 0, 0, 0), served_s=served_s)
+        monkeypatch.setattr(ledger, "prove", lambda *_, book=book: book)
+        measured = one_run.measure(engine, topology, workload, 1, 0, none)
+        assert (measured.invalid is None) == valid, measured.invalid
+        assert (measured.ledger == book) == valid
+
+
 def versions(scale: float) -> Comparison:
     """Two releases on three workloads in four rounds; the lab's takes ``scale`` times as long."""
     runs = []

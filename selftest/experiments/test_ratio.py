@@ -195,7 +195,7 @@ BLOCK_BYTES = 128 * 23_040
 SENT = [Sent(300, 8)] * 6  # 3 blocks each; prefill servers get 3 requests each, decode servers 2
 COUNTERS = (
     ledger.BYTES, ledger.TRANSFERS, ledger.TRANSFER_TIME, ledger.FAILED, ledger.FAILED_NOTIFICATIONS,
-    ledger.EXPIRED, ledger.FINISHED, ledger.PROMPT_TOKENS, ledger.GENERATED,
+    ledger.EXPIRED, ledger.FINISHED, ledger.PROMPT_TOKENS, ledger.GENERATED, ledger.SERVED,
 )  # fmt: skip
 SOURCES = ("external_kv_transfer", "local_compute", "local_cache_hit")
 

@@ -30,7 +30,7 @@ from disagglab.serving.vllm import EventSource, VllmServer, events_config
 
 NO_ROUTER: Any = None
 COUNTERS = (
-    ledger.FINISHED, ledger.PROMPT_TOKENS, ledger.GENERATED, ledger.QUERIED, ledger.FOUND,
+    ledger.FINISHED, ledger.PROMPT_TOKENS, ledger.GENERATED, ledger.QUERIED, ledger.FOUND, ledger.SERVED,
 )  # fmt: skip
 SOURCES = ("external_kv_transfer", "local_compute", "local_cache_hit")
 

@@ -38,6 +38,7 @@ COUNTERS = {
     ledger.FINISHED: 0.0,
     ledger.PROMPT_TOKENS: 0.0,
     ledger.GENERATED: 0.0,
+    ledger.SERVED: 0.0,
     "external_kv_transfer": 0.0,
     "local_compute": 0.0,
     "local_cache_hit": 0.0,
@@ -241,6 +242,31 @@ def test_a_token_that_decode_recomputes_counts_as_its_own() -> None:
         b__GENERATED=8, a__local_compute=1, b__external_kv_transfer=0, b__local_compute=1,
     )  # fmt: skip
     assert replace(told, sent=[Sent(1, 8)]).prove().computed_tokens == 1
+
+
+def test_time_by_the_servers_is_that_of_all_of_them() -> None:
+    """Of disaggregated serving prefill's part and decode's."""
+    assert story(DISAGGREGATED, a__SERVED=1.5, b__SERVED=2.25).prove().served_s == 3.75
+    assert story(SINGLE, a__SERVED=1.5).prove().served_s == 1.5
+
+
+def test_requests_that_wait_elsewhere_are_caught() -> None:
+    """By the client four requests took 8 s. A quarter of it may pass in router and HTTP, and any share where
+    it is less than 0.1 s a request.
+    """
+    e2e_s = [2.0] * 4
+
+    def require(served_s: float | None, e2e_s: list[float] = e2e_s) -> None:
+        ledger.require_served("single", replace(story(SINGLE).prove(), served_s=served_s), e2e_s)
+
+    require(8.0)
+    require(6.0)
+    require(None)  # a file of an earlier version
+    require(0.1, [0.1] * 4)
+    with pytest.raises(InvalidRun, match=r"took 8\.00 s in all, by the servers 5\.90 s: 26%"):
+        require(5.9)
+    with pytest.raises(InvalidRun, match="in router or client"):
+        require(0.0, [0.11] * 4)
 
 
 def test_a_missing_metric_is_an_error_that_names_it() -> None:

@@ -1,4 +1,4 @@
-"""Goodput, saturation and streams: figures of made-up runs that can be worked out by hand."""
+"""Goodput and streams: figures of made-up runs that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from disagglab.config.workload import Steady, Workload
 from disagglab.errors import InvalidRun
 from disagglab.measure.bench import require_meaning
 from disagglab.measure.client_lag import LoopLag
-from disagglab.results.metrics import figures, good_requests, kept_rate, saturated
+from disagglab.results.metrics import figures, good_requests
 from disagglab.results.records import ClientLoad, Ledger, Run
 from disagglab.stats.metric import METRICS
 
@@ -60,29 +60,6 @@ def test_a_share_of_nothing_can_be_compared() -> None:
     assert METRICS["slo_attainment"].comparable(0.0, 9) == pytest.approx(0.05)
     assert METRICS["slo_attainment"].comparable(1.0, 9) == pytest.approx(0.95)
     assert METRICS["ttft_p50"].comparable(0.25, 9) == 0.25
-
-
-def opened(e2e_s: tuple[float, ...]) -> Run:
-    """RUN in an open loop whose answers take so long; arrivals at 0, 1, 2 and 3 s."""
-    workload = CLOSED.model_copy(update={"concurrency": None, "rate_per_s": 1.0})
-    return dataclasses.replace(RUN, workload=workload, e2e_s=e2e_s, streams=(MAIN,) * 4)
-
-
-def test_a_growing_queue_is_saturation() -> None:
-    """Equally long answers keep the rate; a last one that comes 2.5 s after its kind does not."""
-    assert kept_rate(RUN) is None, "a closed loop offers no rate"
-    assert kept_rate(opened((0.8,) * 4)) == pytest.approx(1.0)
-    assert not saturated(opened((0.8,) * 4))
-    late = opened((0.5, 0.5, 1.5, 3.5))
-    assert kept_rate(late) == pytest.approx(3.0 / (6.5 - 1.0))
-    assert saturated(late)
-
-
-def test_a_short_open_loop_shows_no_steady_state() -> None:
-    """Requests that arrive for less than three answers' time are a burst: neither kept nor saturated."""
-    burst = opened((1.01,) * 4)
-    assert kept_rate(burst) is None
-    assert not saturated(burst)
 
 
 def test_a_blocked_event_loop_is_seen() -> None:
