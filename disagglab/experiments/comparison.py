@@ -186,7 +186,9 @@ def warm_up_turns(
     topologies: Sequence[Topology], workloads: Sequence[Workload]
 ) -> list[Trial[Topology, Workload]]:
     """What a warm-up asks of which arm, in its order."""
-    by_router = {topology.router.url: topology for topology in reversed(topologies)}
+    by_router: dict[str, Topology] = {}
+    for topology in topologies:
+        by_router.setdefault(topology.router.url, topology)
     whole = warm_up_of(workloads, max(topology.cycle for topology in topologies))
     loaded: set[int] = set()
     turns = []

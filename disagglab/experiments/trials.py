@@ -326,7 +326,11 @@ def plan(
         arms: of a round, by workload. One of which an arm has no valid run yet gets no rounds: what broke it
             would break them as well.
     """
-    rows = {(row.workload, row.metric, row.baseline): row for row in verdict_rows(comparison, lab, rule)}
+    rows = {
+        (row.workload, row.metric, row.baseline): row
+        for row in verdict_rows(comparison, lab, rule)
+        if row.gate.of_a_gate
+    }
     still = [gate for gate in lab.gates if _is_open(rows, gate)]
     alpha = ALPHA / max(1, len(still))  # Holm's step for the first of those that are open
     shares = []

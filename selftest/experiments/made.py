@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,14 +42,20 @@ def made_run(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Arm:
+    """As much of a topology as rounds ask for."""
+
+    name: str
+    router: Any
+    cycle: int = 1
+    servers: tuple[()] = ()
+    decode: tuple[()] = ()
+
+    def require_alive(self) -> None:
+        """It is."""
+
+
 def made_arm(name: str) -> Any:
-    """As much of a topology as rounds ask for: alive, with a router that its twin shares."""
-    url = f"http://{name.removesuffix('-again')}"
-    return SimpleNamespace(
-        name=name,
-        cycle=1,
-        router=SimpleNamespace(url=url),
-        servers=(),
-        decode=(),
-        require_alive=lambda: None,
-    )
+    """An arm with a router that its twin shares."""
+    return Arm(name, SimpleNamespace(url=f"http://{name.removesuffix('-again')}"))

@@ -250,7 +250,7 @@ def test_the_figures_of_a_run_are_computed_once(lab: Lab, monkeypatch: pytest.Mo
 def test_rounds_go_on_while_a_gate_is_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Up to the cap, and of the open workloads only; without a cap never."""
     monkeypatch.setattr(rounds, "measure", lambda e, t, w, s, n, *_: run(t.name, w, n))
-    arms: list[Any] = [SimpleNamespace(name=SINGLE, cycle=1)]
+    arms: list[Any] = [made_arm(SINGLE)]
     workloads = [LAB.workload("chat"), LAB.workload("one-user")]
     none: Any = None
 

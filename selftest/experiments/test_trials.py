@@ -103,7 +103,9 @@ def test_time_goes_first_to_what_is_decided_soonest() -> None:
     def share(
         workload: Workload, gate: GateSection, round_s: float, needed: int | None, is_open: bool = True
     ) -> Share:
-        return Share(workload, (SINGLE,), round_s, 2, 0, (Outlook(gate, "any time", 2, 0.1, is_open, needed),))
+        return Share(
+            workload, (SINGLE,), round_s, 2, 0, (Outlook(gate, "any time", 2, 0.1, is_open, needed),)
+        )
 
     soon, late = share(ONE_USER, TTFT, 5.0, 8), share(CHAT, TOKENS, 10.0, 32)
     assert [one.planned for one in trials.divided([late, soon], 100.0)] == [7, 6]

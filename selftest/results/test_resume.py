@@ -230,7 +230,7 @@ def test_rounds_that_are_there_are_not_measured_again(
         none, arms, [LAB.workload(name) for name in NAMES], 2, Store.create(tmp_path, "new"), none,
         lambda _: None, earlier=[one.run for one in taken],
     )  # fmt: skip
-    assert seen == [WARM_UP_ROUND] * len(ARMS)
+    assert seen == [WARM_UP_ROUND] * len(TOPOLOGIES), "the twin is single's own router"
 
 
 @pytest.mark.parametrize(
