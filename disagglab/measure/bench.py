@@ -22,7 +22,7 @@ from disagglab.serving.topology import Topology
 LOAD = "load"  # name of its process and log
 JOB_DEADLINE_S = 1800.0  # with the imports of vLLM beside two booting servers
 POLL_S = 0.1  # between two looks whether a job is done, over SSH
-LOCAL_POLL_S = 0.02  # the same on this machine, where a look costs some 20 us
+LOCAL_POLL_S = 0.02  # the same on this machine, where a look costs 70 us of CPU
 CLIENT_BOUND = 0.9  # CPU time over wall time of the load engine, which has one thread
 INTERFERENCE_SHARE = 0.75  # of the other requests have to arrive while a steady one decodes
 HASH_SEED = "0"  # the load engine makes a prompt's pieces from Python's hash of their ids
