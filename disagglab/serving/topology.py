@@ -153,7 +153,6 @@ class Deployment:
             self.servers = (*self.servers, VllmServer.start(host, self.lab, plan, ports))
             self.process_names.add(plan.process_name)
 
-    @spends(Phase.SERVERS)
     def wait(self, line: ProgressLine) -> Deployment:
         """Return when every server is ready and proved to be ours.
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from disagglab.config.labs import load_lab
+from disagglab.paths import ROOT
 from disagglab.results import report, seconds
 from disagglab.results.run_folder import Store
 from disagglab.results.seconds import Account, Phase
@@ -160,8 +161,15 @@ def test_the_line_of_the_terminal_adds_up(spent: dict[str, float], line: str) ->
     assert sum(int(part.split()[-2]) for part in parts.split(", ")) == int(whole.split()[0])
 
 
-def test_every_phase_is_explained() -> None:
+def test_every_phase_is_explained_in_the_report_and_in_the_docs() -> None:
+    """With the same words; the docs may say more behind them."""
     assert set(seconds.MEANING) == set(Phase)
+    page = (ROOT / "docs" / "how-to" / "run.md").read_text()
+    table = page.partition("## Where the time went")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(seconds.MEANING)
+    for row, (phase, what) in zip(rows, seconds.MEANING.items(), strict=True):
+        assert row.startswith(f"| {phase} | {what}")
 
 
 def test_the_report_shows_what_run_json_keeps(tmp_path: Path) -> None:
