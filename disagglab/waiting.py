@@ -13,17 +13,22 @@ Answer = TypeVar("Answer")
 POLL_S = 0.2
 
 
-def last_answer(ask: Callable[[], Answer], limit_s: float, poll_s: float = POLL_S) -> Answer:
+def last_answer(
+    ask: Callable[[], Answer], limit_s: float, poll_s: float = POLL_S, first_s: float | None = None
+) -> Answer:
     """Ask until the answer counts as true or ``limit_s`` have passed; return the last answer.
 
     It is asked at least once, and once more after the limit. What is late is for the caller to say.
 
     Args:
         poll_s: between two questions, s.
+        first_s: between the first two, s, for what is likely to hold soon; it doubles until it is ``poll_s``.
     """
     deadline = time.monotonic() + limit_s
+    pause_s = poll_s if first_s is None else min(first_s, poll_s)
     while not (answer := ask()) and time.monotonic() <= deadline:
-        time.sleep(poll_s)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, poll_s)
     return answer
 
 

@@ -25,6 +25,7 @@ from disagglab.config.schema import Lab, ModelSection
 from disagglab.errors import ConfigError, LabError, Problem
 from disagglab.kv import attention, modelconfig
 from disagglab.progress import ProgressLine
+from disagglab.results.seconds import Phase, spends
 
 CACHE_VARIABLE = "DISAGGLAB_CACHE"
 PACKAGE_PREFIX = "package:"
@@ -77,6 +78,7 @@ class _Wanted:
         return ConfigError([Problem(self.file, self.key, wrong, mend)])
 
 
+@spends(Phase.MODEL)
 def find(lab: Lab, progress: ProgressLine | None = None) -> Model:
     """The model of a lab and its tokenizer, made first if a package ships them in another format.
 

@@ -51,6 +51,9 @@ OVERLAY_BYTES = 1 * GB  # the same of Dynamo on top of .venv
 NOT_FOUND = "No matching distribution found"
 UNREACHABLE = ("Retrying (Retry(", "Max retries exceeded", "Could not fetch URL", "timed out")
 NO_SPACE = "No space left on device"
+# Compiled by whoever imports it: tests of packages, and transformers' code of hundreds of models, of which a
+# server imports the configs of a few. A quarter of all code.
+HARDLY_IMPORTED = r"/site-packages/(.+/tests?/|transformers/models/(?!auto/)\w+/)"
 HEARTBEAT_S = 10.0  # between two lines while a command runs
 KEPT_LINES = 400  # of a command's output, to look for the cause of a failure
 SHOWN_LINES = 12  # of those, in the message
@@ -136,7 +139,8 @@ def build(plan: Plan, keys: Mapping[str, str], run: Runner, tell: Callable[[str]
     # On all cores; pip would use one. Left undone, every server start would compile what it imports, in vain
     # where PYTHONDONTWRITEBYTECODE is set. The status says nothing: some files are for other Pythons.
     tell("compiling to bytecode")
-    run([str(plan.venv / "bin" / "python"), "-m", "compileall", "-qq", "-j", "0", str(plan.venv / "lib")])
+    compileall = [str(plan.venv / "bin" / "python"), "-m", "compileall", "-qq", "-j", "0"]
+    run([*compileall, "-x", HARDLY_IMPORTED, str(plan.venv / "lib")])
     stamp.write({"platform": plan.platform, "pinned": keys["pinned"]})
 
 

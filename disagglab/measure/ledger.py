@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from disagglab import waiting
@@ -15,12 +16,13 @@ from disagglab.errors import InvalidRun, TransferError
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, tokens_from_prefill
 from disagglab.results.records import Ledger, Reading, Sent, Snapshot
+from disagglab.results.seconds import Phase, spends
 from disagglab.serving.prometheus import delta
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, Topology
 from disagglab.serving.vllm import VllmServer
 
 SETTLE_DEADLINE_S = 30.0  # counters follow a finished request by an engine step, leases by a notification
-POLL_S = 0.2
+FIRST_POLL_S, POLL_S = 0.02, 0.2  # most have caught up at the first or the second look
 
 BYTES = "vllm:nixl_bytes_transferred_sum"
 TRANSFERS = "vllm:nixl_bytes_transferred_count"
@@ -64,18 +66,22 @@ ELSEWHERE_SHARE = 0.25
 ELSEWHERE_S = 0.1  # for each request; below it any share may pass, as answers may be short
 
 
+@spends(Phase.COUNTERS)
 def read(topology: Topology) -> Reading:
-    """Scrape every server of a topology.
+    """Scrape every server of a topology, all at once.
 
     Raises:
         InvalidRun: if one has died or does not answer.
     """
-    snapshots, processes = {}, {}
-    for server in topology.servers:
+    servers = topology.servers
+    for server in servers:
         server.require_alive()
-        snapshots[server.name] = server.metrics()
-        processes[server.name] = server.process.identity
-    return Reading(snapshots, processes)
+    with ThreadPoolExecutor(len(servers)) as pool:
+        snapshots = list(pool.map(lambda server: server.metrics(), servers))
+    return Reading(
+        {server.name: snapshot for server, snapshot in zip(servers, snapshots, strict=True)},
+        {server.name: server.process.identity for server in servers},
+    )
 
 
 def block_size(snapshot: Snapshot) -> int:
@@ -101,6 +107,7 @@ def cache_config(snapshot: Snapshot) -> dict[str, str]:
     )
 
 
+@spends(Phase.COUNTERS)
 def settle(topology: Topology, before: Reading, requests: int) -> Reading:
     """Read again once the counters have caught up with ``requests`` finished ones, at the latest at the
     deadline.
@@ -119,7 +126,7 @@ def settle(topology: Topology, before: Reading, requests: int) -> Reading:
         moved = sum(_delta(before, after, server.name, TRANSFERS) for server in connected)
         return finished >= requests and idle and (not topology.decode or moved >= requests)
 
-    waiting.last_answer(caught_up, SETTLE_DEADLINE_S, POLL_S)
+    waiting.last_answer(caught_up, SETTLE_DEADLINE_S, POLL_S, FIRST_POLL_S)
     return after
 
 

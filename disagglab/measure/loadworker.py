@@ -8,6 +8,7 @@ this process was meanwhile. N counts from 1. Files, because they work alike on t
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import os
@@ -52,6 +53,14 @@ def keep_token_ids(dataset: Any) -> None:
     dataset.sample = sample
 
 
+def keep_tokenizer(serve: Any) -> None:
+    """Let the module of ``vllm bench serve`` load a tokenizer once, not once a job.
+
+    Its jobs differ in target and trace. The tokenizer, whose vocabulary they draw from, is the same.
+    """
+    serve.get_tokenizer = functools.cache(serve.get_tokenizer)
+
+
 async def _watched(job: Awaitable[dict[str, Any]]) -> dict[str, Any]:
     async with LoopLag().watch() as lag:
         result = await job
@@ -62,20 +71,21 @@ async def _watched(job: Awaitable[dict[str, Any]]) -> dict[str, Any]:
 
 def serve(folder: Path) -> None:
     """Import vLLM's load engine, then answer jobs until ended from outside."""
+    from vllm.benchmarks import serve as bench_serve
     from vllm.benchmarks.datasets.datasets import TimedTrace
-    from vllm.benchmarks.serve import add_cli_args, main_async
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser: Any = FlexibleArgumentParser()
-    add_cli_args(parser)
+    bench_serve.add_cli_args(parser)
     keep_token_ids(TimedTrace)
+    keep_tokenizer(bench_serve)
     for number in itertools.count(1):
         job = folder / f"{number}.job"
         while not job.exists():
             time.sleep(POLL_S)
         try:
             options = parser.parse_args(json.loads(job.read_text()))
-            answer: dict[str, Any] = asyncio.run(_watched(main_async(options)))
+            answer: dict[str, Any] = asyncio.run(_watched(bench_serve.main_async(options)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - the answer carries it to who asked
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}

@@ -12,8 +12,10 @@ from disagglab.errors import LabError
 from disagglab.pytest_plugin.causes import BECAUSE, Cause
 from disagglab.pytest_plugin.plugin import SESSION, module_of
 from disagglab.pytest_plugin.session import Session
-from disagglab.results import report, speed
+from disagglab.results import report, seconds, speed
 from disagglab.results.report import Claim
+from disagglab.results.run_folder import Store
+from disagglab.results.seconds import Phase
 
 SHORT_SKIP = "Skipped: SHORT: "  # what --short asked for; --no-skips has nothing against it
 
@@ -28,6 +30,13 @@ def _uses(item: pytest.Item, live: Session) -> Callable[[Cause], bool]:
         return cause.seen_by.partition("::")[0] == item.nodeid.partition("::")[0]
 
     return uses
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """What a test and its fixtures take counts as theirs, but for what says more exactly what it is."""
+    with seconds.spends(Phase.TESTS):
+        return (yield)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -114,30 +123,41 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Generator[
         speed={**live.store.meta["speed"], "after": speed.probe()},
         exitstatus=int(session.exitstatus),
         modules={m.name: [vars(claim) for claim in m.tests] for m in live.modules.values()},
+        seconds=seconds.so_far(),
     )
     claims = [claim for module in live.modules.values() for claim in module.tests]
     if exitstatus == pytest.ExitCode.OK and not any(claim.outcome == "passed" for claim in claims):
         live.store.write_meta(nothing_proved=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    yield
-    try:
-        live.store.require_no_secret()
-        page = live.store.folder / "report.html"
-        if page.is_file() and page.stat().st_size > report.SIZE_LIMIT_BYTES:
-            raise LabError(f"{page} has {page.stat().st_size:,} B, more than {report.SIZE_LIMIT_BYTES:,} B")
-    except LabError as error:
-        live.unfit = str(error)
+    with seconds.spends(Phase.REPORT):
+        yield
+        live.unfit = _unfit(live.store)
+    if live.unfit:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     else:
         live.store.point_latest()
 
 
+def _unfit(store: Store) -> str:
+    """Why the run's folder must not be kept as it is; empty if it may."""
+    try:
+        store.require_no_secret()
+        page = store.folder / "report.html"
+        if page.is_file() and page.stat().st_size > report.SIZE_LIMIT_BYTES:
+            raise LabError(f"{page} has {page.stat().st_size:,} B, more than {report.SIZE_LIMIT_BYTES:,} B")
+    except LabError as error:
+        return str(error)
+    return ""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The verdicts, and where the report is."""
+    """The verdicts, and where the time went."""
     live = config.stash.get(SESSION, None)
     if live is None:
         return
+    spent = seconds.so_far()
+    live.store.write_meta(seconds=spent)
     if live.causes.found:
         terminalreporter.section("root cause", red=True, bold=True)
         for line in live.causes.lines():
@@ -152,6 +172,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line("FAILED: every test was skipped; this session proved nothing", red=True)
     if live.unfit:
         terminalreporter.write_line(f"FAILED: {live.unfit}", red=True)
+    terminalreporter.write_line(seconds.line(spent))
 
 
 @pytest.hookimpl(trylast=True)

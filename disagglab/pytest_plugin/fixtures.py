@@ -39,6 +39,7 @@ from disagglab.results import fingerprint, resume
 from disagglab.results.recorder import Recorder, timing_into
 from disagglab.results.report import not_judged
 from disagglab.results.run_folder import Store
+from disagglab.results.seconds import Phase, spends
 from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.topology import (
     DISAGGREGATED,
@@ -107,17 +108,19 @@ def hosts(live: Session) -> Iterator[Hosts]:
         pytest.skip(f"NOT-ROOT: lab {live.lab.name} makes its hosts, which needs root")
     found = Hosts(live.run_id, live.lab, live.store.logs)
     try:
-        with live.uncaptured():
-            found.open()
-        if found.reaped:
-            live.store.write_meta(reaped=found.reaped)
-        know_lab(live, found.survey())
+        with spends(Phase.HOSTS):
+            with live.uncaptured():
+                found.open()
+            if found.reaped:
+                live.store.write_meta(reaped=found.reaped)
+            know_lab(live, found.survey())
         live.hosts = found
         yield found
     finally:
-        live.causes.look()
-        live.hosts = None
-        found.close()
+        with spends(Phase.ENDS):
+            live.causes.look()
+            live.hosts = None
+            found.close()
 
 
 def know_lab(live: Session, survey: Mapping[str, Mapping[str, str]]) -> None:
@@ -175,7 +178,7 @@ def engine(hosts: Hosts, lab: Lab, weights: Model, store: Store) -> LoadEngine:
 
 
 def _topology(live: Session, deployment: Deployment, name: str) -> Topology:
-    topology = deployment.topology(name)
+    topology = deployment.topology(name, live.routed)
     live.store.commands[f"router {name}"] = topology.router.command
     return topology
 
@@ -186,7 +189,7 @@ def kept_arms(live: Session, deployment: Deployment) -> list[Topology]:
     """
     own = [_topology(live, deployment, name) for name in TOPOLOGIES if name in live.arms.kept]
     if SINGLE_AGAIN in live.arms.kept:
-        own.append(dataclasses.replace(deployment.topology(SINGLE), name=SINGLE_AGAIN))
+        own.append(dataclasses.replace(deployment.topology(SINGLE, live.routed), name=SINGLE_AGAIN))
     return own
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+from collections.abc import Container, Iterable
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from disagglab.experiments.asked import Asked, Chosen, choose, require_here
 from disagglab.paths import REPORTS, ROOT
 from disagglab.pytest_plugin.options import DEFAULT_ROUNDS, SHORT_ROUNDS, budget_s, pytest_addoption
 from disagglab.pytest_plugin.session import Session
-from disagglab.results import fingerprint, report, resume, speed
+from disagglab.results import fingerprint, report, resume, seconds, speed
 from disagglab.results.recorder import VIRTUAL_CLOCK, saved_name
 from disagglab.results.run_folder import Store, new_run_id
+from disagglab.serving.topology import TOPOLOGIES
 
 __all__ = ["SESSION", "module_of", "pytest_addoption"]  # the last is a hook of pytest
 
@@ -79,6 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     if not _tests_lab(config):
         return
+    seconds.open_account()
     try:
         asked = _asked(config)
         chosen = choose(asked)
@@ -227,6 +230,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("dedicated") is not None:
                 item.add_marker(skip)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Note which topologies will be asked for, so that their routers can be started at the same time."""
+    live = session.config.stash.get(SESSION, None)
+    if live is not None:
+        live.routed = routed(session.items, live.arms.kept)
+
+
+def routed(items: Iterable[pytest.Item], arms: Container[str]) -> tuple[str, ...]:
+    """The kinds of topologies that these tests ask for by fixtures; those that will be skipped ask for none.
+
+    Args:
+        arms: what the comparison compares, as far as a test has it.
+    """
+    asked: set[str] = set()
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if item.get_closest_marker("skip") is None:
+            compared = [name for name in TOPOLOGIES if name in arms] if "comparison" in names else []
+            asked.update(names, compared)
+    return tuple(name for name in TOPOLOGIES if name in asked)
 
 
 def skip_without_preconditions(item: pytest.Item, lab: Lab) -> None:

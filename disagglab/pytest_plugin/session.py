@@ -53,6 +53,7 @@ class Session:
     unfit: str = ""  # why the run's folder must not be kept as it is
     hosts: Hosts | None = None
     deployments: list[Deployment] = field(default_factory=list)
+    routed: tuple[str, ...] = ()  # kinds of topologies that the selected tests ask for
 
     def __post_init__(self) -> None:
         self.causes = Causes(self._deaths)

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from disagglab import text
 from disagglab.config.arms import CODE, DISAGGREGATED, SINGLE, SINGLE_AGAIN, Arms
 from disagglab.config.schema import Lab
-from disagglab.results import fingerprint, plot, speed
+from disagglab.results import fingerprint, plot, seconds, speed
 from disagglab.results.gate import NOT_ENFORCED
 from disagglab.results.records import Record, Run, VerdictRow
 from disagglab.results.run_folder import Store
@@ -80,6 +80,7 @@ def render(lab: Lab, store: Store, modules: Sequence[Module], invalid: Sequence[
         left_out=left_out_lines(store),
         modules=[_module(module, store) for module in modules],
         invalid=invalid,
+        seconds=seconds.rows(store.meta.get("seconds") or {}),
     )
 
 

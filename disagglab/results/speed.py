@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from disagglab.results.seconds import Phase, spends
+
 COPY_BYTES = 256 * 2**20  # several times the last-level cache of what this runs on
 MATRIX = 512
 REPEATS = 7  # after one of each that is not counted: it touches the memory and wakes the threads of BLAS
@@ -22,6 +24,7 @@ DIGITS = {COPY: 1, MATRIX_PRODUCT: 0}
 NAMES = {COPY: "copy", MATRIX_PRODUCT: "matrix"}
 
 
+@spends(Phase.PROBE)
 def probe() -> dict[str, float | list[float] | None]:
     """The speed of memory copies (GB/s, bytes copied) and of matrix products (GFLOP/s), as :func:`record`
     keeps them.

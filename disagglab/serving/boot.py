@@ -10,6 +10,7 @@ from disagglab import waiting
 from disagglab.config.schema import Lab
 from disagglab.errors import StartError
 from disagglab.progress import ProgressLine
+from disagglab.results.seconds import Phase, spends
 from disagglab.serving import death
 from disagglab.serving.service import POLL_S
 from disagglab.serving.vllm import VllmServer, post_mortem
@@ -35,6 +36,7 @@ class _Watch:
         self._log_size, self._cpu_s = size, cpu_s
 
 
+@spends(Phase.SERVERS)
 def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> None:
     """Return when every server is ready; show phase and elapsed time while they boot.
 

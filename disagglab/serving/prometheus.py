@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from disagglab.errors import InvalidRun
 from disagglab.results.records import Snapshot
+from disagglab.serving import http
 
 SCRAPE_TIMEOUT_S = 30.0
 PROCESS_START = "process_start_time_seconds"
@@ -32,7 +33,7 @@ def scrape(server: str, base_url: str) -> Snapshot:
     """
     url = f"{base_url}/metrics"
     try:
-        answer = httpx.get(url, timeout=SCRAPE_TIMEOUT_S)
+        answer = http.get(url, SCRAPE_TIMEOUT_S)
         answer.raise_for_status()
     except httpx.HTTPError as error:
         raise InvalidRun(f"{server}: no metrics: {error}; try: curl -s {url}") from error

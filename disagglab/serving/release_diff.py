@@ -7,11 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from disagglab.errors import InvalidRun
-from disagglab.serving import openai
+from disagglab.serving import http, openai
 from disagglab.serving.topology import Topology
 from disagglab.serving.vllm import VllmServer
 
@@ -55,7 +54,7 @@ def metric_families(servers: Sequence[VllmServer]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for server in servers:
-        answer = httpx.get(f"{server.url}/metrics", timeout=HTTP_TIMEOUT_S)
+        answer = http.get(f"{server.url}/metrics", HTTP_TIMEOUT_S)
         if answer.status_code != 200:
             raise InvalidRun(f"{server.name}: {server.url}/metrics answered {answer.status_code}")
         for family in text_string_to_metric_families(answer.text):

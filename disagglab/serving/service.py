@@ -10,18 +10,20 @@ import abc
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from disagglab.errors import StartError
 from disagglab.hosts.host import HostProcess
 
 TAIL_LINES = 20  # of a log, in the message of a start that failed
-POLL_S = 0.25
+POLL_S = 0.25  # for what takes seconds to be ready
 HTTP_TIMEOUT_S = 5.0  # of one question to a service of this lab
 
 
 class Service(abc.ABC):
     """A program that was started. ``process`` runs it; ``command`` is what one would type."""
+
+    poll_s: ClassVar[float] = POLL_S  # between two looks whether it is ready
 
     if TYPE_CHECKING:  # subclasses have them as fields or properties, as it suits them
 
@@ -106,7 +108,7 @@ def await_that(
         what = f"{service.process.name} {state}{missing}"
         return StartError(f"{what}; command: {service.command}\nlast lines of {log}:\n{tail}")
 
-    service.process.await_that(condition, limit_s, without, POLL_S)
+    service.process.await_that(condition, limit_s, without, service.poll_s)
 
 
 def read_tail(log: Path, lines: int) -> list[str]:

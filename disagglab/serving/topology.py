@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 from disagglab.config import arms, ipv4
 from disagglab.config.schema import Lab, NodeSection
+from disagglab.errors import StartError
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.predict.strategies import Strategy
 from disagglab.progress import ProgressLine
+from disagglab.results.seconds import Phase, spends
 from disagglab.serving import boot, death, room
-from disagglab.serving.router import Hearing, Router, start_router
+from disagglab.serving.router import READY_DEADLINE_S, Hearing, Router, launch_router
 from disagglab.serving.vllm import EventSource, VllmServer, plan_server
 
 SINGLE, REPLICATED, DISAGGREGATED = arms.SINGLE, arms.REPLICATED, arms.DISAGGREGATED
@@ -127,6 +129,7 @@ class Deployment:
             for node in self.nodes
         ]
 
+    @spends(Phase.SERVERS)
     def launch(self) -> None:
         """Start all servers at once; they are not ready yet. See :func:`require_room_for` before.
 
@@ -161,27 +164,51 @@ class Deployment:
             server.require_release(self.lab.vllm.version)
         return self
 
-    def topology(self, name: str) -> Topology:
+    @spends(Phase.ROUTERS)
+    def topology(self, name: str, along: Sequence[str] = ()) -> Topology:
         """A topology on these servers, by its kind; its router is started when first asked for.
 
+        Args:
+            along: kinds that will be asked for later. Routers of these that do not run yet are started at the
+                same time; one that does not come up is ended, and started again when it is asked for.
+
         Raises:
-            StartError: if the router does not come up.
+            StartError: if the router of ``name`` does not come up.
         """
         if name not in self._topologies:
-            self._topologies[name] = self._route(name)
-            self.process_names.add(self._topologies[name].router.process.name)
+            self._bring_up([one for one in dict.fromkeys((name, *along)) if one not in self._topologies])
         return self._topologies[name]
 
+    def _bring_up(self, names: Sequence[str]) -> None:
+        """Start the routers of these kinds at once; return when each is ready, or ended but for the first."""
+        launched: dict[str, Topology] = {}
+        with contextlib.ExitStack() as failed:
+            for name in names:
+                launched[name] = self._route(name)
+                failed.callback(launched[name].router.stop)
+            for name, topology in launched.items():
+                try:
+                    topology.router.await_ready(READY_DEADLINE_S)
+                except StartError:
+                    if name == names[0]:
+                        raise
+                    topology.router.stop()
+                else:
+                    self._topologies[name] = topology
+                    self.process_names.add(topology.router.process.name)
+            failed.pop_all()
+
     def _route(self, name: str) -> Topology:
+        """A topology whose router is not ready yet."""
         prefill = tuple(server for server in self.servers if server.plan.node.role == "prefill")
         decode = tuple(server for server in self.servers if server.plan.node.role == "decode")
         version = self.lab.vllm.version
         label = (name if self.connector else f"{name}-dedicated") + self.tag
         if name == DISAGGREGATED:
-            router = start_router(self.hosts.controller, self.lab, label, prefill=prefill, decode=decode)
+            router = launch_router(self.hosts.controller, self.lab, label, prefill=prefill, decode=decode)
             return Topology(name + self.tag, name, version, router, self.servers, prefill, decode)
         servers = prefill[:1] if name == SINGLE else self.servers
-        router = start_router(self.hosts.controller, self.lab, label, workers=servers)
+        router = launch_router(self.hosts.controller, self.lab, label, workers=servers)
         return Topology(name + self.tag, name, version, router, servers)
 
     @contextlib.contextmanager
@@ -207,17 +234,18 @@ class Deployment:
         label = f"{strategy.name}{self.tag}-{self._routed}"
         ports = self.hosts.router_ports.pop() if self.hosts.router_ports else self._router_ports()
         try:
-            router = start_router(
-                self.hosts.controller,
-                self.lab,
-                label,
-                () if prefill else servers,
-                prefill,
-                decode,
-                strategy,
-                self._hearing(sources) if strategy.events else None,
-                ports,
-            )
+            with spends(Phase.ROUTERS):
+                router = launch_router(
+                    self.hosts.controller,
+                    self.lab,
+                    label,
+                    () if prefill else servers,
+                    prefill,
+                    decode,
+                    strategy,
+                    self._hearing(sources) if strategy.events else None,
+                    ports,
+                ).brought_up(READY_DEADLINE_S)
         except BaseException:
             self.hosts.router_ports.append(ports)
             raise
@@ -237,6 +265,7 @@ class Deployment:
         host, address = self.hosts.controller, self.lab.controller.address
         return host.reserve_port(address), host.reserve_port(address)
 
+    @spends(Phase.ENDS)
     def stop(self) -> None:
         """End routers and servers of this deployment, all of them even where one does not end.
 

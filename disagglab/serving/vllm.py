@@ -22,7 +22,7 @@ from disagglab.hosts.host import Host, HostProcess
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
 from disagglab.results.records import Snapshot
-from disagglab.serving import death
+from disagglab.serving import death, http
 from disagglab.serving.causes import cause_of
 from disagglab.serving.prometheus import scrape
 from disagglab.serving.service import HTTP_TIMEOUT_S, Service, read_tail
@@ -241,7 +241,7 @@ class VllmServer(Service):
             StartError: if somebody else answers there.
         """
         try:
-            answer = httpx.get(f"{self.url}/v1/models", timeout=HTTP_TIMEOUT_S)
+            answer = http.get(f"{self.url}/v1/models", HTTP_TIMEOUT_S)
         except httpx.HTTPError:
             return False
         names = [row["id"] for row in answer.json().get("data", [])] if answer.status_code == 200 else []

@@ -176,9 +176,10 @@ def test_a_deployment_routes_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def start(_host: Any, _lab: Any, label: str, **roles: Any) -> Any:
         asked.append(roles)
-        return SimpleNamespace(process=SimpleNamespace(name=f"router-{label}"))
+        process = SimpleNamespace(name=f"router-{label}")
+        return SimpleNamespace(process=process, stop=lambda: None, await_ready=lambda _: None)
 
-    monkeypatch.setattr(topology, "start_router", start)
+    monkeypatch.setattr(topology, "launch_router", start)
     hosts: Any = SimpleNamespace(controller=None)
     lab = load_lab("four-h200-2p2d")
     model: Any = SimpleNamespace(name="m")

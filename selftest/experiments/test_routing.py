@@ -258,10 +258,10 @@ def test_a_routed_topology_has_a_router_of_its_own(monkeypatch: pytest.MonkeyPat
 
     def start(_host: Any, _lab: Any, name: str, *rest: Any) -> Router:
         asked.append((name, *rest))
-        process: Any = SimpleNamespace(stop=lambda: stopped.append(name))
+        process: Any = SimpleNamespace(stop=lambda: stopped.append(name), await_that=lambda *_: None)
         return Router(name, "http://r", (), process)
 
-    monkeypatch.setattr(topology, "start_router", start)
+    monkeypatch.setattr(topology, "launch_router", start)
     ports = iter(range(100, 200))
     hosts: Any = SimpleNamespace(
         controller=SimpleNamespace(reserve_port=lambda _: next(ports)), router_ports=[]
@@ -294,17 +294,17 @@ def test_a_routed_topology_has_a_router_of_its_own(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_ports_of_a_router_that_does_not_come_up_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one gets them, of another deployment too; start_router has ended what it started."""
+    """The next one gets them, of another deployment too; nothing runs on them."""
     given: list[tuple[int, int]] = []
 
     def start(*arguments: Any) -> Router:
         given.append(arguments[-1])
         if len(given) == 1:
             raise StartError("not ready")
-        process: Any = SimpleNamespace(stop=lambda: None)
+        process: Any = SimpleNamespace(stop=lambda: None, await_that=lambda *_: None)
         return Router("r", "http://r", (), process)
 
-    monkeypatch.setattr(topology, "start_router", start)
+    monkeypatch.setattr(topology, "launch_router", start)
     ports = iter((100, 101))
     hosts: Any = SimpleNamespace(
         controller=SimpleNamespace(reserve_port=lambda _: next(ports)), router_ports=[]
@@ -329,7 +329,7 @@ def test_a_router_that_does_not_come_up_is_ended(
     worker: Any = SimpleNamespace(url="http://a", plan=SimpleNamespace(served_name="m"))
     monkeypatch.setattr(router.Router, "is_ready", lambda _: False)
     with pytest.raises(StartError, match=r"router-x ended; command: (.|\n)*no worker"):
-        router.start_router(host, load_lab("embedded"), "x", [worker], ports=(1, 2))
+        router.launch_router(host, load_lab("embedded"), "x", [worker], ports=(1, 2)).brought_up(60.0)
     assert process.was_ended == ["stop"]
 
 

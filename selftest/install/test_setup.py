@@ -6,6 +6,7 @@ Stand-ins: a runner that records the commands and answers as pip would, folders 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from disagglab.install.requirements import (
     choose_platform,
 )
 from disagglab.install.setup import (
+    HARDLY_IMPORTED,
     NOT_FOUND,
     Result,
     command_environment,
@@ -168,6 +170,31 @@ def test_fresh_folder_is_set_up_in_order_and_only_once(plan: Plan) -> None:
     assert all(part in command for part, command in zip(wanted, pip.commands, strict=True)), pip.commands
     set_up(plan, pip, quiet)
     assert len(pip.commands) == len(wanted), "a complete environment needs no command"
+
+
+@pytest.mark.parametrize(
+    ("file", "left"),
+    [
+        ("sympy/core/tests/test_expr.py", True),
+        ("numpy/_core/tests/data/generate.py", True),
+        ("scipy/test/x.py", True),
+        ("transformers/models/zamba/modeling_zamba.py", True),
+        ("transformers/models/auto/configuration_auto.py", False),
+        ("transformers/models/__init__.py", False),
+        ("transformers/modeling_utils.py", False),
+        ("torch/testing/_comparison.py", False),
+        ("pytest/__init__.py", False),
+        ("vllm/model_executor/models/llama.py", False),
+    ],
+)
+def test_what_hardly_anybody_imports_is_left_out_of_compiling(plan: Plan, file: str, left: bool) -> None:
+    """As compileall searches the path of each file for the expression, wherever the checkout lies."""
+    pip = Pip()
+    set_up(plan, pip, quiet)
+    (command,) = (one for one in pip.commands if "compileall" in one)
+    assert f" -x {HARDLY_IMPORTED} " in command
+    path = f"/home/me/tests/lab/.venv/lib/python3.11/site-packages/{file}"
+    assert bool(re.search(HARDLY_IMPORTED, path)) is left
 
 
 def test_cuda_takes_torch_from_its_lock_and_needs_no_alias(plan: Plan) -> None:

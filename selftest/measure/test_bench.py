@@ -96,6 +96,23 @@ def test_a_trace_is_sent_as_token_ids() -> None:
     assert TextTrace().sample(tokenizer=Tokenizer(), num_requests=2) == [[1, 2], [1, 2]]
 
 
+def test_a_tokenizer_is_loaded_once() -> None:
+    """As main_async asks for it, job after job; another folder or mode is another tokenizer."""
+    loaded: list[tuple[str, str]] = []
+
+    def get_tokenizer(name: str, *, tokenizer_mode: str, trust_remote_code: bool) -> Any:
+        loaded.append((name, tokenizer_mode))
+        return object()
+
+    module = SimpleNamespace(get_tokenizer=get_tokenizer)
+    loadworker.keep_tokenizer(module)
+    first, again, other = (
+        module.get_tokenizer(name, tokenizer_mode="auto", trust_remote_code=False) for name in ("a", "a", "b")
+    )
+    assert first is again is not other
+    assert loaded == [("a", "auto"), ("b", "auto")]
+
+
 def test_e2e_is_the_sum_of_its_parts_where_it_is_not_kept() -> None:
     """The result of vLLM 0.26 has no latencies: TTFT and gaps are made of the same clock readings."""
     without = {key: value for key, value in RESULT.items() if key != "latencies"}
@@ -146,14 +163,21 @@ def topology(model: str) -> Any:
 
 
 @pytest.mark.parametrize("is_local", [True, False])
-def test_a_job_is_a_file_and_so_is_its_answer(host: Host, tmp_path: Path, is_local: bool) -> None:
-    """One worker answers run after run; on another host it finds a copy of the trace in its scratch."""
+def test_a_job_is_a_file_and_so_is_its_answer(
+    host: Host, tmp_path: Path, is_local: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker answers run after run; on another host it finds a copy of the trace in its scratch. Of a
+    job's time its own duration counts as load.
+    """
+    counted: list[tuple[str, float]] = []
+    monkeypatch.setattr(bench, "counts", lambda phase, spent_s: counted.append((str(phase), spent_s)))
     host.is_local = is_local
     engine = bench.LoadEngine(host, Path("/words"), [], tmp_path / "traces")
     for number in range(2):
         run = engine.run(topology("M"), WORKLOAD, seed=1, number=number)
         assert run.ttft_s == tuple(RESULT["ttfts"])
         assert (run.round, run.client) == (number, None)
+    assert counted == [("load", RESULT["duration"])] * 2
     (trace,) = (tmp_path / "traces").iterdir()
     process = engine._process
     assert process is not None
@@ -198,7 +222,11 @@ def test_the_worker_answers_jobs_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_pa
         "vllm.benchmarks": {},
         "vllm.benchmarks.datasets": {},
         "vllm.benchmarks.datasets.datasets": {"TimedTrace": type("Trace", (TextTrace,), {})},
-        "vllm.benchmarks.serve": {"add_cli_args": add_cli_args, "main_async": main_async},
+        "vllm.benchmarks.serve": {
+            "add_cli_args": add_cli_args,
+            "main_async": main_async,
+            "get_tokenizer": lambda _: None,
+        },
         "vllm.utils": {},
         "vllm.utils.argparse_utils": {"FlexibleArgumentParser": argparse.ArgumentParser},
     }

@@ -5,6 +5,8 @@ The oracle is a pair of readings that a correct run would leave; every test chan
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -362,3 +364,93 @@ def test_a_prefix_below_one_block_is_never_found() -> None:
     """Blocks are shared whole: the requests count as if they had nothing in common."""
     told = story(SINGLE)
     assert ledger.with_shared_prefix(told.topology, told.before, told.after, SENT, 127, 2) == SENT
+
+
+class Catching:
+    """The servers of a topology, whose counters stand still until ``late_s`` after the first look.
+
+    The clock moves only while the wait sleeps. ``together``: every scrape waits at it, and ends only if all
+    servers are asked at once.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, late_s: float) -> None:
+        self.now_s, self.late_s = 0.0, late_s
+        self.true = story(name)
+        self.together = threading.Barrier(len(self.true.topology.servers), timeout=10.0)
+        self.asked_s: list[float] = []
+        self.running = 0.0
+        monkeypatch.setattr("disagglab.waiting.time.monotonic", lambda: self.now_s)
+        monkeypatch.setattr("disagglab.waiting.time.sleep", self._sleep)
+        servers = {s.name: self._server(s) for s in self.true.topology.servers}
+        roles = {
+            role: tuple(servers[s.name] for s in getattr(self.true.topology, role))
+            for role in ("servers", "prefill", "decode")
+        }
+        self.topology = replace(self.true.topology, **roles)
+
+    def _sleep(self, amount_s: float) -> None:
+        self.now_s += amount_s
+
+    def _server(self, one: Any) -> Any:
+        def metrics() -> Snapshot:
+            if self.together.wait() == 0:
+                self.asked_s.append(round(self.now_s, 9))
+            told = self.true.before if self.now_s < self.late_s else self.true.after
+            no_labels: frozenset[tuple[str, str]] = frozenset()
+            under_way = ((ledger.RUNNING, no_labels, self.running), (ledger.WAITING, no_labels, 0.0))
+            kept = told.snapshots[one.name]
+            return replace(kept, samples=kept.samples + under_way)
+
+        process = SimpleNamespace(identity=Process(100, 1))
+        alive: Any = lambda: None  # noqa: E731
+        return SimpleNamespace(
+            name=one.name, plan=one.plan, process=process, require_alive=alive, metrics=metrics
+        )
+
+    def settle(self) -> Ledger:
+        """What the ledger makes of the reading that it waited for."""
+        after = ledger.settle(self.topology, self.true.before, len(SENT))
+        return ledger.prove(self.topology, self.true.before, after, SENT, SHAPE, VERSION)
+
+
+@pytest.mark.parametrize("name", [SINGLE, REPLICATED, DISAGGREGATED])
+def test_counters_that_have_caught_up_are_read_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No pause before or after, and all servers at once."""
+    servers = Catching(monkeypatch, name, late_s=0.0)
+    servers.settle()
+    assert servers.asked_s == [0.0]
+
+
+def test_counters_that_lag_are_read_soon_again_then_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses of 20, 40, 80, 160 ms, then 200 ms, until all that was sent is there: here after 0.6 s."""
+    servers = Catching(monkeypatch, DISAGGREGATED, late_s=0.6)
+    servers.settle()
+    assert servers.asked_s == [0.0, 0.02, 0.06, 0.14, 0.3, 0.5, 0.7]
+
+
+def test_counters_that_never_catch_up_are_waited_for_30_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the last reading is handed out, and the proof says what is missing."""
+    servers = Catching(monkeypatch, DISAGGREGATED, late_s=math.inf)
+    with pytest.raises(InvalidRun, match=r"prompt tokens that prefill computed: expected 428, got 0"):
+        servers.settle()
+    assert 30.0 <= servers.asked_s[-1] <= 30.2 + 0.01
+
+
+def test_a_server_that_still_computes_has_not_caught_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its counters are those of the run, and yet a request is under way."""
+    servers = Catching(monkeypatch, SINGLE, late_s=0.0)
+    servers.running = 1.0
+    servers.settle()
+    assert servers.asked_s[-1] >= 30.0
+
+
+def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers = Catching(monkeypatch, REPLICATED, late_s=0.0)
+
+    def silent() -> Snapshot:
+        raise InvalidRun("b: no metrics")
+
+    servers.together = threading.Barrier(1)
+    monkeypatch.setattr(servers.topology.servers[1], "metrics", silent)
+    with pytest.raises(InvalidRun, match="b: no metrics"):
+        ledger.read(servers.topology)

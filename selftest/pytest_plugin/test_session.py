@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 from disagglab.paths import ROOT
 from disagglab.pytest_plugin import endings
 from disagglab.pytest_plugin.plugin import SESSION
-from disagglab.results import speed
+from disagglab.results import seconds, speed
 from disagglab.results.run_folder import Store, new_run_id
 
 LIMIT_S = 90
@@ -36,6 +39,27 @@ def test_a_session_that_skipped_everything_has_failed(state: Path, tmp_path: Pat
     assert answer.returncode == 1, answer.stdout
     assert "every test was skipped; this session proved nothing" in answer.stdout
     assert "DEDICATED: asked for with --dedicated" in answer.stdout
+
+
+def test_a_session_accounts_for_all_of_its_seconds(state: Path) -> None:
+    """From the process's start on: the terminal has the line of run.json, and the report the table.
+
+    Oracle: a clock outside. What it sees beyond the sum is the process's end; 1 s of rounding either way.
+    """
+    began = time.monotonic()
+    answer = session("tests/kvcache/test_arithmetic.py", "-k", "bytes_per_token")
+    took_s = time.monotonic() - began
+    assert answer.returncode == 0, answer.stdout
+    found = re.search(r"^run: (\S+);", answer.stdout, re.MULTILINE)
+    assert found
+    folder = Path(found[1])
+    spent: dict[str, float] = json.loads((folder / "run.json").read_text())["seconds"]
+    assert f"\n{seconds.line(spent)}\n" in answer.stdout
+    assert {"start", "probe", "tests", "report", "other"} <= set(spent)
+    in_pytest = re.search(r"passed.* in ([0-9.]+)s", answer.stdout)
+    assert in_pytest
+    assert float(in_pytest[1]) - 1.0 <= sum(spent.values()) <= took_s
+    assert "Where the time went" in (folder / "report.html").read_text()
 
 
 def test_a_session_that_may_not_skip_names_what_was_missing(state: Path, tmp_path: Path) -> None:

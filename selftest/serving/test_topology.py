@@ -14,7 +14,7 @@ from disagglab.errors import StartError
 from disagglab.experiments.dry_run import model_of
 from disagglab.hosts.recording import RecordingHosts
 from disagglab.serving import boot
-from disagglab.serving.topology import DISAGGREGATED, SINGLE, Deployment, running
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Deployment, running
 
 
 class Standin:
@@ -23,7 +23,7 @@ class Standin:
     def __init__(self, name: str, ended: list[str], fails: frozenset[str] = frozenset()) -> None:
         self.name, self._ended, self._fails = name, ended, fails
         self.process = self
-        self.looked_at = False
+        self.looked_at = self.is_router = False
 
     def has_died(self) -> bool:
         """Nobody could tell a death from an end afterwards, so it is asked before."""
@@ -34,7 +34,7 @@ class Standin:
         """It is of the release that is asked for."""
 
     def stop(self) -> None:
-        assert self.looked_at
+        assert self.looked_at or self.is_router
         self._ended.append(self.name)
         if self.name in self._fails:
             raise StartError(f"{self.name} still lives")
@@ -45,6 +45,7 @@ class Stage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ended: list[str] = []
+        self.routers: list[str] = []
         self.cannot_start, self.never_ready = "", ""
         self.ends_badly: frozenset[str] = frozenset()
         self.waited = 0
@@ -54,7 +55,7 @@ class Stage:
         self.own = Deployment(hosts, lab, model_of(lab))
         self.beside = Deployment(hosts, lab, model_of(lab), tag="@push")
         monkeypatch.setattr("disagglab.serving.topology.VllmServer.start", self._start)
-        monkeypatch.setattr("disagglab.serving.topology.start_router", self._route)
+        monkeypatch.setattr("disagglab.serving.topology.launch_router", self._route)
         monkeypatch.setattr(boot, "wait_ready", self._wait)
 
     def _start(self, _host: Any, _lab: Any, plan: Any, _ports: Any) -> Any:
@@ -66,7 +67,16 @@ class Stage:
         return server
 
     def _route(self, _host: Any, _lab: Any, label: str, **_: Any) -> Any:
-        return Standin(f"router {label}", self.ended, self.ends_badly)
+        self.routers.append(f"launched {label}")
+        router = Standin(f"router {label}", self.ended, self.ends_badly)
+        router.is_router = True
+        router.await_ready = lambda _: self._await(label)  # type: ignore[attr-defined]
+        return router
+
+    def _await(self, label: str) -> None:
+        if label == self.never_ready:
+            raise StartError(f"router-{label} is not ready")
+        self.routers.append(f"ready {label}")
 
     def _wait(self, servers: Any, *_: Any) -> None:
         self.waited += 1
@@ -121,3 +131,48 @@ def test_one_that_does_not_end_keeps_no_other_from_its_end(stage: Stage) -> None
     with pytest.raises(StartError, match="still lives"), stage.run():
         stage.own.topology(SINGLE)
     assert stage.ended == ["a@push", "b@push", "router single", "a", "b"]
+
+
+def test_routers_that_a_session_needs_are_started_together(stage: Stage) -> None:
+    """All are launched before the first is waited for; asked for again, none is started."""
+    with stage.run():
+        asked = stage.own.topology(REPLICATED, TOPOLOGIES)
+        assert stage.routers == [
+            *(f"launched {name}" for name in (REPLICATED, SINGLE, DISAGGREGATED)),
+            *(f"ready {name}" for name in (REPLICATED, SINGLE, DISAGGREGATED)),
+        ]
+        assert asked.kind == REPLICATED
+        for name in TOPOLOGIES:
+            assert stage.own.topology(name, TOPOLOGIES).kind == name
+        assert len(stage.routers) == 6
+    assert sorted(stage.ended[2:5]) == [f"router {name}" for name in sorted(TOPOLOGIES)]
+
+
+def test_who_needs_one_router_starts_one(stage: Stage) -> None:
+    with stage.run():
+        stage.own.topology(SINGLE)
+        stage.own.topology(SINGLE, [SINGLE])
+        assert stage.routers == ["launched single", "ready single"]
+
+
+def test_a_router_that_does_not_come_up_is_an_error_of_those_who_ask_for_it(stage: Stage) -> None:
+    """It is ended; the one that was asked for is handed out. Asked for, it is started again."""
+    stage.never_ready = REPLICATED
+    with stage.run():
+        assert stage.own.topology(SINGLE, TOPOLOGIES).kind == SINGLE
+        assert stage.ended == ["router replicated"]
+        with pytest.raises(StartError, match="router-replicated is not ready"):
+            stage.own.topology(REPLICATED, TOPOLOGIES)
+        assert stage.ended == ["router replicated"] * 2
+        assert stage.own.topology(DISAGGREGATED, TOPOLOGIES).kind == DISAGGREGATED
+        assert [one for one in stage.routers if "ready" in one] == ["ready single", "ready disaggregated"]
+
+
+def test_where_the_router_that_is_asked_for_fails_none_is_left(stage: Stage) -> None:
+    stage.never_ready = SINGLE
+    with stage.run():
+        with pytest.raises(StartError, match="router-single is not ready"):
+            stage.own.topology(SINGLE, TOPOLOGIES)
+        assert sorted(stage.ended) == [f"router {name}" for name in sorted(TOPOLOGIES)]
+        stage.ended.clear()
+    assert stage.ended == ["a@push", "b@push", "a", "b"]

@@ -19,6 +19,7 @@ from disagglab.errors import InvalidRun
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.progress import ProgressLine
+from disagglab.results.seconds import Phase, spends
 from disagglab.serving import boot, openai, room
 from disagglab.serving.dynamo.etcd import EtcdClient, Listing
 from disagglab.serving.dynamo.parts import (
@@ -232,6 +233,7 @@ class DynamoDeployment:
         finally:
             frontend.stop()
 
+    @spends(Phase.ROUTERS)
     def _open(self, router_mode: str, migration_limit: int) -> Frontend:
         host, address = self.hosts.controller, self.lab.controller.address
         port, answers = host.reserve_port(address), host.reserve_port(address)
@@ -255,6 +257,7 @@ class DynamoDeployment:
         )
         return frontend.brought_up(FOUND_DEADLINE_S)
 
+    @spends(Phase.ENDS)
     def stop(self) -> None:
         """End all workers, at once, and all of them even where one does not end."""
         self.workers = ()

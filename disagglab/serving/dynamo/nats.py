@@ -18,6 +18,7 @@ from disagglab.address import url_of
 from disagglab.config.schema import Lab
 from disagglab.errors import LabError
 from disagglab.hosts.host import Host, HostProcess
+from disagglab.serving import http
 from disagglab.serving.service import HTTP_TIMEOUT_S, Service
 
 MEND = "make setup DYNAMO=1"
@@ -99,7 +100,7 @@ class NatsServer(Service):
     def is_ready(self) -> bool:
         """Whether it says that it is healthy, JetStream included."""
         try:
-            answer = httpx.get(f"{self.monitor}/healthz", timeout=HTTP_TIMEOUT_S)
+            answer = http.get(f"{self.monitor}/healthz", HTTP_TIMEOUT_S)
         except httpx.HTTPError:
             return False
         return answer.status_code == httpx.codes.OK and answer.json().get("status") == "ok"
@@ -125,7 +126,7 @@ class NatsServer(Service):
 
     def _read(self, path: str) -> dict[str, Any]:
         try:
-            answer = httpx.get(f"{self.monitor}{path}", timeout=HTTP_TIMEOUT_S)
+            answer = http.get(f"{self.monitor}{path}", HTTP_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise LabError(f"{self.name} {self.monitor}{path}: {error}; see {self.process.log}") from error
         if answer.status_code != httpx.codes.OK:

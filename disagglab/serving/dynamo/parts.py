@@ -26,7 +26,7 @@ from disagglab.errors import InvalidRun, StartError
 from disagglab.hosts.host import Host
 from disagglab.hosts.weights import Model
 from disagglab.results.records import Snapshot
-from disagglab.serving import openai
+from disagglab.serving import http, openai
 from disagglab.serving.prometheus import PROCESS_START, scrape
 from disagglab.serving.router import Router
 from disagglab.serving.service import HTTP_TIMEOUT_S
@@ -359,7 +359,7 @@ def on_worker(request: Mapping[str, Any], worker: Worker) -> dict[str, Any]:
 def _answer(url: str) -> dict[str, Any] | None:
     """What an address answers with 200; None without that."""
     try:
-        answer = httpx.get(url, timeout=HTTP_TIMEOUT_S)
+        answer = http.get(url, HTTP_TIMEOUT_S)
     except httpx.HTTPError:
         return None
     if answer.status_code != httpx.codes.OK:
