@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from disagglab.config.arms import OWN, SINGLE_AGAIN, twin_of
-from disagglab.config.schema import Lab
+from disagglab.config.arms import SINGLE_AGAIN, twin_of
+from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
 from disagglab.experiments import trials
 from disagglab.experiments.comparison import Comparison, warm_up
@@ -26,7 +26,7 @@ from disagglab.serving.death import Died
 from disagglab.serving.topology import DISAGGREGATED, Topology
 
 Turn = Trial[Topology, Workload]
-TWIN_ROUNDS = 3  # of two, Student's t would make the noise floor three times as wide
+TWIN_EVERY = 3  # rounds; the noise of a long session becomes known, and little time goes to it
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,21 @@ class Entrants:
     judged: Lab
     variants: tuple[str, ...] = ()
 
+    def gates(self, workload: str) -> list[GateSection]:
+        """The gates of a workload."""
+        return [gate for gate in self.judged.gates if gate.workload == workload]
+
     def needed(self, workload: str) -> tuple[str, ...]:
         """The arms that judge the gates of a workload."""
-        gates = [gate for gate in self.judged.gates if gate.workload == workload]
-        return trials.arms_needed(gates, self.variants)
+        return trials.arms_needed(self.gates(workload), self.variants)
 
     def of_round(self, workload: str, number: int) -> tuple[str, ...]:
-        """The arms of a round: in the first all of them, so that each has figures; in the first three also
-        the twin of the baseline, which measures the noise; then those that the gates need.
+        """The arms of a round: those that the gates need, and in every third round the twin of the baseline,
+        which measures the noise.
         """
-        needed = self.needed(workload)
-        gates = [gate for gate in self.judged.gates if gate.workload == workload]
-        wanted = {*needed}
-        if number < TWIN_ROUNDS:
-            wanted.add(trials.twin_needed(gates) or "")
-        if number == 0:
-            wanted |= {name for name in self.arms if name in OWN and name != SINGLE_AGAIN}
+        wanted = {*self.needed(workload)}
+        if number % TWIN_EVERY == 1:
+            wanted.add(trials.twin_needed(self.gates(workload)) or "")
         return tuple(name for name in self.arms if name in wanted)
 
 
@@ -138,10 +137,12 @@ def run_in_time(
         for number in range(PILOT_ROUNDS):
             for workload in workloads:
                 if rounds_of(workload.name) <= number:
-                    yield from one_round(workload, PILOT_ROUNDS)
-        sized = [_sized(comparison, who, workload, budget.left_s / len(workloads)) for workload in workloads]
+                    short = trials.shortest(workload, who.gates(workload.name)) if number else workload
+                    yield from one_round(short, PILOT_ROUNDS)
         while True:
-            found = planned(sized, budget.left_s)
+            left_s = budget.left_s
+            sized = [_sized(comparison, who, workload, left_s / len(workloads)) for workload in workloads]
+            found = planned(sized, left_s)
             if not first:
                 first.append(found)
                 store.write_meta(trials=found.as_json())
@@ -165,10 +166,8 @@ def run_in_time(
 
 def _sized(comparison: Comparison, who: Entrants, workload: Workload, left_s: float) -> Workload:
     """The workload with the length of runs that suits the time left for it."""
-    gates = [gate for gate in who.judged.gates if gate.workload == workload.name]
     needed = who.needed(workload.name)
-    seen = [name for name in who.arms if comparison.valid(workload.name, name)]
-    return trials.length_of(comparison, workload, gates, seen, left_s / len(needed))
+    return trials.length_of(comparison, workload, who.gates(workload.name), needed, left_s / len(needed))
 
 
 def _last_of_each(comparison: Comparison, workloads: Sequence[Workload]) -> Iterator[Run]:

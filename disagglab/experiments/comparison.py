@@ -50,6 +50,11 @@ class Comparison:
         ]
         return sorted(found, key=lambda run: run.round)
 
+    def arms(self, workload: str) -> list[str]:
+        """The arms with a run of a workload that counts, in the order of their first."""
+        found = (run for run in self.runs if run.workload.name == workload and run.round != WARM_UP_ROUND)
+        return list(dict.fromkeys(run.topology for run in found if run.invalid is None))
+
     def invalid(self) -> list[Run]:
         """The runs that do not count; each carries its reason."""
         return [run for run in self.runs if run.invalid is not None]

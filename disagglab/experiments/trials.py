@@ -32,6 +32,7 @@ PILOT_ROUNDS = 2  # the fewest that show a spread
 # Requests a run for each that is under way at once. With one, TTFT on two CPU cores was 35 % longer.
 HELD = 2
 LONGEST = 4  # times the workload's own number of requests; longer runs would leave too few rounds
+ROUNDS_OF_A_LENGTH = 4  # before another is thought of: fewer would choose by chance
 OWN_PAIRS = 4  # from so many pairs on their own spread is taken, before that the one of all arms
 
 
@@ -228,6 +229,11 @@ def lengths(workload: Workload, gates: Sequence[GateSection]) -> list[int]:
     return sorted({own, *(length for length in doubled if length <= LONGEST * own)})
 
 
+def shortest(workload: Workload, gates: Sequence[GateSection]) -> Workload:
+    """The workload with the shortest runs that measure the same."""
+    return workload.of_length(lengths(workload, gates)[0])
+
+
 def length_of(
     comparison: Comparison,
     workload: Workload,
@@ -237,27 +243,38 @@ def length_of(
     rule: Rule = "any time",
 ) -> Workload:
     """The workload with runs of the length that makes the interval of its first gate with a baseline
-    narrowest.
+    narrowest; the shortest until so many of its rounds show their spread (``ROUNDS_OF_A_LENGTH``).
+
+    The spread within a run is that of all runs with several requests, the first round of a session above all,
+    which has the workload's own length.
 
     Args:
         arms: whose runs tell the spread.
         seconds: for all runs of one arm.
     """
-    candidates = lengths(workload, gates)
+    short = shortest(workload, gates)
     judged = [gate for gate in gates if METRICS[gate.metric].each and gate.baseline]
-    if len(candidates) < 2 or not judged:
-        return workload
+    if not judged or short == workload:
+        return short
     metric, stream = METRICS[judged[0].metric], judged[0].stream
     assert metric.each is not None  # by the choice of the gate
     runs = [run for arm in arms for run in comparison.valid(workload.name, arm)]
-    found = _spread(comparison, judged[0], arms)
     inside = within([metric.each(answers(run, stream=stream)) for run in runs])
-    if found is None or inside is None:
-        return workload
-    cost = cost_of_a_run(comparison, workload.name, DISAGGREGATED)
-    measured = runs[0].workload.run_requests
+    alike = Comparison(
+        [run for run in runs if run.workload.run_requests == short.run_requests], comparison.slo
+    )
+    found = _spread(alike, judged[0], arms)
+    if inside is None or found is None or found.freedom < ROUNDS_OF_A_LENGTH - 1:
+        return short
+    cost = cost_of_a_run(alike, workload.name, DISAGGREGATED)
     best = best_length(
-        found, inside, measured, cost, candidates, seconds, lambda n: multiplier(n, ALPHA, rule)
+        found,
+        inside,
+        short.run_requests,
+        cost,
+        lengths(workload, gates),
+        seconds,
+        lambda n: multiplier(n, ALPHA, rule),
     )
     return workload.of_length(best)
 

@@ -38,6 +38,8 @@ def test_gated_figure_of_each_arm(
     if gate.limit is not None and arm != DISAGGREGATED:
         pytest.skip(f"NO-SUCH-FIGURE: {gate.metric} is a figure of disaggregated serving alone")
     live.require_arms(arm)
+    if live.budget_s is not None and arm not in comparison.arms(gate.workload):
+        pytest.skip(f"NOT-COMPARED: no gate of {gate.workload} takes {arm}; --rounds N measures every arm")
     values = comparison.values(gate.workload, arm, gate.metric, gate.stream)
     assert values, f"{gate.workload} has too few samples a run for {gate.figure}; raise its requests"
     assert all(value >= 0 for value in values)
@@ -74,8 +76,13 @@ def test_figures_of_every_run_are_recorded(
         command = comparison.valid(row.workload, row.arm)[0].command
         record.numbers(f"{row.metric}, {row.workload}", row.values, row.unit, arm=row.arm, command=command)
     measured = [name for name in TOPOLOGIES if name in live.arms.kept]
+    if live.budget_s is not None:
+        measured = [
+            arm for arm in measured if any(arm in comparison.arms(gate.workload) for gate in lab.gates)
+        ]
     for gate in lab.gates:
-        arms = measured if gate.limit is None else [DISAGGREGATED]
+        arms = [arm for arm in measured if arm in comparison.arms(gate.workload)]
+        arms = arms if gate.limit is None else [DISAGGREGATED]
         by_arm = {arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in arms}
         record.plot(
             f"{gate.figure}, {gate.workload}",
@@ -87,7 +94,8 @@ def test_figures_of_every_run_are_recorded(
         )
     found = {(row.workload, row.arm, row.metric) for row in rows}
     for workload in dict.fromkeys(gate.workload for gate in lab.gates):
-        for arm in measured:
+        wanted = measured if live.budget_s is None else comparison.arms(workload)
+        for arm in wanted:
             missing = [name for name in ALWAYS_KNOWN if (workload, arm, name) not in found]
             assert not missing, f"{workload}, {arm}: no values for {missing}"
 
