@@ -6,6 +6,7 @@ same prompts, since they share a seed; between rounds the prompts change.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -16,6 +17,7 @@ from disagglab.measure.bench import LoadEngine
 from disagglab.measure.run import measure
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
+from disagglab.results.seconds import Phase, spends
 from disagglab.serving.topology import Topology
 
 A = TypeVar("A")
@@ -69,6 +71,12 @@ def trials(
                 yield Trial(number, rounds, arm, subject, shared)
 
 
+def _charged(number: int) -> contextlib.AbstractContextManager[None]:
+    """Whose seconds a run's are: a warm-up's all count as such."""
+    warms_up = number == WARM_UP_ROUND
+    return spends(Phase.WARM_UP, whole=True) if warms_up else contextlib.nullcontext()
+
+
 def runs(
     engine: LoadEngine,
     over: Iterable[Trial[Topology, Workload]],
@@ -87,8 +95,9 @@ def runs(
     """
     for turn in over:
         show(turn.said(named(turn.subject), turn.arm.name))
-        run = measure(engine, turn.arm, turn.subject, turn.seed, turn.number, shape)
-        store.add_run(run)
+        with _charged(turn.number):
+            run = measure(engine, turn.arm, turn.subject, turn.seed, turn.number, shape)
+            store.add_run(run)
         yield run
         if run.invalid is not None:
             turn.arm.require_alive()

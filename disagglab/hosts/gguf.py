@@ -5,6 +5,8 @@ python -m disagglab.hosts.gguf FILE.gguf FOLDER DTYPE
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 import sys
@@ -24,6 +26,7 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    read_once()
     place, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
     model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=getattr(torch, dtype))
@@ -48,6 +51,17 @@ def convert(gguf: Path, folder: Path, dtype: str) -> None:
         os.close(descriptor)
     manifest = {"source": name, "dtype": dtype, "sizes": {path.name: path.stat().st_size for path in files}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def read_once() -> None:
+    """Let transformers read a file once, and make the table of tensor names of an architecture once.
+
+    transformers 5 makes a reader for the config, the tokenizer and the weights each, whose 10^5 words of the
+    vocabulary take seconds, and the table for every module of the model. Neither changes once it is made.
+    """
+    package: object = importlib.import_module("gguf")
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(package, name, functools.cache(getattr(package, name)))
 
 
 if __name__ == "__main__":

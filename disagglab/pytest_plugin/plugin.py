@@ -82,15 +82,16 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _tests_lab(config):
         return
     seconds.open_account()
-    try:
-        asked = _asked(config)
-        chosen = choose(asked)
-        budget_s(config)
-        require_here(asked, chosen)
-        earlier = _earlier(config, chosen)
-    except ConfigError as error:
-        raise pytest.UsageError(str(error)) from error
-    config.stash[SESSION] = _open_session(config, chosen, earlier)
+    with seconds.spends(seconds.Phase.START):
+        try:
+            asked = _asked(config)
+            chosen = choose(asked)
+            budget_s(config)
+            require_here(asked, chosen)
+            earlier = _earlier(config, chosen)
+        except ConfigError as error:
+            raise pytest.UsageError(str(error)) from error
+        config.stash[SESSION] = _open_session(config, chosen, earlier)
 
 
 def _asked(config: pytest.Config) -> Asked:

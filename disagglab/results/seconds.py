@@ -40,7 +40,7 @@ class Phase(enum.StrEnum):
 
 
 MEANING = {
-    Phase.START: "Python, pytest and plugins, until the lab file is read",
+    Phase.START: "Python, pytest and plugins, until the run's folder is made",
     Phase.PROBE: "machine speed, before and after",
     Phase.HOSTS: "reaching hosts, clearing them, reading their facts",
     Phase.MODEL: "finding the model; the first time converting it",

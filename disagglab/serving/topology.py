@@ -267,7 +267,7 @@ class Deployment:
 
     @spends(Phase.ENDS)
     def stop(self) -> None:
-        """End routers and servers of this deployment, all of them even where one does not end.
+        """End routers and servers of this deployment, at once, and all of them even where one does not end.
 
         Raises:
             StartError: if something is still alive; see :meth:`disagglab.serving.service.Service.stop`.
@@ -280,6 +280,8 @@ class Deployment:
                 ended.callback(service.stop)
             for service in (*routers, *servers):
                 service.process.has_died()  # noted before it is asked to end, for who looks for the cause
+            for service in (*routers, *servers):
+                service.ask_to_stop()
 
 
 @contextlib.contextmanager

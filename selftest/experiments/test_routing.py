@@ -344,7 +344,8 @@ def test_servers_started_before_one_that_cannot_be_are_stopped(monkeypatch: pyte
         if plan.process_name == "vllm-b":
             raise StartError("no such program")
         process = SimpleNamespace(has_died=lambda: False)
-        return SimpleNamespace(stop=lambda: stopped.append(plan.process_name), process=process)
+        end = {"ask_to_stop": lambda: None, "stop": lambda: stopped.append(plan.process_name)}
+        return SimpleNamespace(process=process, **end)
 
     monkeypatch.setattr(VllmServer, "start", start)
     monkeypatch.setattr(topology, "plan_server", lambda _lab, node, *_: named(node))

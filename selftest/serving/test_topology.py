@@ -24,6 +24,7 @@ class Standin:
         self.name, self._ended, self._fails = name, ended, fails
         self.process = self
         self.looked_at = self.is_router = False
+        self.asked = -1  # how many had ended when it was asked to end
 
     def has_died(self) -> bool:
         """Nobody could tell a death from an end afterwards, so it is asked before."""
@@ -32,6 +33,10 @@ class Standin:
 
     def require_release(self, _: str) -> None:
         """It is of the release that is asked for."""
+
+    def ask_to_stop(self) -> None:
+        assert self.looked_at
+        self.asked = len(self._ended)
 
     def stop(self) -> None:
         assert self.looked_at or self.is_router
@@ -46,6 +51,7 @@ class Stage:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ended: list[str] = []
         self.routers: list[str] = []
+        self.servers: list[Any] = []
         self.cannot_start, self.never_ready = "", ""
         self.ends_badly: frozenset[str] = frozenset()
         self.waited = 0
@@ -64,6 +70,7 @@ class Stage:
             raise StartError(f"{name} cannot be executed")
         server: Any = Standin(name, self.ended, self.ends_badly)
         server.plan = plan
+        self.servers.append(server)
         return server
 
     def _route(self, _host: Any, _lab: Any, label: str, **_: Any) -> Any:
@@ -102,6 +109,18 @@ def test_all_are_ended_after_the_block_the_last_deployment_first(stage: Stage) -
         assert stage.ended == []
     assert stage.ended == ["a@push", "b@push", "router single", "router disaggregated", "a", "b"]
     assert stage.own.servers == stage.beside.servers == ()
+
+
+def test_all_of_a_deployment_are_asked_to_end_before_one_is_waited_for(stage: Stage) -> None:
+    with stage.run():
+        single: Any = stage.own.topology(SINGLE).router
+    assert {server.name: server.asked for server in stage.servers} == {
+        "a@push": 0,
+        "b@push": 0,
+        "a": 2,
+        "b": 2,
+    }
+    assert single.asked == 2
 
 
 def test_a_second_server_that_cannot_start_leaves_none_of_the_first(stage: Stage) -> None:
