@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ROUNDS = 3
 SHORT_ROUNDS = 2
-DEFAULT_BUDGET_S = 150.0
+DEFAULT_BUDGET_S = 300.0
 PATHS = ("--lab", "--resume")  # options whose value may be a path
 
 

@@ -4,6 +4,7 @@ HTML.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ def lesson_html(readme: Path) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """A template of ours, with the filters ``number``, ``percent``, ``floor``, ``speed``, ``fingerprint``."""
+    """A template of ours, with filters for figures, verdicts, probes and fingerprints."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True
     )
@@ -62,6 +63,9 @@ def template(name: str) -> jinja2.Template:
         number=text.number,
         percent=text.percent,
         floor=floor_text,
+        effect=effect_text,
+        fixed=fixed_text,
+        reach=reach_text,
         speed=speed.text,
         fingerprint=fingerprint.label,
     )
@@ -127,6 +131,25 @@ def floor_text(v: VerdictRow) -> str:
     return f"{said}: {v.floor_note}" if v.noise_floor is None else f"{said} ({v.floor_note})"
 
 
+def effect_text(v: VerdictRow) -> str:
+    """The effect and its interval; where so few rounds give none, that."""
+    if math.isinf(v.high):
+        return f"{text.percent(v.effect)} [no limits yet]"
+    return text.interval(v.effect, v.low, v.high)
+
+
+def fixed_text(v: VerdictRow) -> str:
+    """The interval of a number of rounds that is fixed beforehand."""
+    if v.fixed_low is None or v.fixed_high is None or math.isinf(v.fixed_high):
+        return "none"
+    return f"[{text.percent(v.fixed_low)}, {text.percent(v.fixed_high)}]"
+
+
+def reach_text(half_width: float | None) -> str:
+    """What a plan expects of a gate."""
+    return "not known" if half_width is None else text.margin(half_width)
+
+
 def verdict_cells(v: VerdictRow) -> dict[str, str]:
     """A verdict as text, by column."""
     return {
@@ -135,7 +158,7 @@ def verdict_cells(v: VerdictRow) -> dict[str, str]:
         "candidate": f"{v.candidate} {text.number(v.candidate_value)} {v.unit}",
         "baseline": f"{v.baseline} {text.number(v.baseline_value)} {v.unit}",
         "verdict": v.outcome + (f" ({v.saturated} runs saturated)" if v.saturated else ""),
-        "effect [95 % CI]": text.interval(v.effect, v.low, v.high),
+        "effect [95 % CI]": effect_text(v),
         "noise floor": floor_text(v),
         "rounds": str(v.rounds),
         "gate": v.standing,
