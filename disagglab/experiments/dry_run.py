@@ -19,6 +19,7 @@ from disagglab.config.arms import Arms
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab, VariantSection
 from disagglab.errors import ConfigError, Problem
+from disagglab.experiments.trials import arms_needed
 from disagglab.experiments import routing
 from disagglab.hosts import linkspeed, shaping
 from disagglab.hosts.recording import RUN, WORDS, NothingRan, RecordingHosts, Word
@@ -167,10 +168,12 @@ def _load(hosts: RecordingHosts, lab: Lab, stage: Started, tokenizer: Path | Non
     hosts.heading(f"jobs of the load engine in each round: {stage.what}")
     sheet = hosts.sheets[lab.controller.host]
     for workload in lab.gated_workloads:
+        needed = arms_needed([gate for gate in lab.gates if gate.workload == workload.name])
         traces = Path("TRACES", f"{workload.name}.SEED.{workload.total_requests}.jsonl")
         for topology in stage.topologies:
             options = bench_options(topology, workload, traces, tokenizer or Path("MODEL"), "SALT")
-            sheet.note(f"{workload.name} on {topology.name}")
+            only = "" if topology.kind in needed else " (with --rounds N: no gate compares it)"
+            sheet.note(f"{workload.name} on {topology.name}{only}")
             sheet.command(f"PYTHONHASHSEED={HASH_SEED} vllm bench serve {shlex.join(options)}")
 
 

@@ -343,9 +343,12 @@ def plan(
         arms: of a round, by workload. One of which an arm has no valid run yet gets no rounds: what broke it
             would break them as well.
     """
+    measured = lab.model_copy(
+        update={"gates": tuple(gate for gate in lab.gates if gate_pairs(comparison, gate))}
+    )
     rows = {
         (row.workload, row.metric, row.baseline): row
-        for row in verdict_rows(comparison, lab, rule)
+        for row in verdict_rows(comparison, measured, rule)
         if row.gate.of_a_gate
     }
     still = [gate for gate in lab.gates if _is_open(rows, gate)]
@@ -382,7 +385,9 @@ def with_outlook(rows: Sequence[VerdictRow], found: TrialPlan) -> list[VerdictRo
                 key = (one.gate.workload, one.gate.figure, one.gate.baseline or LIMIT)
                 minutes[key] = max(1, round(seconds / 60))
     return [
-        dataclasses.replace(row, gate=dataclasses.replace(row.gate, minutes=more))
+        dataclasses.replace(
+            row, gate=dataclasses.replace(row.gate, minutes=more, underpowered=False)
+        )
         if row.gate.of_a_gate and (more := minutes.get((row.workload, row.metric, row.baseline)))
         else row
         for row in rows

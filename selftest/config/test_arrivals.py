@@ -93,3 +93,16 @@ def test_contradictions_are_refused(changes: dict[str, object]) -> None:
     """Both loops or none, steady requests in a closed loop, a prefix as long as the prompt, a rate of 0."""
     with pytest.raises(ValidationError):
         Workload.model_validate({**OPEN.model_dump(), **changes})
+
+
+def test_the_length_of_a_run_is_no_part_of_a_workload() -> None:
+    """A plan of trials makes runs of a closed loop shorter; figures of both are of one definition."""
+    chat = load_workload("chat")
+    short = chat.of_length(16)
+    assert len(arrivals(short, 1)) == short.total_requests == 16
+    assert short.definition == chat.definition
+    assert short.most_under_way == chat.most_under_way == 16
+    assert chat.of_length(chat.requests) == chat
+    assert chat.model_copy(update={"requests": 16}).definition != chat.definition
+    with pytest.raises(ValidationError, match="closed loop"):
+        Workload.model_validate(chat.at_rate(1.0).model_dump() | {"length": 3})

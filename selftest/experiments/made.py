@@ -49,8 +49,8 @@ class Arm:
     name: str
     router: Any
     cycle: int = 1
-    servers: tuple[()] = ()
-    decode: tuple[()] = ()
+    servers: tuple[object, ...] = ()
+    decode: tuple[object, ...] = ()
 
     def require_alive(self) -> None:
         """It is."""

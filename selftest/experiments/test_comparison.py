@@ -399,6 +399,34 @@ def test_every_figure_is_kept_for_trends() -> None:
     assert shares == {DISAGGREGATED, f"{DISAGGREGATED}@0.30.0"}
 
 
+def test_a_warm_up_loads_every_server_once() -> None:
+    """The whole load where servers have had none; two requests through each other router; a twin has none of
+    its own. Servers of another deployment (a variant, a release) get their own load.
+    """
+    a, b, other = object(), object(), object()
+
+    def arm(name: str, *servers: object, decode: bool = False) -> Any:
+        made = made_arm(name)
+        return replace(made, servers=servers, decode=servers[-1:] if decode else ())
+
+    arms = [
+        arm(SINGLE, a),
+        arm(REPLICATED, a, b),
+        arm(DISAGGREGATED, a, b, decode=True),
+        arm(SINGLE_AGAIN, a),
+        arm("disaggregated@tcp", a, other, decode=True),
+    ]
+    turns = comparison.warm_up_turns(arms, LAB.gated_workloads)
+    assert [(turn.arm.name, turn.subject.requests) for turn in turns] == [
+        (REPLICATED, 6),
+        (SINGLE, 2),
+        (DISAGGREGATED, 2),
+        ("disaggregated@tcp", 6),
+    ]
+    assert {turn.number for turn in turns} == {WARM_UP_ROUND}
+    assert len({turn.seed for turn in turns}) == len(turns)
+
+
 def test_the_warm_up_fills_every_place() -> None:
     """As many requests at once as the fullest workload has, in a closed loop, with prompts of its own."""
     warm = comparison.warm_up_of([LAB.workload("one-user"), LAB.workload("long-prompts-into-steady-decode")])

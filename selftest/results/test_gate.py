@@ -27,6 +27,10 @@ TEXTS = {
         State.NOT_MET, "better", enforced=False, underpowered=True
     ),
     "not met: wants not worse, underpowered": GateState(State.NOT_MET, "not worse", underpowered=True),
+    "not met: wants better, needs about 4 min more (not enforced)": GateState(
+        State.NOT_MET, "better", enforced=False, minutes=4
+    ),
+    "not met: wants not worse, needs about 120 min more": GateState(State.NOT_MET, "not worse", minutes=120),
     "no regression": GateState(State.NO_REGRESSION),
     "worse": GateState(State.WORSE),
     "found worse (not enforced)": GateState(State.WORSE, enforced=False),
