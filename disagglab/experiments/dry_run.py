@@ -19,8 +19,8 @@ from disagglab.config.arms import Arms
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab, VariantSection
 from disagglab.errors import ConfigError, Problem
-from disagglab.experiments.trials import arms_needed
 from disagglab.experiments import routing
+from disagglab.experiments.trials import arms_needed
 from disagglab.hosts import linkspeed, shaping
 from disagglab.hosts.recording import RUN, WORDS, NothingRan, RecordingHosts, Word
 from disagglab.hosts.weights import PACKAGE_PREFIX, Model

@@ -66,11 +66,11 @@ def gates(lab: Lab, comparison: Comparison) -> Iterator[Foresight]:
         arms = trials.arms_needed([gate])
         if any(not comparison.valid(gate.workload, arm) for arm in arms):
             continue
-        sd = trials.pair_sd(comparison, gate, list(dict.fromkeys(run.topology for run in own)))
-        if sd is not None:
+        found = trials.pair_spread(comparison, gate, list(dict.fromkeys(run.topology for run in own)))
+        if found is not None:
             length = own[-1].workload.run_requests
             cost = (trials.cost_of_a_run(comparison, gate.workload, arm).of(length) for arm in arms)
-            yield Foresight(gate, len(gate_pairs(comparison, gate)), sd, sum(cost))
+            yield Foresight(gate, len(gate_pairs(comparison, gate)), found.sd, sum(cost))
 
 
 def lines(folder: Path, difference: float, budget_s: float | None = None) -> list[str]:

@@ -23,7 +23,8 @@ from disagglab.errors import InvalidRun
 from disagglab.experiments.comparison import LIMIT, Comparison, gate_pairs, verdict_rows
 from disagglab.results.metrics import answers
 from disagglab.results.records import VerdictRow
-from disagglab.stats.components import RunCost, Spread, best_length, spread, within
+from disagglab.stats import sequential
+from disagglab.stats.components import RunCost, Spread, best_length, spread, upper_sd, within
 from disagglab.stats.metric import METRICS
 from disagglab.stats.rule import MOST_ROUNDS, Rule, multiplier, quantile
 from disagglab.stats.verdict import ALPHA, LARGEST_LOG, POWER
@@ -33,6 +34,7 @@ PILOT_ROUNDS = 2  # the fewest that show a spread
 HELD = 2
 LONGEST = 4  # times the workload's own number of requests; longer runs would leave too few rounds
 ROUNDS_OF_A_LENGTH = 4  # before another is thought of: fewer would choose by chance
+CONFIDENCE_OF_PLANS = 0.8
 OWN_PAIRS = 4  # from so many pairs on their own spread is taken, before that the one of all arms
 
 
@@ -189,8 +191,28 @@ def cost_of_a_run(comparison: Comparison, workload: str, arm: str) -> RunCost:
     return RunCost(fixed, each)
 
 
-def pair_sd(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> float | None:
-    """Standard deviation of the log-ratio of a gate's pair; None where nothing tells.
+@dataclass(frozen=True)
+class PairSpread:
+    """Standard deviation of the log-ratio of a pair, its degrees of freedom, and by how much the rule takes a
+    standard error for larger because neighbouring rounds are alike.
+    """
+
+    sd: float
+    freedom: int
+    inflation: float = 1.0
+
+    @property
+    def careful(self) -> float:
+        """What the deviation is below with 80 % confidence, inflated: what plans are made with.
+
+        An estimate from few rounds is as often too small as too large, and a plan that believes the smallest
+        of several sends its time where it is not enough.
+        """
+        return upper_sd(self.sd, self.freedom, CONFIDENCE_OF_PLANS) * self.inflation
+
+
+def pair_spread(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> PairSpread | None:
+    """The spread of a gate's pairs; None where nothing tells.
 
     Of few pairs it is taken from all arms of the workload, which together know it better.
     """
@@ -198,8 +220,8 @@ def pair_sd(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> f
     ratios = [math.log(candidate / baseline) for baseline, candidate in pairs]
     found = _spread(comparison, gate, arms) if gate.baseline else None
     if len(ratios) >= OWN_PAIRS or (found is None and len(ratios) > 1):
-        return statistics.stdev(ratios)
-    return found.of_a_pair if found else None
+        return PairSpread(statistics.stdev(ratios), len(ratios) - 1, sequential.inflation(ratios))
+    return PairSpread(found.of_a_pair, found.freedom) if found else None
 
 
 def _spread(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> Spread | None:
@@ -294,12 +316,13 @@ def outlook(
         alpha: that a decision takes.
     """
     pairs = gate_pairs(comparison, gate)
-    sd = pair_sd(comparison, gate, arms)
+    found = pair_spread(comparison, gate, arms)
     needed = None
-    if sd is not None and pairs:
+    if found is not None and pairs:
         mean = statistics.fmean(math.log(candidate / baseline) for baseline, candidate in pairs)
+        sd = found.careful if rule == "any time" else found.sd
         needed = rounds_to_decide(gate, mean, sd, len(pairs), rule, alpha)
-    return Outlook(gate, rule, len(pairs), sd, is_open, needed)
+    return Outlook(gate, rule, len(pairs), found.sd if found else None, is_open, needed)
 
 
 def rounds_to_decide(
@@ -385,9 +408,7 @@ def with_outlook(rows: Sequence[VerdictRow], found: TrialPlan) -> list[VerdictRo
                 key = (one.gate.workload, one.gate.figure, one.gate.baseline or LIMIT)
                 minutes[key] = max(1, round(seconds / 60))
     return [
-        dataclasses.replace(
-            row, gate=dataclasses.replace(row.gate, minutes=more, underpowered=False)
-        )
+        dataclasses.replace(row, gate=dataclasses.replace(row.gate, minutes=more, underpowered=False))
         if row.gate.of_a_gate and (more := minutes.get((row.workload, row.metric, row.baseline)))
         else row
         for row in rows

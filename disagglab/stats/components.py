@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from scipy import special
+
 from disagglab.errors import InvalidRun
 
 
@@ -121,3 +123,10 @@ def best_length(
         return multiplier(rounds) * math.sqrt(variance / rounds)
 
     return min(sorted(candidates), key=width)
+
+
+def upper_sd(sd: float, freedom: int, confidence: float) -> float:
+    """What a standard deviation that was estimated with so many degrees of freedom lies below, by the
+    chi-square distribution of its square.
+    """
+    return sd * math.sqrt(freedom / float(special.chdtri(freedom, confidence)))

@@ -52,7 +52,7 @@ DESIGNS: Mapping[str, Callable[[Sequence[float]], float]] = {
 
 
 def design_errors(values: Sequence[float], pairs: int) -> dict[str, float]:
-    """Root mean square of what each order of two arms would call their difference, though all runs are of one.
+    """Root mean square of what each order of two arms would call their difference, all runs being of one.
 
     Every stretch of the series that holds so many pairs is cut into arms A and B as the design would have
     them. Stretches overlap, so the figures are steadier than one stretch and not independent of each other.

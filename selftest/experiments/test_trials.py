@@ -177,9 +177,11 @@ def test_few_pairs_take_the_spread_of_all_arms() -> None:
     runs = []
     for arm, times in ((SINGLE, (1.0, 1.2)), (DISAGGREGATED, (1.1, 1.32)), ("single-again", (1.2, 1.0))):
         runs += [made_run(arm, ONE_USER, number, seconds) for number, seconds in enumerate(times)]
-    sd = trials.pair_sd(Comparison(runs, LAB.slo), TTFT, [SINGLE, DISAGGREGATED, "single-again"])
-    assert sd is not None
-    assert sd > 0.1
+    found = trials.pair_spread(Comparison(runs, LAB.slo), TTFT, [SINGLE, DISAGGREGATED, "single-again"])
+    assert found is not None
+    assert found.sd > 0.1
+    assert found.freedom == 2
+    assert found.careful > 1.5 * found.sd, "two degrees of freedom may be far off"
 
 
 def test_an_open_gate_says_how_long_it_would_take() -> None:

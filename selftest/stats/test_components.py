@@ -9,7 +9,15 @@ import statistics
 import pytest
 
 from disagglab.errors import InvalidRun
-from disagglab.stats.components import RunCost, Spread, best_length, spread, variance_of_a_run, within
+from disagglab.stats.components import (
+    RunCost,
+    Spread,
+    best_length,
+    spread,
+    upper_sd,
+    variance_of_a_run,
+    within,
+)
 
 E = math.e
 
@@ -106,3 +114,17 @@ def test_pooled_spread_is_that_of_a_pair() -> None:
     a, b = ([math.exp(source.gauss(0, 0.05)) for _ in range(500)] for _ in range(2))
     seen = statistics.stdev(math.log(y / x) for x, y in zip(a, b, strict=True))
     assert spread([a, b]).of_a_pair == pytest.approx(seen)
+
+
+def test_few_rounds_may_show_too_small_a_spread() -> None:
+    """The true deviation lies below the upper limit in so many of a hundred sets of rounds.
+
+    Oracle: simulation; and the table of chi-square (0.2 quantile of 2 degrees of freedom: 0.446).
+    """
+    assert upper_sd(1.0, 2, 0.8) == pytest.approx(math.sqrt(2 / 0.446), rel=1e-3)
+    source = random.Random(7)
+    below = 0
+    for _ in range(2000):
+        found = statistics.stdev(source.gauss(0, 1) for _ in range(4))
+        below += upper_sd(found, 3, 0.8) >= 1.0
+    assert below / 2000 == pytest.approx(0.8, abs=0.03)
