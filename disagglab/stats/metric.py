@@ -135,7 +135,7 @@ _OF_A_RUN: tuple[Metric[Answers], ...] = (
         "tpot_p50", "s", "lower", lambda run: percentile(run.tpot_s, 50),
         each=lambda run: run.tpot_s, by_length=False,
     ),
-    Metric("itl_p50", "s", "lower", lambda run: percentile(run.gaps_s, 50)),
+    Metric("itl_p50", "s", "lower", lambda run: percentile(run.gaps_s, 50), by_length=False),
     Metric("itl_p99", "s", "lower", lambda run: percentile(run.gaps_s, 99)),
     Metric(
         "e2e_p50", "s", "lower", lambda run: percentile(run.e2e_s, 50),

@@ -68,6 +68,7 @@ def test_what_fails_a_session() -> None:
     assert {text for text, state in TEXTS.items() if state.fails} == {
         "not met: wants better",
         "not met: wants not worse, underpowered",
+        "not met: wants not worse, needs about 120 min more",
         "worse",
     }
     assert all(state.of_a_gate == text.startswith(("met", "not met")) for text, state in TEXTS.items())
