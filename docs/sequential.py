@@ -51,6 +51,7 @@ NOISES = {
     "normal": "normal",
     "heavy tails": "Student's t, 3 degrees of freedom",
     "rounds that hang together": "each round correlated 0.3 with the one before",
+    "rounds that hang together, random order": "the same; a coin says who is first",
     "runs that hang together, mirrored": "each run correlated 0.3; two arms, mirrored order",
     "runs that hang together, four arms mirrored": "the same; first and last of four arms",
     "runs that hang together, random order": "the same; two arms, random order",
@@ -67,6 +68,7 @@ RULES = {
     "spending": "spending, cap 20",
     "spending cut": "spending, cap 20, cut",
     "any time": "any time",
+    "drawn": "any time, order drawn",
 }
 
 
@@ -79,6 +81,7 @@ def boundaries(alpha: float) -> dict[str, Boundary]:
         "spending": operating.spending(ROUNDS, alpha, normal),
         "spending cut": dataclasses.replace(cut, inflated=True),
         "any time": operating.any_time(ROUNDS, alpha),
+        "drawn": operating.any_time(ROUNDS, alpha, order_drawn=True),
     }
 
 
@@ -119,6 +122,9 @@ def simulated() -> dict[str, Any]:
         } | {"one look": [round(share, 5) for share in one_look(looks, ALPHA, 0.0)]}
     normal = operating.simulate("normal", SESSIONS, MOST_ROUNDS, SEED)
     ahead = {alpha: operating.any_time(MOST_ROUNDS, alpha) for alpha in (ALPHA, FIRST_OF_FIVE)}
+    drawn = {
+        alpha: operating.any_time(MOST_ROUNDS, alpha, order_drawn=True) for alpha in (ALPHA, FIRST_OF_FIVE)
+    }
     widths = {
         str(n): {
             "t": multiplier(n, ALPHA, "fixed-n"),
@@ -133,6 +139,8 @@ def simulated() -> dict[str, Any]:
         str(effect): {
             "fixed": until(one_look(normal, ALPHA, effect)),
             "any time": until(operating.excluded_by(normal, ahead[ALPHA], effect)),
+            "drawn": until(operating.excluded_by(normal, drawn[ALPHA], effect)),
+            "drawn, first of five": until(operating.excluded_by(normal, drawn[FIRST_OF_FIVE], effect)),
             "fixed, first of five": until(one_look(normal, FIRST_OF_FIVE, effect)),
             "any time, first of five": until(operating.excluded_by(normal, ahead[FIRST_OF_FIVE], effect)),
             "spending cut": until(operating.excluded_by(capped, rules["spending cut"], effect)),
@@ -143,13 +151,14 @@ def simulated() -> dict[str, Any]:
         str(margin): {
             "fixed": until(one_look(normal, ALPHA, 0.0, margin)),
             "any time": until(operating.equivalent_by(normal, ahead[ALPHA], margin)),
+            "drawn": until(operating.equivalent_by(normal, drawn[ALPHA], margin)),
         }
         for margin in MARGINS
     }
-    tenth = operating.excluded_by(normal, ahead[ALPHA], TENTH)[TENTH_ROUNDS - 1]
+    tenth = operating.excluded_by(normal, drawn[ALPHA], TENTH)[TENTH_ROUNDS - 1]
     small = {
         name: round(float(operating.excluded_by(capped, rules[name], 1.0)[-1]), 4)
-        for name in ("spending cut", "any time")
+        for name in ("spending cut", "drawn", "any time")
     }
     return {
         "made_by": COMMAND,
@@ -221,24 +230,27 @@ def decision_table(data: dict[str, Any]) -> Iterator[str]:
         [
             f"{float(effect):g}",
             _rounds(one["fixed"]),
+            _rounds(one["drawn"]),
             _rounds(one["any time"]),
             _rounds(one["spending cut"], ROUNDS),
             _rounds(one["fixed, first of five"]),
+            _rounds(one["drawn, first of five"]),
             _rounds(one["any time, first of five"]),
         ]
         for effect, one in data["rounds_until_half_and_nine_tenths"].items()
     ]
-    head = ["effect", "fixed n", "any time", "spending, cap 20, cut", "fixed n, 1 %", "any time, 1 %"]
+    head = ["effect", "fixed n", "order drawn", "any time", "spending, cap 20, cut"]
+    head += ["fixed n, 1 %", "order drawn, 1 %", "any time, 1 %"]
     return table(head, rows)
 
 
 def equivalence_table(data: dict[str, Any]) -> Iterator[str]:
     """Rounds until two equal arms are found equivalent."""
     rows = [
-        [f"{float(margin):g}", _rounds(one["fixed"]), _rounds(one["any time"])]
+        [f"{float(margin):g}", *(_rounds(one[rule]) for rule in ("fixed", "drawn", "any time"))]
         for margin, one in data["rounds_until_equivalent"].items()
     ]
-    return table(["margin", "fixed n", "any time"], rows)
+    return table(["margin", "fixed n", "order drawn", "any time"], rows)
 
 
 def tenth_figure(data: dict[str, Any]) -> Iterator[str]:
@@ -249,7 +261,8 @@ def tenth_figure(data: dict[str, Any]) -> Iterator[str]:
 def small_figures(data: dict[str, Any]) -> Iterator[str]:
     """Shares of sessions that find one deviation within 20 rounds, by two rules."""
     found = data["found_of_one_deviation_in_20_rounds"]
-    yield f"{100 * found['spending cut']:.0f} % against {100 * found['any time']:.0f} %"
+    shares = (found[name] for name in ("spending cut", "drawn", "any time"))
+    yield "{:.0f} %, {:.0f} % and {:.0f} %".format(*(100 * share for share in shares))
 
 
 PARTS = {

@@ -1,7 +1,8 @@
 """A comparison in the time given: pilot rounds, a plan of trials, then the rounds that the plan asks for.
 
 The plan is made again after every round, so a round is spent where a gate is still open; verdicts are those
-that hold at every look (:mod:`disagglab.stats.sequential`).
+that hold at every look (:mod:`disagglab.stats.sequential`). The order of a round is drawn by lot: equal arms
+then differ by the throw of a coin, whatever the machine does from one round to the next.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
 from disagglab.experiments import trials
 from disagglab.experiments.comparison import Comparison, warm_up
-from disagglab.experiments.rounds import Trial, mirrored, runs
+from disagglab.experiments.rounds import Trial, runs
 from disagglab.experiments.trials import PILOT_ROUNDS, TrialPlan
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
@@ -24,6 +25,7 @@ from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died
 from disagglab.serving.topology import DISAGGREGATED, Topology
+from disagglab.stats.rule import ORDER_DRAWN, Rule
 
 Turn = Trial[Topology, Workload]
 TWIN_EVERY = 3  # rounds; the noise of a long session becomes known, and little time goes to it
@@ -102,6 +104,7 @@ def run_in_time(
     progress: Callable[[str], None],
     tell: Callable[[Sequence[str]], None],
     earlier: Sequence[Run] = (),
+    rule: Rule = ORDER_DRAWN,
     now: Callable[[], float] = time.monotonic,
 ) -> tuple[Comparison, TrialPlan | None]:
     """Warm every server up, measure the pilot rounds whatever the budget, then by plan until the time is
@@ -111,6 +114,7 @@ def run_in_time(
         budget_s: for pilot and planned rounds together, s; the warm-up is not of it.
         tell: shows the plan, before the first round that it plans.
         earlier: rounds of earlier sessions, numbered from 0 on for each workload; they count as pilot, too.
+        rule: of the verdicts by which gates are open.
 
     Returns:
         The comparison, and the plan as it stands after the last round; None where nothing could be planned.
@@ -124,12 +128,13 @@ def run_in_time(
 
     def one_round(workload: Workload, most: int) -> Iterator[Turn]:
         number, seed = rounds_of(workload.name), random.getrandbits(31)
-        for name in mirrored(who.of_round(workload.name, number), number):
+        arms = who.of_round(workload.name, number)
+        for name in random.sample(arms, len(arms)):
             yield Trial(number, most, who.arms[name], workload, seed)
 
     def planned(sized: Sequence[Workload], left_s: float) -> TrialPlan:
         arms = {one.name: who.needed(one.name) for one in sized}
-        return trials.plan(comparison, who.judged, sized, arms, budget_s, left_s)
+        return trials.plan(comparison, who.judged, sized, arms, budget_s, left_s, rule)
 
     budget = Budget(budget_s, now)
 
@@ -141,7 +146,9 @@ def run_in_time(
                     yield from one_round(short, PILOT_ROUNDS)
         while True:
             left_s = budget.left_s
-            sized = [_sized(comparison, who, workload, left_s / len(workloads)) for workload in workloads]
+            sized = [
+                _sized(comparison, who, workload, left_s / len(workloads), rule) for workload in workloads
+            ]
             found = planned(sized, left_s)
             if not first:
                 first.append(found)
@@ -164,10 +171,12 @@ def run_in_time(
     return comparison, planned(sized, 0.0)
 
 
-def _sized(comparison: Comparison, who: Entrants, workload: Workload, left_s: float) -> Workload:
+def _sized(comparison: Comparison, who: Entrants, workload: Workload, left_s: float, rule: Rule) -> Workload:
     """The workload with the length of runs that suits the time left for it."""
     needed = who.needed(workload.name)
-    return trials.length_of(comparison, workload, who.gates(workload.name), needed, left_s / len(needed))
+    return trials.length_of(
+        comparison, workload, who.gates(workload.name), needed, left_s / len(needed), rule
+    )
 
 
 def _last_of_each(comparison: Comparison, workloads: Sequence[Workload]) -> Iterator[Run]:

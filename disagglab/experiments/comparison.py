@@ -24,6 +24,7 @@ from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died
 from disagglab.serving.topology import DISAGGREGATED, SINGLE, Topology
 from disagglab.stats.metric import METRICS, of_stream
+from disagglab.stats.rule import ANY_TIME, ORDER_DRAWN
 from disagglab.stats.verdict import CONFIDENCE, NoiseFloor, Rule, gate_p, holm, judge, noise_floor, passes
 
 AT_LEAST_MET = 2  # requests through a router in a warm-up: the first one opens its connections
@@ -225,15 +226,17 @@ def verdict_rows(comparison: Comparison, lab: Lab, rule: Rule = "fixed-n") -> li
     """One row a gate of the lab, in its order, the family corrected by Holm; then the A/A pair of each
     figure.
 
-    ``rule``: "any time" where the number of rounds depends on what was seen. A comparison that a death ended
-    has no row for a gate that it did not come to, which stays in the family.
+    ``rule``: what the verdicts hold for, see :func:`disagglab.stats.verdict.judge`. A comparison that a death
+    ended has no row for a gate that it did not come to, which stays in the family.
 
     Raises:
         InvalidRun: if a gate has no pair of valid runs, and no death was the reason.
     """
     families = [_pairs(comparison, gate, gate.baseline or LIMIT, DISAGGREGATED) for gate in lab.gates]
     p_values = [
-        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want, rule) if pairs else 1.0
+        gate_p(pairs, METRICS[gate.metric].better, gate.margin, gate.want, rule_of(gate, rule))
+        if pairs
+        else 1.0
         for gate, pairs in zip(lab.gates, families, strict=True)
     ]
     rows = [
@@ -312,7 +315,7 @@ def pair_rows(
     return rows
 
 
-def undecided_workloads(comparison: Comparison, lab: Lab, rule: Rule = "any time") -> set[str]:
+def undecided_workloads(comparison: Comparison, lab: Lab, rule: Rule = ANY_TIME) -> set[str]:
     """Workloads with a gate that is neither met nor refuted yet: more rounds may decide it."""
     rows = verdict_rows(comparison, lab, rule)
     return {row.workload for row in rows if row.gate.of_a_gate and row.open}
@@ -329,6 +332,11 @@ def gate_pairs(
         return [(gate.limit, value) for _, value in again]
     left = baseline or gate.baseline or candidate
     return comparison.pairs(gate.workload, left, candidate, gate.metric, gate.stream)
+
+
+def rule_of(gate: GateSection, rule: Rule) -> Rule:
+    """The rule for one gate of a session: a limit is no arm, so no order of arms was drawn with it."""
+    return ANY_TIME if gate.limit is not None and rule == ORDER_DRAWN else rule
 
 
 def _pairs(
@@ -404,7 +412,7 @@ def _row(
     if gate.limit is not None:
         values = comparison.of_pairs(gate.workload, (candidate,), gate.metric, gate.stream)
         values[LIMIT] = [gate.limit]
-    verdict = judge(pairs, metric.better, gate.margin, rule)
+    verdict = judge(pairs, metric.better, gate.margin, rule_of(gate, rule))
     late = sum(comparison.saturated(gate.workload, arm) for arm in values)
     reason = verdict.reason
     if late:

@@ -14,9 +14,9 @@ from disagglab.errors import ConfigError, Problem
 from disagglab.experiments import trials
 from disagglab.experiments.comparison import Comparison, gate_pairs
 from disagglab.results import resume
-from disagglab.stats.rule import MOST_ROUNDS, Rule
+from disagglab.stats.rule import FIXED, MOST_ROUNDS, ORDER_DRAWN, Rule
 
-RULES: tuple[Rule, ...] = ("any time", "fixed-n")
+RULES: tuple[Rule, ...] = (ORDER_DRAWN, FIXED)
 MEND = "name the folder of a session with a comparison, as reports/latest"
 
 
@@ -108,7 +108,7 @@ def _row(one: Foresight, difference: float, budget_s: float | None) -> list[str]
     ]
     if budget_s is not None:
         rounds = int(budget_s / one.round_s)
-        outlook = trials.Outlook(one.gate, "any time", one.rounds, one.pair_sd, True, None)
+        outlook = trials.Outlook(one.gate, ORDER_DRAWN, one.rounds, one.pair_sd, True, None)
         reached = (outlook.half_width(rounds), outlook.detectable(rounds)) if rounds > 1 else (None, None)
         row += [str(rounds), *("not known" if value is None else text.margin(value) for value in reached)]
     return row

@@ -20,13 +20,13 @@ from disagglab.config.arms import DISAGGREGATED, twin_of
 from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments.comparison import LIMIT, Comparison, gate_pairs, verdict_rows
+from disagglab.experiments.comparison import LIMIT, Comparison, gate_pairs, rule_of, verdict_rows
 from disagglab.results.metrics import answers
 from disagglab.results.records import VerdictRow
 from disagglab.stats import sequential
 from disagglab.stats.components import RunCost, Spread, best_length, spread, upper_sd, within
 from disagglab.stats.metric import METRICS
-from disagglab.stats.rule import MOST_ROUNDS, Rule, multiplier, quantile
+from disagglab.stats.rule import ANY_TIME, MOST_ROUNDS, ORDER_DRAWN, Rule, multiplier, quantile
 from disagglab.stats.verdict import ALPHA, LARGEST_LOG, POWER
 
 PILOT_ROUNDS = 2  # the fewest that show a spread
@@ -201,14 +201,14 @@ class PairSpread:
     freedom: int
     inflation: float = 1.0
 
-    @property
-    def careful(self) -> float:
-        """What the deviation is below with 80 % confidence, inflated: what plans are made with.
+    def careful(self, rule: Rule) -> float:
+        """What the deviation is below with 80 % confidence, as a rule takes it: what plans are made with.
 
         An estimate from few rounds is as often too small as too large, and a plan that believes the smallest
         of several sends its time where it is not enough.
         """
-        return upper_sd(self.sd, self.freedom, CONFIDENCE_OF_PLANS) * self.inflation
+        wider = self.inflation if rule == ANY_TIME else 1.0
+        return upper_sd(self.sd, self.freedom, CONFIDENCE_OF_PLANS) * wider
 
 
 def pair_spread(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> PairSpread | None:
@@ -262,7 +262,7 @@ def length_of(
     gates: Sequence[GateSection],
     arms: Sequence[str],
     seconds: float,
-    rule: Rule = "any time",
+    rule: Rule = ORDER_DRAWN,
 ) -> Workload:
     """The workload with runs of the length that makes the interval of its first gate with a baseline
     narrowest; the shortest until so many of its rounds show their spread (``ROUNDS_OF_A_LENGTH``).
@@ -306,7 +306,7 @@ def outlook(
     gate: GateSection,
     arms: Sequence[str],
     is_open: bool,
-    rule: Rule = "any time",
+    rule: Rule = ORDER_DRAWN,
     alpha: float = ALPHA,
 ) -> Outlook:
     """What is known of a gate after the rounds so far.
@@ -316,12 +316,12 @@ def outlook(
         alpha: that a decision takes.
     """
     pairs = gate_pairs(comparison, gate)
+    rule = rule_of(gate, rule)
     found = pair_spread(comparison, gate, arms)
     needed = None
     if found is not None and pairs:
         mean = statistics.fmean(math.log(candidate / baseline) for baseline, candidate in pairs)
-        sd = found.careful if rule == "any time" else found.sd
-        needed = rounds_to_decide(gate, mean, sd, len(pairs), rule, alpha)
+        needed = rounds_to_decide(gate, mean, found.careful(rule), len(pairs), rule, alpha)
     return Outlook(gate, rule, len(pairs), found.sd if found else None, is_open, needed)
 
 
@@ -353,7 +353,7 @@ def plan(
     arms: Mapping[str, Sequence[str]],
     budget_s: float,
     left_s: float,
-    rule: Rule = "any time",
+    rule: Rule = ORDER_DRAWN,
 ) -> TrialPlan:
     """Divide the time that is left among workloads with open gates.
 

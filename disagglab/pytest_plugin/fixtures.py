@@ -265,6 +265,7 @@ def comparison(
                 line.show,
                 line.tell,
                 earlier=resume.begin(live.earlier, who.needed, store, line.show, also=who.arms),
+                rule=live.rule,
             )
         line.done(f"{len(live.comparison.runs)} runs, {len(live.comparison.invalid())} invalid")
     if len(live.comparison.invalid()) == len(live.comparison.runs):

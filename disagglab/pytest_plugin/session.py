@@ -23,7 +23,7 @@ from disagglab.results.run_folder import Store
 from disagglab.serving import death
 from disagglab.serving.death import Death
 from disagglab.serving.topology import Deployment
-from disagglab.stats.verdict import Rule
+from disagglab.stats.rule import ANY_TIME, FIXED, ORDER_DRAWN, Rule
 
 
 @dataclass
@@ -69,8 +69,9 @@ class Session:
         """What the verdicts of the comparison hold for: a number of rounds that was fixed before any of them
         was seen, or else every look.
         """
-        fixed = self.budget_s is None and not self.max_rounds and not self.earlier.sessions
-        return "fixed-n" if fixed else "any time"
+        if self.budget_s is not None:
+            return ORDER_DRAWN if self.earlier.order_drawn else ANY_TIME
+        return ANY_TIME if self.max_rounds or self.earlier.sessions else FIXED
 
     def is_shared(self, process: str) -> bool:
         """Whether all tests of servers share this process: the lab's servers, routers, load engine."""

@@ -23,6 +23,7 @@ from disagglab.problems import problems_of
 from disagglab.results import fingerprint
 from disagglab.results.records import Reading, Run, Snapshot
 from disagglab.results.run_folder import META, Store
+from disagglab.stats.rule import ORDER_DRAWN
 
 RUNS, METRICS = "runs", ".metrics.json.gz"
 # Keys of a lab that no run depends on: what is judged, and by which limits, is computed from the runs anew.
@@ -48,13 +49,15 @@ class KeptRun:
 class Earlier:
     """What ``--resume`` named: ids of sessions, the runs of their folders by time, what to know of them.
 
-    ``fingerprints``: by the ``run.json`` that holds it.
+    ``fingerprints``: by the ``run.json`` that holds it. ``order_drawn``: whether all of their rounds had an
+    order that was drawn by lot.
     """
 
     sessions: tuple[str, ...] = ()
     runs: tuple[KeptRun, ...] = ()
     notes: tuple[str, ...] = ()
     fingerprints: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    order_drawn: bool = True
 
 
 def read(
@@ -79,6 +82,7 @@ def read(
     """
     problems: list[Problem] = []
     sessions: list[str] = []
+    drawn = True
     notes: list[str] = []
     fingerprints: dict[str, Mapping[str, Any]] = {}
     kept: dict[tuple[str, str, int], KeptRun] = {}
@@ -93,6 +97,7 @@ def read(
         problems += _differences(folder, meta, lab, variants, machine)
         problems += _other_arms(folder, meta, arms)
         fingerprints[str(folder / META)] = meta["fingerprint"]
+        drawn = drawn and meta.get("rule") == ORDER_DRAWN
         problems += _other_workloads(found, lab)
         sessions += [*map(str, meta.get("resumed") or ()), name]
         if meta.get("commit") != commit:
@@ -104,7 +109,7 @@ def read(
     definitions = {workload.definition for workload in lab.gated_workloads}
     runs = sorted(kept.values(), key=lambda one: one.moment)
     counted = tuple(one for one in runs if one.run.workload.definition in definitions and one.run.round >= 0)
-    return Earlier(tuple(dict.fromkeys(sessions)), counted, tuple(notes), fingerprints)
+    return Earlier(tuple(dict.fromkeys(sessions)), counted, tuple(notes), fingerprints, drawn)
 
 
 def require_same_lab(earlier: Earlier, whole: Mapping[str, Any]) -> None:

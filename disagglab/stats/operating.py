@@ -75,10 +75,22 @@ def _random_order(runs: Runs) -> Runs:
     return ratios
 
 
+def _by_coin(ratios: Runs) -> Runs:
+    """Log-ratios of two equal arms whose order is drawn: what one run has more than the other keeps its size
+    from round to round as it was, and a coin says whose it is.
+    """
+
+    def found(generator: np.random.Generator, sessions: int, rounds: int) -> Array:
+        return ratios(generator, sessions, rounds) * generator.choice((-1, 1), (sessions, rounds))
+
+    return found
+
+
 NOISES: dict[str, Runs] = {
     "normal": lambda generator, sessions, rounds: generator.standard_normal((sessions, rounds)),
     "heavy tails": lambda generator, sessions, rounds: generator.standard_t(TAILS, (sessions, rounds)),
     "rounds that hang together": _chained,
+    "rounds that hang together, random order": _by_coin(_chained),
     "runs that hang together, mirrored": _mirrored(_chained),
     "runs that hang together, four arms mirrored": _mirrored(_chained, 4),
     "runs that hang together, random order": _random_order(_chained),
@@ -148,9 +160,10 @@ def repeated_t(rounds: int, alpha: float, first: int = FIRST_LOOK) -> Boundary:
     )
 
 
-def any_time(rounds: int, alpha: float, g: float = sequential.G) -> Boundary:
+def any_time(rounds: int, alpha: float, g: float = sequential.G, order_drawn: bool = False) -> Boundary:
     """The rule of :mod:`disagglab.stats.sequential`, looked at after every round."""
-    return Boundary(tuple(sequential.multiplier(n, alpha, g) for n in range(1, rounds + 1)), inflated=True)
+    multipliers = tuple(sequential.multiplier(n, alpha, g) for n in range(1, rounds + 1))
+    return Boundary(multipliers, inflated=not order_drawn)
 
 
 def spending(

@@ -12,7 +12,12 @@ from disagglab.stats import sequential
 CONFIDENCE = 0.95
 MOST_ROUNDS = 1000  # further ahead no number of rounds is estimated
 
-Rule = Literal["fixed-n", "any time"]
+# "any time, order drawn": the order of the arms was drawn by lot in every round, so that rounds of equal arms
+# differ by a fair coin and cannot hang together
+Rule = Literal["fixed-n", "any time", "any time, order drawn"]
+FIXED: Rule = "fixed-n"
+ANY_TIME: Rule = "any time"
+ORDER_DRAWN: Rule = "any time, order drawn"
 
 
 def quantile(share: float, freedom: int) -> float:
@@ -24,25 +29,25 @@ def multiplier(rounds: int, alpha: float, rule: Rule) -> float:
     """Half of the interval's width in standard errors; infinite where so few rounds decide nothing.
 
     Args:
-        alpha: chance of a false alarm, two-sided: in this one look ("fixed-n"), or ever ("any time").
+        alpha: chance of a false alarm, two-sided: in this one look ("fixed-n"), or ever (the others).
     """
     if rounds < 2:
         return math.inf
-    if rule == "any time":
-        return sequential.multiplier(rounds, alpha)
-    return quantile(1 - alpha / 2, rounds - 1)
+    if rule == FIXED:
+        return quantile(1 - alpha / 2, rounds - 1)
+    return sequential.multiplier(rounds, alpha)
 
 
 def fewest_rounds(alpha: float, rule: Rule) -> int:
     """Rounds that a decision takes at the least, however large the effect."""
-    return sequential.fewest_rounds(alpha) if rule == "any time" else 2
+    return 2 if rule == FIXED else sequential.fewest_rounds(alpha)
 
 
 def p_value(t: float, rounds: int, rule: Rule) -> float:
     """Two-sided p of no difference at a t statistic, which may be infinite (no spread); 1 with one round."""
     if rounds < 2:
         return 1.0
-    if rule == "any time":
+    if rule != FIXED:
         return sequential.p_value(t, rounds)
     return 0.0 if math.isinf(t) else min(1.0, 2 * float(special.stdtr(rounds - 1, -abs(t))))
 

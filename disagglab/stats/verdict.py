@@ -20,9 +20,9 @@ import numpy as np
 from disagglab.errors import InvalidRun
 from disagglab.stats import sequential
 from disagglab.stats.metric import Direction
+from disagglab.stats.rule import ANY_TIME, fewest_rounds, multiplier, p_value, quantile, rounds_to_decide
 from disagglab.stats.rule import CONFIDENCE as CONFIDENCE  # these two are words of a verdict as well
 from disagglab.stats.rule import Rule as Rule
-from disagglab.stats.rule import fewest_rounds, multiplier, p_value, quantile, rounds_to_decide
 
 ALPHA = 1 - CONFIDENCE
 POWER = 0.80
@@ -80,7 +80,7 @@ class _Sample:
 
     def error_of(self, rule: Rule) -> float:
         """The standard error that a rule takes."""
-        return self.error * self.inflation if rule == "any time" else self.error
+        return self.error * self.inflation if rule == ANY_TIME else self.error
 
     def limits(self, rule: Rule) -> tuple[float, float]:
         """Confidence limits, log scale; infinite where so few rounds decide nothing."""
@@ -141,7 +141,8 @@ def judge(
         better: whether lower or higher values are better.
         margin: relative differences below it count as equivalent.
         rule: "fixed-n" where the number of rounds was fixed before the first; "any time" where it depends on
-            what was seen, as where one goes on until something is decided.
+            what was seen, as where one goes on until something is decided; "any time, order drawn" where in
+            every round the order of the arms was drawn by lot, too.
 
     Raises:
         InvalidRun: if there is no pair, or a value is not a positive finite number.

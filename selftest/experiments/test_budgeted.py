@@ -89,7 +89,7 @@ def compare(
             lambda _: None,
             said.extend,
             earlier,
-            lambda: lab.now_s,
+            now=lambda: lab.now_s,
         )
         if plan is not None:
             written = json.loads((store.folder / "run.json").read_text())["trials"]
@@ -145,7 +145,7 @@ def test_what_is_decided_gets_no_more_rounds(compare: Any) -> None:
     """With little noise all gates are decided long before the time is over, and nothing more is measured."""
     lab = Made(noise=0.002, base_s={SINGLE: 0.1, REPLICATED: 0.2, DISAGGREGATED: 0.05})
     comparison, plan, _ = compare(lab, 1_500.0)
-    rows = [row for row in verdict_rows(comparison, LAB, "any time") if row.gate.of_a_gate]
+    rows = [row for row in verdict_rows(comparison, LAB, "any time, order drawn") if row.gate.of_a_gate]
     slo = [row for row in rows if row.metric == "slo_attainment"]
     assert not [row for row in rows if row.open and row not in slo], (
         "attainment of made runs is all or nothing"
@@ -168,8 +168,8 @@ def test_without_time_the_pilot_is_all(compare: Any) -> None:
     assert comparison.died is None
 
 
-def test_arms_of_a_round_share_a_seed_and_turn_round(compare: Any) -> None:
-    """Pairs of one round have the same prompts, no two rounds have; every other round is mirrored."""
+def test_arms_of_a_round_share_a_seed_and_their_order_is_drawn(compare: Any) -> None:
+    """Pairs of one round have the same prompts, no two rounds have; either arm is first in some rounds."""
     lab = Made(noise=0.3)
     compare(lab, 200.0)
     by_round: dict[tuple[str, int], set[int]] = {}
@@ -178,8 +178,9 @@ def test_arms_of_a_round_share_a_seed_and_turn_round(compare: Any) -> None:
             by_round.setdefault((name, number), set()).add(seed)
     assert all(len(seeds) == 1 for seeds in by_round.values())
     assert len(set.union(*by_round.values())) == len(by_round)
-    name = next(name for name, number in by_round if number == 3)
-    assert lab.arms(name, 2) == lab.arms(name, 3)[::-1]
+    first = Counter(lab.arms(name, number)[0] for name, number in by_round)
+    assert len(first) > 1
+    assert max(first.values()) < len(by_round)
 
 
 def test_rounds_of_earlier_sessions_come_first(compare: Any) -> None:

@@ -14,6 +14,7 @@ from disagglab.experiments import trials
 from disagglab.experiments.comparison import Comparison, verdict_rows
 from disagglab.experiments.trials import (
     Outlook,
+    PairSpread,
     Share,
     TrialPlan,
     arms_needed,
@@ -181,7 +182,10 @@ def test_few_pairs_take_the_spread_of_all_arms() -> None:
     assert found is not None
     assert found.sd > 0.1
     assert found.freedom == 2
-    assert found.careful > 1.5 * found.sd, "two degrees of freedom may be far off"
+    assert found.careful("fixed-n") > 1.5 * found.sd, "two degrees of freedom may be far off"
+    assert PairSpread(0.1, 9, 1.4).careful("any time") == pytest.approx(
+        1.4 * PairSpread(0.1, 9, 1.4).careful("any time, order drawn")
+    )
 
 
 def test_an_open_gate_says_how_long_it_would_take() -> None:

@@ -52,8 +52,9 @@ def test_a_budget_that_says_nothing_is_refused(options: dict[str, Any], named: s
     ("budget", "max_rounds", "sessions", "rule"),
     [
         (None, 0, (), "fixed-n"),
-        (300.0, 0, (), "any time"),
-        (0.0, 0, (), "any time"),
+        (300.0, 0, (), "any time, order drawn"),
+        (0.0, 0, (), "any time, order drawn"),
+        (300.0, 0, ("20260101-000000-aaaa",), "any time"),
         (None, 12, (), "any time"),
         (None, 0, ("20260101-000000-aaaa",), "any time"),
     ],
@@ -63,6 +64,8 @@ def test_only_a_number_that_was_fixed_beforehand_is_judged_once(
 ) -> None:
     """Rounds that are added to a session that was seen are a second look at it."""
     live: Any = SimpleNamespace(
-        budget_s=budget, max_rounds=max_rounds, earlier=SimpleNamespace(sessions=sessions)
+        budget_s=budget,
+        max_rounds=max_rounds,
+        earlier=SimpleNamespace(sessions=sessions, order_drawn=not sessions),
     )
     assert Session.rule.fget(live) == rule  # type: ignore[attr-defined]

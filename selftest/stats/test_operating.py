@@ -38,6 +38,7 @@ def test_simulated_intervals_are_those_of_a_verdict() -> None:
     looks = operating.look(ratios)
     rules: dict[Rule, operating.Boundary] = {
         "any time": operating.any_time(9, 0.05),
+        "any time, order drawn": operating.any_time(9, 0.05, order_drawn=True),
         "fixed-n": operating.repeated_t(9, 0.05, first=2),
     }
     for rule, boundary in rules.items():
@@ -60,6 +61,20 @@ def test_looks_at_any_time_keep_the_level(noise: str) -> None:
     standard errors of so few sessions): independent noise or not, drift or none.
     """
     assert operating.excluded_by(sessions(noise), operating.any_time(ROUNDS, 0.05))[-1] <= MOST
+
+
+DRAWN = ("normal", "heavy tails", *(name for name in NOISES if name.endswith("random order")))
+
+
+@pytest.mark.parametrize("noise", DRAWN)
+def test_an_order_that_is_drawn_needs_no_wider_errors(noise: str) -> None:
+    """Runs or rounds that hang together, drift, random walk: where a coin says who is first the level is kept
+    without them; and without a coin it is not, which is why they are there.
+    """
+    boundary = operating.any_time(ROUNDS, 0.05, order_drawn=True)
+    assert operating.excluded_by(sessions(noise), boundary)[-1] <= 0.05
+    together = sessions("rounds that hang together")
+    assert operating.excluded_by(together, boundary)[-1] > MOST
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.01])
