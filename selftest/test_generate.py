@@ -6,12 +6,10 @@ The oracle is a change of the code: a key, an option or a target more has to mak
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Literal
 
 import pytest
@@ -21,22 +19,12 @@ from disagglab.config import labs
 from disagglab.config.schema import SloSection
 from disagglab.paths import ROOT
 from disagglab.units import Unit
+from selftest.docs_program import loaded
 
 PROGRAM = ROOT / "docs" / "generate.py"
 
 
-def loaded() -> ModuleType:
-    """The program as a module; docs/ is no package."""
-    spec = importlib.util.spec_from_file_location("docs_generate", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-generate = loaded()
+generate = loaded(PROGRAM)
 
 
 @pytest.fixture

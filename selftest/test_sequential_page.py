@@ -6,33 +6,20 @@ simulate; selftest/stats/test_operating.py holds them on fewer sessions.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
-from types import ModuleType
 
 import pytest
 
 from disagglab.paths import ROOT
 from disagglab.stats import operating, sequential
 from disagglab.stats.rule import multiplier
+from selftest.docs_program import loaded
 
 PROGRAM = ROOT / "docs" / "sequential.py"
 
 
-def loaded() -> ModuleType:
-    """The program as a module; docs/ is no package."""
-    spec = importlib.util.spec_from_file_location("docs_sequential", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-program = loaded()
+program = loaded(PROGRAM)
 DATA = json.loads(program.DATA.read_text())
 
 

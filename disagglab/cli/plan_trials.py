@@ -30,7 +30,7 @@ def add(commands: command.Commands) -> None:
         "--difference",
         default=DIFFERENCE,
         metavar="SHARE",
-        help="that is to be found four times out of five (%(default)s)".replace("%(default)s", "default 5%%"),
+        help="that is to be found four times out of five (default 5%%)",
     )
     asked.add_argument("--budget", metavar="TIME", help="also what this time would tell: 90s, 10m, 1h")
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from disagglab.config.arms import SINGLE_AGAIN, twin_of
 from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
-from disagglab.experiments import trials
-from disagglab.experiments.comparison import Comparison, warm_up
+from disagglab.experiments import run_length, trials
+from disagglab.experiments.comparison import Comparison
 from disagglab.experiments.rounds import Trial, runs
 from disagglab.experiments.trials import PILOT_ROUNDS, TrialPlan
+from disagglab.experiments.warming import warm_up
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.results.records import Run
@@ -142,7 +143,7 @@ def run_in_time(
         for number in range(PILOT_ROUNDS):
             for workload in workloads:
                 if rounds_of(workload.name) <= number:
-                    short = trials.shortest(workload, who.gates(workload.name)) if number else workload
+                    short = run_length.shortest(workload, who.gates(workload.name)) if number else workload
                     yield from one_round(short, PILOT_ROUNDS)
         while True:
             left_s = budget.left_s
@@ -160,7 +161,7 @@ def run_in_time(
             yield from one_round(share.workload, share.done + share.planned)
 
     try:
-        warm_up(engine, list(who.arms.values()), workloads, shape, store, progress, comparison)
+        warm_up(engine, list(who.arms.values()), workloads, shape, store, progress, comparison.runs)
         budget = Budget(budget_s, now)
         for run in runs(engine, turns(), shape, store, progress):
             comparison.runs.append(run)
@@ -174,7 +175,7 @@ def run_in_time(
 def _sized(comparison: Comparison, who: Entrants, workload: Workload, left_s: float, rule: Rule) -> Workload:
     """The workload with the length of runs that suits the time left for it."""
     needed = who.needed(workload.name)
-    return trials.length_of(
+    return run_length.length_of(
         comparison, workload, who.gates(workload.name), needed, left_s / len(needed), rule
     )
 

@@ -12,7 +12,8 @@ from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments.rounds import WARM_UP_ROUND, Trial, runs, trials
+from disagglab.experiments.rounds import WARM_UP_ROUND, runs, trials
+from disagglab.experiments.warming import warm_up
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.results.arm import Arm
@@ -27,7 +28,6 @@ from disagglab.stats.metric import METRICS, of_stream
 from disagglab.stats.rule import ANY_TIME, ORDER_DRAWN
 from disagglab.stats.verdict import CONFIDENCE, NoiseFloor, Rule, gate_p, holm, judge, noise_floor, passes
 
-AT_LEAST_MET = 2  # requests through a router in a warm-up: the first one opens its connections
 LIMIT = "limit"  # in the place of a baseline, where a gate compares with a value of the lab file
 
 
@@ -139,7 +139,7 @@ def run_rounds(
 
     all_turns = trials(topologies, wanted, rounds, lambda *_: random.getrandbits(31), cap)
     try:
-        warm_up(engine, topologies, workloads, shape, store, progress, comparison)
+        warm_up(engine, topologies, workloads, shape, store, progress, comparison.runs)
         for run in runs(engine, all_turns, shape, store, progress):
             comparison.runs.append(run)
     except Died as died:
@@ -162,64 +162,6 @@ def figure_rows(comparison: Comparison) -> list[FigureRow]:
                         found = (workload.name, arm, name, metric.unit, metric.better, tuple(values))
                         rows.append(FigureRow(*found, workload.definition))
     return rows
-
-
-def warm_up(
-    engine: LoadEngine,
-    topologies: Sequence[Topology],
-    workloads: Sequence[Workload],
-    shape: KvShape,
-    store: Store,
-    progress: Callable[[str], None],
-    comparison: Comparison,
-) -> None:
-    """Let every server compute what the fullest workload has at once, and every router and pair of nodes
-    meet.
-
-    The whole load goes to arms with servers that have had none yet, those with the most equal servers first;
-    each other router gets as many requests as make all pairs behind it. A twin is its arm a second time.
-
-    Raises:
-        Died: see :func:`disagglab.experiments.rounds.runs`.
-    """
-    first = warm_up_turns(topologies, workloads)
-    for run in runs(engine, first, shape, store, progress, named=lambda _: ""):
-        if run.invalid is not None:  # a warm-up never counts, but one that broke is shown
-            comparison.runs.append(run)
-
-
-def warm_up_turns(
-    topologies: Sequence[Topology], workloads: Sequence[Workload]
-) -> list[Trial[Topology, Workload]]:
-    """What a warm-up asks of which arm, in its order."""
-    by_router: dict[str, Topology] = {}
-    for topology in topologies:
-        by_router.setdefault(topology.router.url, topology)
-    whole = warm_up_of(workloads, max(topology.cycle for topology in topologies))
-    loaded: set[int] = set()
-    turns = []
-    for arm in sorted(by_router.values(), key=lambda one: (bool(one.decode), -len(one.servers))):
-        servers = {id(server) for server in arm.servers}
-        few = min(whole.requests, max(AT_LEAST_MET, arm.cycle))
-        load = _at_once(whole, few) if servers <= loaded else whole
-        loaded |= servers
-        turns.append(Trial(WARM_UP_ROUND, 0, arm, load, random.getrandbits(31)))
-    return turns
-
-
-def warm_up_of(workloads: Sequence[Workload], least: int = 1) -> Workload:
-    """As many requests at once as the fullest of the workloads can have; it gets prompts of its own.
-
-    Args:
-        least: requests that it has in any case, so that every pair of nodes has met before it is measured.
-    """
-    fullest = max(workloads, key=lambda workload: workload.most_under_way)
-    return _at_once(fullest, max(fullest.most_under_way, least))
-
-
-def _at_once(workload: Workload, count: int) -> Workload:
-    closed = {"rate_per_s": None, "steady": None, "shared_prefix_tokens": 0, "length": None}
-    return workload.model_copy(update={"requests": count, "concurrency": count, **closed})
 
 
 def verdict_rows(comparison: Comparison, lab: Lab, rule: Rule = "fixed-n") -> list[VerdictRow]:

@@ -13,6 +13,7 @@ from disagglab.config.schema import GateSection, Lab
 from disagglab.errors import ConfigError, Problem
 from disagglab.experiments import trials
 from disagglab.experiments.comparison import Comparison, gate_pairs
+from disagglab.experiments.pair_spread import cost_of_a_run, pair_spread
 from disagglab.results import resume
 from disagglab.stats.rule import FIXED, MOST_ROUNDS, ORDER_DRAWN, Rule
 
@@ -66,10 +67,10 @@ def gates(lab: Lab, comparison: Comparison) -> Iterator[Foresight]:
         arms = trials.arms_needed([gate])
         if any(not comparison.valid(gate.workload, arm) for arm in arms):
             continue
-        found = trials.pair_spread(comparison, gate, list(dict.fromkeys(run.topology for run in own)))
+        found = pair_spread(comparison, gate, list(dict.fromkeys(run.topology for run in own)))
         if found is not None:
             length = own[-1].workload.run_requests
-            cost = (trials.cost_of_a_run(comparison, gate.workload, arm).of(length) for arm in arms)
+            cost = (cost_of_a_run(comparison, gate.workload, arm).of(length) for arm in arms)
             yield Foresight(gate, len(gate_pairs(comparison, gate)), found.sd, sum(cost))
 
 

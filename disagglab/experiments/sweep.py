@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments.comparison import warm_up_of
 from disagglab.experiments.rounds import mirrored
+from disagglab.experiments.warming import warm_up_of
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.run import measure

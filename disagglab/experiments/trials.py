@@ -19,23 +19,14 @@ from disagglab import text
 from disagglab.config.arms import DISAGGREGATED, twin_of
 from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
-from disagglab.errors import InvalidRun
 from disagglab.experiments.comparison import LIMIT, Comparison, gate_pairs, rule_of, verdict_rows
-from disagglab.results.metrics import answers
+from disagglab.experiments.pair_spread import cost_of_a_run, pair_spread
 from disagglab.results.records import VerdictRow
-from disagglab.stats import sequential
-from disagglab.stats.components import RunCost, Spread, best_length, spread, upper_sd, within
 from disagglab.stats.metric import METRICS
-from disagglab.stats.rule import ANY_TIME, MOST_ROUNDS, ORDER_DRAWN, Rule, multiplier, quantile
+from disagglab.stats.rule import MOST_ROUNDS, ORDER_DRAWN, Rule, multiplier, quantile
 from disagglab.stats.verdict import ALPHA, LARGEST_LOG, POWER
 
 PILOT_ROUNDS = 2  # the fewest that show a spread
-# Requests a run for each that is under way at once. With one, TTFT on two CPU cores was 35 % longer.
-HELD = 2
-LONGEST = 4  # times the workload's own number of requests; longer runs would leave too few rounds
-ROUNDS_OF_A_LENGTH = 4  # before another is thought of: fewer would choose by chance
-CONFIDENCE_OF_PLANS = 0.8
-OWN_PAIRS = 4  # from so many pairs on their own spread is taken, before that the one of all arms
 
 
 @dataclass(frozen=True)
@@ -175,130 +166,6 @@ def arms_needed(gates: Sequence[GateSection], variants: Sequence[str] = ()) -> t
 def twin_needed(gates: Sequence[GateSection]) -> str | None:
     """The arm whose only difference from the gates' baseline is noise; None without a baseline."""
     return next((twin_of(gate.baseline) for gate in gates if gate.baseline), None)
-
-
-def cost_of_a_run(comparison: Comparison, workload: str, arm: str) -> RunCost:
-    """What a run of an arm takes, by its runs so far.
-
-    Raises:
-        InvalidRun: if none of its runs counts.
-    """
-    found = comparison.valid(workload, arm)
-    if not found:
-        raise InvalidRun(f"{workload}, {arm}: no valid run, so nothing is known of what a run takes")
-    fixed = statistics.fmean((run.took_s or run.duration_s) - run.duration_s for run in found)
-    each = statistics.fmean(run.duration_s / max(1, run.workload.run_requests) for run in found)
-    return RunCost(fixed, each)
-
-
-@dataclass(frozen=True)
-class PairSpread:
-    """Standard deviation of the log-ratio of a pair, its degrees of freedom, and by how much the rule takes a
-    standard error for larger because neighbouring rounds are alike.
-    """
-
-    sd: float
-    freedom: int
-    inflation: float = 1.0
-
-    def careful(self, rule: Rule) -> float:
-        """What the deviation is below with 80 % confidence, as a rule takes it: what plans are made with.
-
-        An estimate from few rounds is as often too small as too large, and a plan that believes the smallest
-        of several sends its time where it is not enough.
-        """
-        wider = self.inflation if rule == ANY_TIME else 1.0
-        return upper_sd(self.sd, self.freedom, CONFIDENCE_OF_PLANS) * wider
-
-
-def pair_spread(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> PairSpread | None:
-    """The spread of a gate's pairs; None where nothing tells.
-
-    Of few pairs it is taken from all arms of the workload, which together know it better.
-    """
-    pairs = gate_pairs(comparison, gate)
-    ratios = [math.log(candidate / baseline) for baseline, candidate in pairs]
-    found = _spread(comparison, gate, arms) if gate.baseline else None
-    if len(ratios) >= OWN_PAIRS or (found is None and len(ratios) > 1):
-        return PairSpread(statistics.stdev(ratios), len(ratios) - 1, sequential.inflation(ratios))
-    return PairSpread(found.of_a_pair, found.freedom) if found else None
-
-
-def _spread(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> Spread | None:
-    """Of all arms that were measured in the same rounds as the candidate."""
-    table = []
-    for arm in arms:
-        pairs = comparison.pairs(gate.workload, DISAGGREGATED, arm, gate.metric, gate.stream)
-        table.append([value for _, value in pairs])
-    longest = max(map(len, table), default=0)
-    whole = [row for row in table if len(row) == longest]
-    return spread(whole) if len(whole) > 1 and longest > 1 else None
-
-
-def lengths(workload: Workload, gates: Sequence[GateSection]) -> list[int]:
-    """The lengths that runs of a workload may have, requests; its own alone where another would be another
-    measurement.
-
-    That is an open loop, whose queue depends on how long it lasts; a figure that depends on a run's length,
-    see :class:`disagglab.stats.metric.Metric`; and a run in which the concurrency would not be reached and
-    held.
-    """
-    own = workload.requests
-    if workload.concurrency is None or any(METRICS[gate.metric].by_length for gate in gates):
-        return [own]
-    least = min(own, workload.concurrency * (HELD if workload.concurrency > 1 else 1))
-    doubled = (least * 2**power for power in range((LONGEST * own).bit_length()))
-    return sorted({own, *(length for length in doubled if length <= LONGEST * own)})
-
-
-def shortest(workload: Workload, gates: Sequence[GateSection]) -> Workload:
-    """The workload with the shortest runs that measure the same."""
-    return workload.of_length(lengths(workload, gates)[0])
-
-
-def length_of(
-    comparison: Comparison,
-    workload: Workload,
-    gates: Sequence[GateSection],
-    arms: Sequence[str],
-    seconds: float,
-    rule: Rule = ORDER_DRAWN,
-) -> Workload:
-    """The workload with runs of the length that makes the interval of its first gate with a baseline
-    narrowest; the shortest until so many of its rounds show their spread (``ROUNDS_OF_A_LENGTH``).
-
-    The spread within a run is that of all runs with several requests, the first round of a session above all,
-    which has the workload's own length.
-
-    Args:
-        arms: whose runs tell the spread.
-        seconds: for all runs of one arm.
-    """
-    short = shortest(workload, gates)
-    judged = [gate for gate in gates if METRICS[gate.metric].each and gate.baseline]
-    if not judged or short == workload:
-        return short
-    metric, stream = METRICS[judged[0].metric], judged[0].stream
-    assert metric.each is not None  # by the choice of the gate
-    runs = [run for arm in arms for run in comparison.valid(workload.name, arm)]
-    inside = within([metric.each(answers(run, stream=stream)) for run in runs])
-    alike = Comparison(
-        [run for run in runs if run.workload.run_requests == short.run_requests], comparison.slo
-    )
-    found = _spread(alike, judged[0], arms)
-    if inside is None or found is None or found.freedom < ROUNDS_OF_A_LENGTH - 1:
-        return short
-    cost = cost_of_a_run(alike, workload.name, DISAGGREGATED)
-    best = best_length(
-        found,
-        inside,
-        short.run_requests,
-        cost,
-        lengths(workload, gates),
-        seconds,
-        lambda n: multiplier(n, ALPHA, rule),
-    )
-    return workload.of_length(best)
 
 
 def outlook(

@@ -16,7 +16,7 @@ from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
-from disagglab.experiments import comparison, rounds
+from disagglab.experiments import comparison, rounds, warming
 from disagglab.experiments.comparison import (
     Comparison,
     figure_rows,
@@ -416,7 +416,7 @@ def test_a_warm_up_loads_every_server_once() -> None:
         arm(SINGLE_AGAIN, a),
         arm("disaggregated@tcp", a, other, decode=True),
     ]
-    turns = comparison.warm_up_turns(arms, LAB.gated_workloads)
+    turns = warming.warm_up_turns(arms, LAB.gated_workloads)
     assert [(turn.arm.name, turn.subject.requests) for turn in turns] == [
         (REPLICATED, 6),
         (SINGLE, 2),
@@ -429,7 +429,7 @@ def test_a_warm_up_loads_every_server_once() -> None:
 
 def test_the_warm_up_fills_every_place() -> None:
     """As many requests at once as the fullest workload has, in a closed loop, with prompts of its own."""
-    warm = comparison.warm_up_of([LAB.workload("one-user"), LAB.workload("long-prompts-into-steady-decode")])
+    warm = warming.warm_up_of([LAB.workload("one-user"), LAB.workload("long-prompts-into-steady-decode")])
     assert warm.concurrency == warm.requests == 6
     assert warm.rate_per_s is None
     assert warm.steady is None

@@ -12,13 +12,13 @@ from disagglab.config.schema import GateSection
 from disagglab.config.workload import Workload
 from disagglab.experiments import trials
 from disagglab.experiments.comparison import Comparison, verdict_rows
+from disagglab.experiments.pair_spread import PairSpread, pair_spread
+from disagglab.experiments.run_length import lengths
 from disagglab.experiments.trials import (
     Outlook,
-    PairSpread,
     Share,
     TrialPlan,
     arms_needed,
-    lengths,
     outlook,
     plan,
     rounds_to_decide,
@@ -178,7 +178,7 @@ def test_few_pairs_take_the_spread_of_all_arms() -> None:
     runs = []
     for arm, times in ((SINGLE, (1.0, 1.2)), (DISAGGREGATED, (1.1, 1.32)), ("single-again", (1.2, 1.0))):
         runs += [made_run(arm, ONE_USER, number, seconds) for number, seconds in enumerate(times)]
-    found = trials.pair_spread(Comparison(runs, LAB.slo), TTFT, [SINGLE, DISAGGREGATED, "single-again"])
+    found = pair_spread(Comparison(runs, LAB.slo), TTFT, [SINGLE, DISAGGREGATED, "single-again"])
     assert found is not None
     assert found.sd > 0.1
     assert found.freedom == 2

@@ -26,9 +26,9 @@ from disagglab.experiments.comparison import (
     figure_rows,
     run_rounds,
     verdict_rows,
-    warm_up_of,
 )
 from disagglab.experiments.rounds import WARM_UP_ROUND
+from disagglab.experiments.warming import warm_up_of
 from disagglab.paths import ROOT
 from disagglab.results import fingerprint, resume
 from disagglab.results.records import ClientLoad, Ledger, Reading, Run, Snapshot
