@@ -96,6 +96,10 @@ class Deputy:
             self._pools[address] = PortPool(address, self._first, self._last)
         return self._pools[address].reserve()
 
+    def give_back_port(self, address: str, port: int) -> None:
+        """Let a reserved port, whose user has ended, be reserved again."""
+        self._pools[address].give_back(port)
+
     def free_ports(self, address: str, count: int) -> list[int]:
         """``count`` ports of the range that could be reserved now; given back at once.
 

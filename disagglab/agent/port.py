@@ -41,13 +41,19 @@ class PortPool:
         self.last = last
         self._next = first
         self._held: dict[int, socket.socket] = {}
+        self._returned: list[int] = []
 
     def reserve(self) -> int:
-        """Reserve one port for the life of the pool.
+        """Reserve one port, for the life of the pool or until it is given back. One that was given back
+        comes first.
 
         Raises:
             StartError: if every port of the range is taken.
         """
+        for port in sorted(self._returned):
+            if not accepts(self.address, port, self._make):
+                self._returned.remove(port)
+                return port
         for port in range(self._next, self.last + 1):
             holder = self._make(family(self.address), socket.SOCK_STREAM)
             try:
@@ -68,6 +74,16 @@ class PortPool:
             f"no free port left between {self.first} and {self.last} on {self.address};"
             f" widen [ports] in the lab file, or see who listens: ss -tlnp"
         )
+
+    def give_back(self, port: int) -> None:
+        """Let :meth:`reserve` hand a port out again; meanwhile it stays ours.
+
+        Raises:
+            ValueError: if it is not reserved.
+        """
+        if port not in self._held or port in self._returned:
+            raise ValueError(f"port {port} of {self.address} is not reserved")
+        self._returned.append(port)
 
     def listening(self) -> list[int]:
         """Ports of this pool that somebody listens on now."""

@@ -17,7 +17,7 @@ def add(commands: command.Commands) -> None:
         "completion",
         run,
         "completion for bash, zsh or fish",
-        "Print what to source for completion of commands, options, names of labs, variants and models.",
+        "Print what to source for completion of commands, options, names of labs, ways and models.",
         [
             'eval "$(disagglab completion bash)"     # in ~/.bashrc; zsh in the same way, in ~/.zshrc',
             "disagglab completion fish | source      # in ~/.config/fish/config.fish",

@@ -19,7 +19,7 @@ def add(commands: command.Commands) -> None:
         "Print what a session with a lab would run on every host; the same as pytest --plan.",
         [
             "disagglab plan --lab embedded",
-            "disagglab plan --lab two-h200 --variant stock --workload chat",
+            "disagglab plan --lab two-h200 --way stock --workload chat",
             "disagglab plan --lab two-h200 --without single",
         ],
     )
@@ -31,10 +31,10 @@ def add(commands: command.Commands) -> None:
         "--workload", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
     )
     command.complete(workload, words.workloads)
-    variant = asked.add_argument(
-        "--variant", action="append", default=[], metavar="NAME", help="also this one; may be repeated"
+    way = asked.add_argument(
+        "--way", action="append", default=[], metavar="NAME", help="also this one; may be repeated"
     )
-    command.complete(variant, words.variants)
+    command.complete(way, words.ways)
     asked.add_argument(
         "--arm", action="append", default=[], metavar="NAME", help="only this arm; may be repeated"
     )
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         vllm=arguments.vllm or "",
         against=arguments.against or "",
         workloads=tuple(arguments.workload),
-        variants=tuple(arguments.variant),
+        ways=tuple(arguments.way),
         arms=tuple(arguments.arm),
         without=tuple(arguments.without),
         dedicated=arguments.dedicated,

@@ -1,4 +1,4 @@
-"""The words that a shell completes: names of labs, of their variants and workloads, of shipped models."""
+"""The words that a shell completes: names of labs, of their ways and workloads, of shipped models."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def labs(prefix: str, **_: Any) -> list[str]:
     return [*names, *found]
 
 
-def variants(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Names of the variants of the lab that was typed before."""
-    return [one.name for one in _lab(parsed_args).variants]
+def ways(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Names of the ways of the lab that was typed before."""
+    return [one.name for one in _lab(parsed_args).ways]
 
 
 def workloads(parsed_args: argparse.Namespace, **_: Any) -> list[str]:

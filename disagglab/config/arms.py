@@ -46,22 +46,17 @@ def twin_of(arm: str) -> str:
     return f"{arm}{AGAIN}"
 
 
-def name_of_variant(name: str) -> str:
-    """The arm of a ``[[variant]]``."""
-    return f"{DISAGGREGATED}@{name}"
-
-
-def chosen(lab: Lab, only: Sequence[str], without: Sequence[str], variants: Sequence[str]) -> Arms:
+def chosen(lab: Lab, only: Sequence[str], without: Sequence[str], ways: Sequence[str]) -> Arms:
     """The arms of a session: those that ``--arm`` names, or all, but those that ``--without`` names.
 
     Args:
-        variants: names of those that are measured.
+        ways: arms of those that are measured.
 
     Raises:
-        ConfigError: if a name is not known or stands in both, if a twin or a variant is left alone, if
+        ConfigError: if a name is not known or stands in both, if a twin or a way is left alone, if
             ``disaggregated`` is left out, which is the candidate of every gate, or if one arm remains.
     """
-    known = (*OWN, *map(name_of_variant, variants))
+    known = (*OWN, *ways)
     problems = [
         Problem(lab.file, f"{option} {name}", "no such arm in this session", f"use one of {', '.join(known)}")
         for option, names in (("--arm", only), ("--without", without))
@@ -86,8 +81,8 @@ def chosen(lab: Lab, only: Sequence[str], without: Sequence[str], variants: Sequ
         mend = f"keep it; for the baselines alone: pytest -m baseline, pytest -m {REPLICATED}"
         problems.append(Problem(lab.file, f"arm {DISAGGREGATED}", wrong, mend))
     problems += [
-        Problem(lab.file, f"--variant {name}", "asked for, and its arm is left out", f"add --arm {arm}")
-        for name, arm in zip(variants, map(name_of_variant, variants), strict=True)
+        Problem(lab.file, f"--way {arm}", "asked for, and its arm is left out", f"add --arm {arm}")
+        for arm in ways
         if arm in out
     ]
     kept = tuple(name for name in known if name not in out)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from pydantic import ValidationError
-
 from disagglab.address import is_loopback
-from disagglab.config import madehosts, variant
+from disagglab.config import madehosts, reserved, transports, ways_check
 from disagglab.config.schema import (
     ControllerSection,
     HostSection,
@@ -18,37 +16,18 @@ from disagglab.config.schema import (
     PortsSection,
     ScaleSection,
     TransportSection,
-    VariantSection,
     VllmSection,
 )
 from disagglab.config.workload import load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv.layout import RULE_MEND, has_rule
 from disagglab.paths import WORKLOADS
-from disagglab.problems import problems_of
 from disagglab.stats.metric import METRICS
 
 WORKERS = 2  # servers that a routing strategy chooses between, on the lab's first nodes
 PORTS_PER_SERVER = 3  # HTTP, the NIXL side channel, and HTTP of its twin without connector (--dedicated)
 ROUTER_PORTS = 10  # three topologies and two dedicated ones, each with an HTTP and a metrics port
 ROUTING_PORTS = 2 * WORKERS + 2  # HTTP and KV events of each worker; one router at a time
-RESERVED_ARGS = {
-    "host": "the node's address",
-    "port": "[ports]",
-    "model": "[model] id",
-    "served-model-name": "nothing: each run gives its own name, which proves whose server answers",
-    "dtype": "[model] dtype",
-    "max-model-len": "[model] max_model_len",
-    "load-format": "[model] load_format",
-    "tokenizer": "[model] tokenizer",
-    "kv-transfer-config": "[transport]",
-    "kv-events-config": "the suite, for servers whose router chooses by KV events",
-}
-LEASE_KEY = "kv_lease_duration"
-SHARED_ARGS = {
-    "gpu-memory-utilization": "the number of variants that share the GPU",
-    "kv-cache-memory-bytes": "[memory] kv_beside_gib",
-}  # beside variants
 
 
 def ports_needed(nodes: int, releases: int = 1) -> int:
@@ -71,7 +50,7 @@ def contradictions(parts: dict[str, Any], file: str, unread: Collection[str] = (
     if not {"node", "host"} & set(unread):
         yield from madehosts.problems(hosts, nodes, parts.get("transport"), file)
     vllm: VllmSection | None = parts.get("vllm")
-    yield from _arg_problems(vllm.args if vllm else {}, "vllm.args", RESERVED_ARGS, file)
+    yield from reserved.problems(vllm.args if vllm else {}, "vllm.args", file)
     if vllm is not None and not has_rule(vllm.version):
         wrong = (
             f"which KV blocks vLLM {vllm.version} moves is not known (BLOCK_RULE in disagglab/kv/layout.py)"
@@ -89,63 +68,10 @@ def contradictions(parts: dict[str, Any], file: str, unread: Collection[str] = (
             )
     transport: TransportSection | None = parts.get("transport")
     if transport is not None:
-        yield from _transport_problems(transport, nodes, "transport", file)
+        yield from transports.problems(transport, nodes, "transport", file)
     yield from _gate_problems(parts, file)
-    yield from _variant_problems(parts.get("variants", ()), transport, nodes, file)
-
-
-def _arg_problems(
-    args: Mapping[str, Any], where: str, reserved: Mapping[str, str], file: str
-) -> Iterator[Problem]:
-    """Options of ``vllm serve`` that a lab file cannot give."""
-    for arg in args:
-        name = arg.lstrip("-").replace("_", "-")
-        if arg.startswith("-"):
-            wrong = "written with dashes in front"
-            yield Problem(file, f"{where}.{arg}", wrong, f"write {arg.lstrip('-')} = …")
-        elif name in reserved:
-            mend = f"remove it; it comes from {reserved[name]}"
-            yield Problem(file, f"{where}.{arg}", "set by the suite", mend)
-
-
-def _transport_problems(
-    transport: TransportSection, nodes: Sequence[NodeSection], where: str, file: str
-) -> Iterator[Problem]:
-    if transport.kv_buffer_device == "cuda" and any(not node.gpus for node in nodes):
-        wrong = "cuda, but a node has no gpus"
-        yield Problem(file, f"{where}.kv_buffer_device", wrong, 'set it to "cpu"')
-    if transport.ucx_tls and "tcp" not in transport.ucx_tls and {"sm", "shm"} & set(transport.ucx_tls):
-        mend = 'add "tcp": NIXL cannot connect without it'
-        yield Problem(file, f"{where}.ucx_tls", "shared memory without tcp", mend)
-    if LEASE_KEY in transport.extra:
-        yield Problem(file, f"{where}.extra.{LEASE_KEY}", "has a key of its own", "write lease_s = … instead")
-
-
-def _variant_problems(
-    variants: Sequence[VariantSection],
-    transport: TransportSection | None,
-    nodes: Sequence[NodeSection],
-    file: str,
-) -> Iterator[Problem]:
-    """What is wrong with a variant, and with the lab as it has it."""
-    names = [one.name for one in variants]
-    for index, one in enumerate(variants):
-        where = f"variant[{index}]"
-        if one.name in names[:index]:
-            yield Problem(file, f"{where}.name", f"{one.name} is used twice", "give each its own name")
-        if not (one.transport or one.args or one.env):
-            yield Problem(file, where, "changes nothing", "add transport, args or env")
-        yield from _arg_problems(one.args, f"{where}.args", {**RESERVED_ARGS, **SHARED_ARGS}, file)
-        if transport is None:
-            continue
-        try:
-            changed = variant.transport_of(transport, one)
-        except ValidationError as error:
-            yield from problems_of(error, file, TransportSection, f"{where}.transport")
-            continue
-        before = list(_transport_problems(transport, nodes, f"{where}.transport", file))
-        found = _transport_problems(changed, nodes, f"{where}.transport", file)
-        yield from (problem for problem in found if problem not in before)
+    known = () if "node" in unread else nodes
+    yield from ways_check.problems(parts.get("ways", ()), transport, known, file)
 
 
 def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
@@ -212,6 +138,10 @@ def _node_problems(
     owners: dict[tuple[str, str, int], NodeSection] = {}
     for index, node in enumerate(nodes):
         key = f"node[{index}]"
+        if node.args:
+            wrong = "options of one node alone, with which the lab's replicas would not be equal"
+            mend = "[vllm.args] for all servers, or for one role: [[way]] with prefill = { args = { … } }"
+            yield Problem(file, f"{key}.args", wrong, mend)
         if node.name in seen:
             yield Problem(file, f"{key}.name", f"{node.name} is used twice", "give each node its own name")
         seen[node.name] = key

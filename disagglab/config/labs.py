@@ -29,8 +29,8 @@ from disagglab.config.schema import (
     SloSection,
     SpeedSection,
     TransportSection,
-    VariantSection,
     VllmSection,
+    WaySection,
 )
 from disagglab.errors import ConfigError, Problem
 from disagglab.problems import problems_of, suggest
@@ -51,7 +51,7 @@ LISTS: dict[str, tuple[type[Section], bool]] = {
     "node": (NodeSection, True),
     "gate": (GateSection, False),
     "host": (HostSection, False),
-    "variant": (VariantSection, False),
+    "way": (WaySection, False),
 }
 
 

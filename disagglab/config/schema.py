@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from disagglab.address import checked
 from disagglab.config.head import Section
 from disagglab.config.inherit import file_of
-from disagglab.config.workload import Workload, load_workload
+from disagglab.config.workload import NOT_FOR_FILES, Workload, load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.stats.metric import GATED, of_stream
 from disagglab.units import Gib, Microseconds, Seconds, Tokens, Unit, WholeSeconds
@@ -90,6 +90,11 @@ class NodeSection(Section):
         default=[], description="RDMA devices of its data network (mlx5_0 …); their counters are the wire's"
     )
     env: dict[str, str] = Field(default={}, description="of this server alone; wins over [vllm.env]")
+    args: dict[str, str | int | float | bool] = Field(
+        default={},
+        description="options of this server alone, from the role of a [[way]]; not for files",
+        json_schema_extra=NOT_FOR_FILES,
+    )
 
     @property
     def kv_address(self) -> str:
@@ -204,7 +209,7 @@ class MemorySection(Section):
     floor_gib: Gib = Field(ge=0, description="MemAvailable needed for each server of a host to start")
     stop_gib: Gib = Field(0.5, ge=0, description="MemAvailable below which a server is killed; 0: never")
     kv_beside_gib: Gib | None = Field(
-        None, gt=0, description="KV cache of each server beside those of variants; needed on GPUs"
+        None, gt=0, description="KV cache of each server beside those of ways; needed on GPUs"
     )
 
 
@@ -260,18 +265,47 @@ class GateSection(Section):
         return of_stream(self.metric, self.stream)
 
 
-class VariantSection(Section):
-    """A changed setting that `pytest --variant NAME` measures beside the lab's own."""
+class RoleSection(Section):
+    """What the servers of one role have of their own in a way of kind `disaggregated`, such as
+    `prefill = { nodes = ["a"], args = { max-num-batched-tokens = 8192 } }`.
+    """
 
+    nodes: list[str] = Field(
+        default=[], description="names of the nodes that play the role; empty: those that have it in [[node]]"
+    )
+    args: dict[str, str | int | float | bool] = Field(
+        default={}, description="options of this role alone; win over args of the way"
+    )
+    env: dict[str, str] = Field(
+        default={}, description="environment of this role alone; wins over env of the way"
+    )
+
+    @property
+    def empty(self) -> bool:
+        """Whether it says nothing."""
+        return not (self.nodes or self.args or self.env)
+
+
+class WaySection(Section):
+    """A way to use the lab's nodes that `pytest --way NAME` measures beside the lab's own settings."""
+
+    kind: Literal["single", "replicated", "disaggregated", "sharded"] = Field(
+        "disaggregated",
+        description="single: the first prefill node alone; replicated: equal servers, round robin;"
+        " disaggregated: prefill and decode apart; sharded: one server, tensor parallel over all nodes",
+    )
     name: str = Field(
-        pattern=r"^[a-z0-9][a-z0-9-]*$", description="its topology is called disaggregated@NAME in reports"
+        "",
+        pattern=r"^([a-z0-9][a-z0-9-]*)?$",
+        description="it is called KIND@NAME in reports; may be absent of a sharded way alone, called sharded",
     )
     what: str = Field(min_length=1, description="what is changed, in words")
     expects: str = Field(
         min_length=1, description="what it should do, written before it was measured; reports show it"
     )
     transport: dict[str, Any] = Field(
-        default={}, description="keys of [transport] that differ; env and extra are merged key by key"
+        default={},
+        description="keys of [transport] that differ; env and extra merge key by key; disaggregated only",
     )
     args: dict[str, str | int | float | bool] = Field(
         default={}, description="options that differ from [vllm.args], or are added to them"
@@ -279,6 +313,22 @@ class VariantSection(Section):
     env: dict[str, str] = Field(
         default={}, description="environment that differs from [vllm.env], or is added to it"
     )
+    prefill: RoleSection = Field(
+        default=RoleSection(), description="of the servers that prefill: nodes, args, env; disaggregated only"
+    )
+    decode: RoleSection = Field(
+        default=RoleSection(), description="of the servers that decode: nodes, args, env; disaggregated only"
+    )
+
+    @property
+    def arm(self) -> str:
+        """What it is called in reports, `replicated@chunk-128`."""
+        return f"{self.kind}@{self.name}" if self.name else self.kind
+
+    @property
+    def roles(self) -> dict[str, RoleSection]:
+        """By the role's name."""
+        return {"prefill": self.prefill, "decode": self.decode}
 
 
 class Lab(Section):
@@ -301,7 +351,7 @@ class Lab(Section):
     speed: SpeedSection | None = None
     gates: tuple[GateSection, ...]
     hosts: tuple[HostSection, ...] = ()
-    variants: tuple[VariantSection, ...] = ()
+    ways: tuple[WaySection, ...] = ()
 
     def where(self, key: str) -> str:
         """The file in which a key stands, such as ``node[1].cpus``."""

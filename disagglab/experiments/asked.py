@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from disagglab.config import arms, variant
+from disagglab.config import arms, way
 from disagglab.config.arms import Arms
 from disagglab.config.labs import load_lab, on_workloads, with_release
-from disagglab.config.schema import Lab, VariantSection
+from disagglab.config.schema import Lab, WaySection
 from disagglab.errors import ConfigError, Problem
 from disagglab.hosts import release
 
@@ -20,7 +20,7 @@ class Asked:
     vllm: str = ""
     against: str = ""
     workloads: tuple[str, ...] = ()
-    variants: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
     arms: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     dedicated: bool = False
@@ -28,10 +28,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a session starts. ``lab``: as it is served, beside the variants; with the gates asked for."""
+    """What a session starts. ``lab``: as it is served, beside the ways; with the gates asked for."""
 
     lab: Lab
-    variants: tuple[VariantSection, ...]
+    ways: tuple[WaySection, ...]
     arms: Arms
     against: str
     dedicated: bool
@@ -50,20 +50,21 @@ def choose(asked: Asked) -> Chosen:
     if asked.against:
         release.require_rule(with_release(lab, asked.against), "--against")
     lab = on_workloads(lab, asked.workloads)
-    variants = variant.chosen(lab, asked.variants)
-    if variants and asked.against:
-        wrong = "given beside --variant; both want the memory and the ports that are left"
+    ways = way.chosen(lab, asked.ways)
+    if ways and asked.against:
+        wrong = "given beside --way; both want the memory and the ports that are left"
         raise ConfigError([Problem(lab.file, "--against", wrong, "ask for one of the two")])
-    chosen_arms = arms.chosen(lab, asked.arms, asked.without, asked.variants)
-    if variants:
-        release.require_ports(lab, 1 + len(variants))
-        lab = variant.beside(lab, len(variants))
+    chosen_arms = arms.chosen(lab, asked.arms, asked.without, [one.arm for one in ways])
+    if ways:
+        starts = way.starts(lab, ways)
+        release.require_ports(lab, 1 + starts)
+        lab = way.beside(lab, starts)
     if asked.against:
         release.require_room(lab)
         if asked.against == lab.vllm.version:
             wrong = f"{asked.against} is what the lab serves already"
             raise ConfigError([Problem(lab.file, "--against", wrong, "name another version")])
-    return Chosen(lab, variants, chosen_arms, asked.against, asked.dedicated)
+    return Chosen(lab, ways, chosen_arms, asked.against, asked.dedicated)
 
 
 def require_here(asked: Asked, chosen: Chosen) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from disagglab.config.arms import SINGLE_AGAIN, twin_of
+from disagglab.config.arms import AGAIN, OWN, SINGLE_AGAIN, twin_of
 from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
 from disagglab.experiments import run_length, trials
@@ -25,7 +25,7 @@ from disagglab.measure.bench import LoadEngine
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died
-from disagglab.serving.topology import DISAGGREGATED, Topology
+from disagglab.serving.topology import Topology
 from disagglab.stats.rule import ORDER_DRAWN, Rule
 
 Turn = Trial[Topology, Workload]
@@ -35,12 +35,12 @@ TWIN_EVERY = 3  # rounds; the noise of a long session becomes known, and little 
 @dataclass(frozen=True)
 class Entrants:
     """Who takes part. ``arms``: by name, in the order of a round, twins included; ``judged``: the lab with
-    the gates that can be judged by them; ``variants``: names of arms that stand beside the candidate.
+    the gates that can be judged by them; ``ways``: names of arms that stand beside the candidate.
     """
 
     arms: Mapping[str, Topology]
     judged: Lab
-    variants: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
 
     def gates(self, workload: str) -> list[GateSection]:
         """The gates of a workload."""
@@ -48,7 +48,7 @@ class Entrants:
 
     def needed(self, workload: str) -> tuple[str, ...]:
         """The arms that judge the gates of a workload."""
-        return trials.arms_needed(self.gates(workload), self.variants)
+        return trials.arms_needed(self.gates(workload), self.ways)
 
     def of_round(self, workload: str, number: int) -> tuple[str, ...]:
         """The arms of a round: those that the gates need, and in every third round the twin of the baseline,
@@ -69,8 +69,8 @@ def entrants(topologies: Sequence[Topology], judged: Lab) -> Entrants:
         baselines = dict.fromkeys(gate.baseline for gate in judged.gates if gate.baseline)
         twins = {twin_of(name): replace(arms[name], name=twin_of(name)) for name in baselines}
         arms |= twins
-    variants = tuple(name for name in arms if name.startswith(f"{DISAGGREGATED}@"))
-    return Entrants(arms, judged, variants)
+    ways = tuple(name for name in arms if name not in OWN and not name.endswith(AGAIN))
+    return Entrants(arms, judged, ways)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
-from disagglab.config.arms import twin_of
+from disagglab.config.arms import OWN, twin_of
 from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import GateSection, Lab, SloSection
 from disagglab.config.workload import Workload
@@ -23,7 +23,7 @@ from disagglab.results.open_loop import saturated
 from disagglab.results.records import FigureRow, Run, VerdictRow
 from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died
-from disagglab.serving.topology import DISAGGREGATED, SINGLE, Topology
+from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, Topology
 from disagglab.stats.metric import METRICS, of_stream
 from disagglab.stats.rule import ANY_TIME, ORDER_DRAWN
 from disagglab.stats.verdict import CONFIDENCE, NoiseFloor, Rule, gate_p, holm, judge, noise_floor, passes
@@ -219,11 +219,15 @@ def version_rows(comparison: Comparison, lab: Lab, other: str) -> list[VerdictRo
     return [*rows, *_identical_arms(comparison, lab)]
 
 
-def variant_rows(
-    comparison: Comparison, lab: Lab, variants: Sequence[str], rule: Rule = "fixed-n"
+def way_rows(
+    comparison: Comparison, lab: Lab, ways: Sequence[str], rule: Rule = "fixed-n"
 ) -> list[VerdictRow]:
-    """One row a gated figure and variant (``disaggregated@tcp``), against the lab's own settings."""
-    return pair_rows(comparison, lab, [(DISAGGREGATED, arm) for arm in variants], State.VARIANT, rule)
+    """One row a gated figure and way (``disaggregated@tcp``), against the lab's own settings of its kind;
+    a sharded one against the replicas.
+    """
+    kinds = {arm: Arm.parse(arm).name for arm in ways}
+    pairs = [(kind if kind in OWN else REPLICATED, arm) for arm, kind in kinds.items()]
+    return pair_rows(comparison, lab, pairs, State.WAY, rule)
 
 
 def pair_rows(

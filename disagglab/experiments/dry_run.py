@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from disagglab.config import ipv4, variant
+from disagglab.config import ipv4
 from disagglab.config.arms import Arms
 from disagglab.config.labs import with_release
-from disagglab.config.schema import Lab, VariantSection
+from disagglab.config.schema import Lab, WaySection
 from disagglab.errors import ConfigError, Problem
 from disagglab.experiments import routing
 from disagglab.experiments.trials import arms_needed
@@ -32,6 +32,7 @@ from disagglab.predict import memory
 from disagglab.predict.breakeven_map import config_of
 from disagglab.predict.strategies import STRATEGIES
 from disagglab.progress import ProgressLine
+from disagglab.serving import fleet
 from disagglab.serving.dynamo import etcd, nats
 from disagglab.serving.dynamo.deployment import PAIR_TAG, WORKERS_TAG, DynamoDeployment
 from disagglab.serving.dynamo.parts import AGGREGATED, KV, ROUND_ROBIN, Planes
@@ -58,7 +59,7 @@ def lines(
     lab: Lab,
     against: str = "",
     dedicated: bool = False,
-    variants: Sequence[VariantSection] = (),
+    ways: Sequence[WaySection] = (),
     arms: Arms | None = None,
 ) -> list[str]:
     """The plan of a session with a lab, host by host; comments begin with ``#``.
@@ -66,13 +67,13 @@ def lines(
     Args:
         against: the vLLM version of ``--against``.
         dedicated: whether servers without connector are started as well.
-        variants: those of ``--variant``.
+        ways: those of ``--way``.
         arms: of the comparison; all by default.
 
     Raises:
         StartError: if ~/.ssh/config cannot be read.
     """
-    hosts = rehearse(lab, against, dedicated, variants, arms)
+    hosts = rehearse(lab, against, dedicated, ways, arms)
     found = [*_head(lab), *_left_out(arms)]
     for name, sheet in hosts.sheets.items():
         nodes = lab.nodes_on(name)
@@ -86,7 +87,7 @@ def rehearse(
     lab: Lab,
     against: str = "",
     dedicated: bool = False,
-    variants: Sequence[VariantSection] = (),
+    ways: Sequence[WaySection] = (),
     arms: Arms | None = None,
 ) -> RecordingHosts:
     """Go through a session on hosts that only take notes; return them with what they noted."""
@@ -98,7 +99,7 @@ def rehearse(
     hosts.heading("load engine: `vllm bench serve`, kept imported in one process; models, tokenizer")
     tokenizer = hosts.on_controller(model).tokenizer
     LoadEngine(hosts.controller, tokenizer, lab.controller.cpus, Path("TRACES")).start()
-    stages = deploy(hosts, lab, against, dedicated, variants, arms)
+    stages = deploy(hosts, lab, against, dedicated, ways, arms)
     for stage in stages:
         if stage.compared:
             _load(hosts, lab, stage, tokenizer)
@@ -113,17 +114,22 @@ def deploy(
     lab: Lab,
     against: str = "",
     dedicated: bool = False,
-    variants: Sequence[VariantSection] = (),
+    ways: Sequence[WaySection] = (),
     arms: Arms | None = None,
 ) -> tuple[Started, ...]:
     """The deployments of a session in the order in which they start."""
     model = model_of(lab)
     kinds = [kind for kind in TOPOLOGIES if arms is None or kind in arms.kept]
     found = [_stage(hosts, Deployment(hosts, lab, model), kinds, "servers and routers")]
-    for one in variants:
-        beside = Deployment(hosts, variant.changed(lab, one), model, tag=f"@{one.name}")
-        found.append(_stage(hosts, beside, (DISAGGREGATED,), f"[[variant]] {one.name}"))
-    _memory(hosts, lab, [stage.deployment for stage in found])
+    own = found[0].deployment
+    for one, beside in zip(ways, fleet.beside(own, ways).values(), strict=True):
+        if beside.servers:
+            hosts.heading(f"[[way]] {one.arm}: the servers above, a router of its own")
+            stage = Started(one.arm, beside, (fleet.arm_of(beside, one.kind, one.arm),))
+        else:
+            stage = _stage(hosts, beside, (one.kind,), f"[[way]] {one.arm}")
+        found.append(stage)
+    _memory(hosts, lab, list(dict.fromkeys(stage.deployment for stage in found)))
     if dedicated:
         plain = Deployment(hosts, lab, model, connector=False)
         found.append(_stage(hosts, plain, (SINGLE, REPLICATED), "without connector (--dedicated)", False))

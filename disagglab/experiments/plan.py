@@ -14,4 +14,4 @@ def lines(asked: Asked) -> list[str]:
         StartError: if ~/.ssh/config cannot be read.
     """
     chosen = choose(asked)
-    return dry_run.lines(chosen.lab, chosen.against, chosen.dedicated, chosen.variants, chosen.arms)
+    return dry_run.lines(chosen.lab, chosen.against, chosen.dedicated, chosen.ways, chosen.arms)

@@ -16,7 +16,7 @@ from disagglab import waiting
 from disagglab.config.checks import WORKERS
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.config.traffic import Dialogue
-from disagglab.config.variant import GPU_SHARE
+from disagglab.config.way import GPU_SHARE
 from disagglab.errors import InvalidRun
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model

@@ -157,10 +157,10 @@ def _outlook(share: Share, one: Outlook) -> tuple[str, ...]:
     )
 
 
-def arms_needed(gates: Sequence[GateSection], variants: Sequence[str] = ()) -> tuple[str, ...]:
-    """The arms of a round that judges these gates, baselines first; variants stand beside the candidate."""
+def arms_needed(gates: Sequence[GateSection], ways: Sequence[str] = ()) -> tuple[str, ...]:
+    """The arms of a round that judges these gates, baselines first; ways stand beside the candidate."""
     baselines = dict.fromkeys(gate.baseline for gate in gates if gate.baseline)
-    return (*baselines, DISAGGREGATED, *variants)
+    return (*baselines, DISAGGREGATED, *ways)
 
 
 def twin_needed(gates: Sequence[GateSection]) -> str | None:

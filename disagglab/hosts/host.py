@@ -183,6 +183,10 @@ class Host:
         """A TCP port on an address of this host that is ours until :meth:`close`."""
         return int(self.call("reserve_port", address))
 
+    def give_back_port(self, address: str, port: int) -> None:
+        """Let a port from :meth:`reserve_port`, whose user has ended, be reserved again."""
+        self.call("give_back_port", address, port)
+
     def start(
         self,
         name: str,

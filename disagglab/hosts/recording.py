@@ -176,6 +176,9 @@ class NoteTaker:
         self.ports[address] = port + 1
         return port
 
+    def give_back_port(self, address: str, port: int) -> None:
+        """Ports are shown as those of a host where all are free."""
+
     def start(
         self,
         name: str,

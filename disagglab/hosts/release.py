@@ -108,7 +108,7 @@ def require_ports(lab: Lab, deployments: int) -> None:
     have, need = lab.ports.last - lab.ports.first + 1, ports_needed(len(lab.nodes), deployments)
     if have < need:
         mend = f"set last to {lab.ports.first + need - 1} or more"
-        wrong = f"{have} ports, the servers of {deployments} releases or variants need {need}"
+        wrong = f"{have} ports, the servers of {deployments} releases or ways need {need}"
         raise ConfigError([Problem(lab.where("ports"), "ports", wrong, mend)])
 
 

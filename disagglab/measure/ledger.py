@@ -124,7 +124,7 @@ def settle(topology: Topology, before: Reading, requests: int) -> Reading:
         idle = all(s.value(RUNNING) + s.value(WAITING) == 0 for s in after.snapshots.values())
         connected = (server for server in topology.servers if server.plan.connector)
         moved = sum(_delta(before, after, server.name, TRANSFERS) for server in connected)
-        return finished >= requests and idle and (not topology.decode or moved >= requests)
+        return finished >= requests and idle and (not topology.decode or moved >= requests * topology.ranks)
 
     waiting.last_answer(caught_up, SETTLE_DEADLINE_S, POLL_S, FIRST_POLL_S)
     return after
@@ -237,10 +237,13 @@ def with_shared_prefix(
     ]
 
 
-def expected_bytes(sent: Sequence[Sent], shape: KvShape, block: int, version: str) -> int:
-    """Bytes the connector must move for these prompts: the blocks that the decode server does not hold."""
-    blocks = layout(shape, block)
-    return sum(
+def expected_bytes(sent: Sequence[Sent], shape: KvShape, block: int, version: str, ranks: int = 1) -> int:
+    """Bytes the connector must move for these prompts: the blocks that the decode server does not hold.
+
+    ``ranks``: of each server; every rank of decode reads from its own rank of prefill what that one keeps.
+    """
+    blocks = layout(shape.on_rank(ranks), block)
+    return ranks * sum(
         blocks.bytes_to_move(request.prompt_tokens, version, request.held_by_decode) for request in sent
     )
 
@@ -261,7 +264,9 @@ def prove(
     output = sum(request.output_tokens for request in sent)
     prompt = sum(request.prompt_tokens for request in sent)
     if topology.kind == DISAGGREGATED:
-        _prove_transfer(topology, book, sent, expected_bytes(sent, shape, _block(topology, after), version))
+        block = _block(topology, after)
+        expected = expected_bytes(sent, shape, block, version, topology.ranks)
+        _prove_transfer(topology, book, sent, expected)
         # the prefill server adds the one token that it generates to finish its part
         _equal(where, "tokens generated", sum(book.generated.values()), output + len(sent))
         return book
@@ -320,11 +325,13 @@ def _prove_transfer(topology: Topology, book: Ledger, sent: Sequence[Sent], expe
     _equal(where, "requests finished by decode", finished["decode"], len(sent))
     for role in (topology.prefill, topology.decode):
         _prove_alternation(where, role, book)
-    _equal(where, "transfers", book.transfers, len(sent), TransferError)
+    ranks = topology.ranks  # each makes a transfer of its own
+    _equal(where, "transfers", book.transfers, len(sent) * ranks, TransferError)
     pulled = any(book.transfers_by[server.name] for server in topology.decode)
     for server in topology.decode if pulled else topology.prefill:
         what = f"transfers by {server.name}, which finished as many requests"
-        _equal(where, what, book.transfers_by[server.name], book.finished[server.name], TransferError)
+        moved = book.transfers_by[server.name]
+        _equal(where, what, moved, book.finished[server.name] * ranks, TransferError)
     _equal(where, "bytes moved by the connector", book.kv_bytes, expected, TransferError)
     held = sum(request.held_by_decode for request in sent)
     external = sum(tokens_from_prefill(request.prompt_tokens) for request in sent) - held

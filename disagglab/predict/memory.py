@@ -136,7 +136,7 @@ def table(demands: Sequence[Demand]) -> list[str]:
 
 def _mend(key: str, demands: Sequence[Demand], room: Room) -> str:
     """Which key to set to what, so that all of them fit."""
-    others = ", or start fewer beside each other (--variant, --against)" if len(demands) > 1 else ""
+    others = ", or start fewer beside each other (--way, --against)" if len(demands) > 1 else ""
     name = key.rpartition(".")[2]
     if name == "floor_gib":
         return f"see what else runs there: ps aux --sort -rss{others}"

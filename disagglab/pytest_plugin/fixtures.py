@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from disagglab.config import variant
 from disagglab.config.labs import check_against_model
 from disagglab.config.schema import Lab
 from disagglab.errors import InvalidRun
@@ -22,8 +21,8 @@ from disagglab.experiments.comparison import (
     figure_rows,
     run_rounds,
     undecided_workloads,
-    variant_rows,
     verdict_rows,
+    way_rows,
 )
 from disagglab.experiments.trials import TrialPlan, with_outlook
 from disagglab.hosts import identity
@@ -40,6 +39,7 @@ from disagglab.results.recorder import Recorder, timing_into
 from disagglab.results.report import not_judged
 from disagglab.results.run_folder import Store
 from disagglab.results.seconds import Phase, spends
+from disagglab.serving import fleet
 from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.topology import (
     DISAGGREGATED,
@@ -149,10 +149,8 @@ def weights(live: Session) -> Model:
 def deployment(live: Session, hosts: Hosts, weights: Model, engine: LoadEngine) -> Iterator[Deployment]:
     """The lab's servers, ready and proved to be ours."""
     deployed = Deployment(hosts, live.lab, weights)
-    for one in variant.chosen(live.lab, live.variants):
-        changed = variant.changed(live.lab, one)
-        deployed.beside[one.name] = Deployment(hosts, changed, weights, tag=f"@{one.name}")
-    started = (deployed, *deployed.beside.values())
+    deployed.beside = fleet.beside(deployed, live.ways)
+    started = tuple(dict.fromkeys((deployed, *deployed.beside.values())))
     live.deployments += started
     with contextlib.ExitStack() as ended:
         with live.uncaptured():
@@ -212,9 +210,9 @@ def disaggregated(live: Session, deployment: Deployment) -> Topology:
 
 
 @pytest.fixture(scope="session")
-def variants(live: Session, deployment: Deployment) -> list[Topology]:
-    """Prefill and decode apart, on the servers of each ``--variant``; empty without any."""
-    found = [beside.topology(DISAGGREGATED) for beside in deployment.beside.values()]
+def ways(live: Session, deployment: Deployment) -> list[Topology]:
+    """The topology of each ``--way``, on servers beside the lab's own; empty without any."""
+    found = [fleet.arm_of(deployment.beside[one.arm], one.kind, one.arm) for one in live.ways]
     for topology in found:
         live.store.commands[f"router {topology.name}"] = topology.router.command
     return found
@@ -224,7 +222,7 @@ def variants(live: Session, deployment: Deployment) -> list[Topology]:
 def comparison(
     live: Session,
     deployment: Deployment,
-    variants: list[Topology],
+    ways: list[Topology],
     engine: LoadEngine,
     store: Store,
     shape: KvShape,
@@ -232,7 +230,7 @@ def comparison(
     """The arms that are kept, on the workloads of the lab's gates, in interleaved rounds; verdicts go to the
     store.
     """
-    topologies = [*kept_arms(live, deployment), *variants]
+    topologies = [*kept_arms(live, deployment), *ways]
     judged = live.arms.judged(live.lab)
     live.store.write_meta(not_judged=not_judged(live.lab, live.arms), rule=live.rule, budget_s=live.budget_s)
     line = live.progress("comparison")
@@ -279,7 +277,7 @@ def comparison(
         rows = with_outlook(rows, plan)
     for verdict in [
         *rows,
-        *variant_rows(live.comparison, live.lab, [one.name for one in variants], live.rule),
+        *way_rows(live.comparison, live.lab, [one.name for one in ways], live.rule),
     ]:
         store.add(verdict)
     for figure in figure_rows(live.comparison):

@@ -62,18 +62,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="compare on this workload of the lab's gates alone (several: repeat)",
     )
     group.addoption(
-        "--variant",
+        "--way",
         action="append",
         default=[],
         metavar="NAME",
-        help="also measure this [[variant]] of the lab file beside the lab's own settings (several: repeat)",
+        help="also measure this [[way]] of the lab file beside the lab's own settings (several: repeat)",
     )
     group.addoption(
         "--arm",
         action="append",
         default=[],
         metavar="NAME",
-        help=f"compare these arms alone: {', '.join(OWN)}, disaggregated@VARIANT (several: repeat)",
+        help=f"compare these arms alone: {', '.join(OWN)}, KIND@WAY (several: repeat)",
     )
     group.addoption(
         "--without",

@@ -101,7 +101,7 @@ def _asked(config: pytest.Config) -> Asked:
         vllm=config.getoption("--vllm") or "",
         against=config.getoption("--against") or "",
         workloads=tuple(config.getoption("--workload") or ()),
-        variants=tuple(config.getoption("--variant") or ()),
+        ways=tuple(config.getoption("--way") or ()),
         arms=tuple(config.getoption("--arm") or ()),
         without=tuple(config.getoption("--without") or ()),
         dedicated=bool(config.getoption("--dedicated")),
@@ -113,7 +113,7 @@ def _earlier(config: pytest.Config, chosen: Chosen) -> resume.Earlier:
     folders = [config.invocation_params.dir / name for name in config.getoption("--resume")]
     if not folders:
         return resume.Earlier()
-    lab, names = chosen.lab, [one.name for one in chosen.variants]
+    lab, names = chosen.lab, [one.arm for one in chosen.ways]
     machine = fingerprint.of_machine(lab.vllm.version)
     return resume.read(folders, lab, names, machine, fingerprint.commit(), chosen.arms.kept)
 
@@ -143,7 +143,7 @@ def _open_session(config: pytest.Config, chosen: Chosen, earlier: resume.Earlier
         run=run_id,
         lab=lab.name,
         vllm=lab.vllm.version,
-        variants=config.getoption("--variant"),
+        ways=[one.arm for one in chosen.ways],
         arms=list(chosen.arms.kept),
         arms_left_out=list(chosen.arms.left_out),
         against=config.getoption("--against") or "",
@@ -164,7 +164,7 @@ def _open_session(config: pytest.Config, chosen: Chosen, earlier: resume.Earlier
         dedicated=config.getoption("--dedicated"),
         against=config.getoption("--against") or "",
         endings=config.getoption("--endings"),
-        variants=tuple(config.getoption("--variant")),
+        ways=chosen.ways,
         arms=chosen.arms,
         earlier=earlier,
         terminal=os.fdopen(os.dup(2), "w"),

@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 
 from disagglab.config.arms import Arms
-from disagglab.config.schema import Lab
+from disagglab.config.schema import Lab, WaySection
 from disagglab.experiments.comparison import Comparison
 from disagglab.hosts.hosts import Hosts
 from disagglab.measure.bench import LOAD
@@ -43,7 +43,7 @@ class Session:
     dedicated: bool
     against: str
     endings: int
-    variants: tuple[str, ...]
+    ways: tuple[WaySection, ...]
     arms: Arms
     terminal: TextIO
     uncaptured: Callable[[], contextlib.AbstractContextManager[None]]

@@ -10,7 +10,7 @@ MARK = "@"
 @dataclass(frozen=True)
 class Arm:
     """``name``: the topology, or whatever else takes a turn. ``tag``: what tells it from the lab's own of
-    that name: a variant, a vLLM release, other engine options; empty for the lab's own.
+    that name: a way, a vLLM release, other engine options; empty for the lab's own.
 
     Its text, ``disaggregated@tcp``, is its name in files, commands and tables.
     """

@@ -16,7 +16,7 @@ MORE = re.compile(r", needs about (\d+) min more$")
 
 class State(StrEnum):
     """How it stands. A gate of the lab is met or not; of two releases one is worse, or that is not found;
-    identical arms, variants, arms beside the lab's own, predictions, expectations and claims are no gates.
+    identical arms, ways, arms beside the lab's own, predictions, expectations and claims are no gates.
     """
 
     MET = "met"
@@ -25,7 +25,7 @@ class State(StrEnum):
     WORSE = "worse"
     UNDECIDED = "undecided"
     IDENTICAL = "A/A: identical arms"
-    VARIANT = "variant"
+    WAY = "way"
     BESIDE = "beside"
     PREDICTED = "predicted"
     EXPECTED = "expected"

@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from disagglab import jsonfile
-from disagglab.config import variant
+from disagglab.config import way
 from disagglab.config.arms import OWN
 from disagglab.config.labs import parse_lab, with_release
-from disagglab.config.schema import Lab
+from disagglab.config.schema import Lab, WaySection
 from disagglab.errors import ConfigError, Problem
 from disagglab.problems import problems_of
 from disagglab.results import fingerprint
@@ -27,8 +27,8 @@ from disagglab.stats.rule import ORDER_DRAWN
 
 RUNS, METRICS = "runs", ".metrics.json.gz"
 # Keys of a lab that no run depends on: what is judged, and by which limits, is computed from the runs anew.
-JUDGEMENT = {"file", "label", "gates", "slo", "speed", "variants"}
-WORDS = {"what", "expects"}  # of a [[variant]]
+JUDGEMENT = {"file", "label", "gates", "slo", "speed", "ways"}
+WORDS = {"what", "expects"}  # of a [[way]]
 LABEL = re.compile(r'(\w+)="(.*?)"(?=,\w+="|$)', re.DOTALL)
 PER_REQUEST = ("ttft_s", "e2e_s", "itl_s", "prompt_tokens", "output_tokens", "start_s", "streams")
 DELETE = "copy the file again, or delete it: its round is then left out"
@@ -63,7 +63,7 @@ class Earlier:
 def read(
     folders: Sequence[Path],
     lab: Lab,
-    variants: Sequence[str],
+    ways: Sequence[str],
     machine: Mapping[str, Any],
     commit: str,
     arms: Sequence[str] = OWN,
@@ -71,10 +71,10 @@ def read(
     """The runs of earlier sessions on the workloads of the lab's gates; a run in two folders counts once.
 
     Args:
-        lab: of this session, as it will be served; ``variants``: names of those that it measures.
+        lab: of this session, as it will be served; ``ways``: names of those that it measures.
         machine: the fingerprint of this one; that of the lab is not known yet, and held against theirs by
             :func:`require_same_lab`. Another ``commit`` is noted, not refused.
-        arms: of this session; those of variants may be others.
+        arms: of this session; those of ways may be others.
 
     Raises:
         ConfigError: if a file is missing or damaged, or a session measured something else: another lab,
@@ -94,7 +94,7 @@ def read(
         except ConfigError as error:
             problems += error.problems
             continue
-        problems += _differences(folder, meta, lab, variants, machine)
+        problems += _differences(folder, meta, lab, ways, machine)
         problems += _other_arms(folder, meta, arms)
         fingerprints[str(folder / META)] = meta["fingerprint"]
         drawn = drawn and meta.get("rule") == ORDER_DRAWN
@@ -280,7 +280,7 @@ def _readings(path: Path) -> tuple[Reading, Reading]:
 
 
 def _differences(
-    folder: Path, meta: Mapping[str, Any], lab: Lab, variants: Sequence[str], machine: Mapping[str, Any]
+    folder: Path, meta: Mapping[str, Any], lab: Lab, ways: Sequence[str], machine: Mapping[str, Any]
 ) -> list[Problem]:
     """What of a session makes its runs another measurement than this session's."""
     file = str(folder / META)
@@ -302,29 +302,29 @@ def _differences(
         problems.append(Problem(file, "fingerprint", wrong, mend))
     try:
         earlier = parse_lab(tomllib.loads(meta["lab_file"]), file)
-        measured = [name for name in map(str, meta.get("variants") or ()) if name in variants]
-        earlier = variant.beside(earlier, len(meta.get("variants") or ()))
+        there = way.chosen(earlier, list(map(str, meta.get("ways") or ())))
+        earlier = way.beside(earlier, way.starts(earlier, there))
         pairs = {"": (_lab(earlier), _lab(lab))}
-        for name in measured:
-            there, here = (_variant(each, name) for each in (earlier, lab))
-            pairs[f"variant {name}."] = (there, here)
+        for one in there:
+            if one.arm in ways:
+                pairs[f"way {one.arm}."] = (_way(one), _way(*way.chosen(lab, [one.arm])))
     except (ConfigError, tomllib.TOMLDecodeError) as error:
         wrong = f"this version of the suite does not take it: {error}"
         return [
             *problems,
             Problem(file, "lab_file", wrong, "resume with the code that made it, " + LEAVE_OUT),
         ]
-    mend = f"use the lab file of that session (key lab_file of its run.json) and its --variant, {LEAVE_OUT}"
-    for prefix, (there, here) in pairs.items():
+    mend = f"use the lab file of that session (key lab_file of its run.json) and its --way, {LEAVE_OUT}"
+    for prefix, (theirs, ours) in pairs.items():
         problems += [
             Problem(
                 file,
                 f"lab_file: {prefix}{key}",
-                f"{there.get(key)} there, {here.get(key)} in {lab.file}",
+                f"{theirs.get(key)} there, {ours.get(key)} in {lab.file}",
                 mend,
             )
-            for key in sorted(there.keys() | here.keys())
-            if there.get(key) != here.get(key)
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
         ]
     return problems
 
@@ -347,9 +347,8 @@ def _lab(lab: Lab) -> dict[str, str]:
     return _flat(with_release(lab, "").model_dump(exclude=JUDGEMENT))
 
 
-def _variant(lab: Lab, name: str) -> dict[str, str]:
-    (found,) = variant.chosen(lab, [name])
-    return _flat(found.model_dump(exclude=WORDS))
+def _way(one: WaySection) -> dict[str, str]:
+    return _flat(one.model_dump(exclude=WORDS))
 
 
 def _other_workloads(found: Sequence[KeptRun], lab: Lab) -> list[Problem]:

@@ -12,9 +12,10 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from disagglab.config import arms, ipv4
+from disagglab.config import arms, ipv4, way
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import StartError
+from disagglab.hosts.host import Host
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.predict.strategies import Strategy
@@ -27,6 +28,7 @@ from disagglab.serving.vllm import EventSource, VllmServer, plan_server
 SINGLE, REPLICATED, DISAGGREGATED = arms.SINGLE, arms.REPLICATED, arms.DISAGGREGATED
 SINGLE_AGAIN = arms.SINGLE_AGAIN
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
+SHARDED = way.SHARDED
 ROUTED = "routed"  # equal servers, between which a router chooses in its own way
 
 
@@ -35,7 +37,7 @@ class Topology:
     """One way of serving. Requests go to ``router.url``; ``servers`` are those that take part.
 
     ``kind``: one of TOPOLOGIES, or ROUTED; ``name``: how this one is told from others of its kind.
-    ``version``: of vLLM.
+    ``version``: of vLLM. ``ranks``: of each server (tensor parallel).
     """
 
     name: str
@@ -45,6 +47,7 @@ class Topology:
     servers: tuple[VllmServer, ...]
     prefill: tuple[VllmServer, ...] = ()
     decode: tuple[VllmServer, ...] = ()
+    ranks: int = 1
 
     @property
     def served_name(self) -> str:
@@ -106,10 +109,12 @@ class Deployment:
         self.nodes = tuple(nodes or lab.nodes)
         self.served_name = f"{model.name}-{secrets.token_hex(4)}"
         self.servers: tuple[VllmServer, ...] = ()
-        self.beside: dict[str, Deployment] = {}  # of variants, by name
+        self.beside: dict[str, Deployment] = {}  # of ways, by arm
         self.process_names: set[str] = set()  # of servers and lasting routers, ended ones included
         self._topologies: dict[str, Topology] = {}
         self._routed = 0  # routers that routed() has started
+        self._ports: list[tuple[Host, str, int]] = []  # of its servers
+        self._router_ports_held: list[tuple[int, int]] = []  # of the routers of its topologies
 
     def start(self, line: ProgressLine) -> Deployment:
         """Start all servers at once; return when every one is ready and proved to be ours.
@@ -141,9 +146,9 @@ class Deployment:
             ipv4.require(self.lab, self.nodes, ipv4.KV_EVENTS)
         for node in self.nodes:
             host = self.hosts.of(node)
-            port = host.reserve_port(node.address)
-            side_channel = host.reserve_port(node.kv_address) if self.connector else None
-            events = host.reserve_port(node.address) if self.events else None
+            port = self._reserve(host, node.address)
+            side_channel = self._reserve(host, node.kv_address) if self.connector else None
+            events = self._reserve(host, node.address) if self.events else None
             python = self.hosts.python_of(node, self.lab.vllm.version)
             found = self.hosts.model_on(node, self.model, python)
             plan = plan_server(
@@ -152,6 +157,11 @@ class Deployment:
             ports = [number for number in (port, side_channel, events) if number is not None]
             self.servers = (*self.servers, VllmServer.start(host, self.lab, plan, ports))
             self.process_names.add(plan.process_name)
+
+    def _reserve(self, host: Host, address: str) -> int:
+        port = host.reserve_port(address)
+        self._ports.append((host, address, port))
+        return port
 
     def wait(self, line: ProgressLine) -> Deployment:
         """Return when every server is ready and proved to be ours.
@@ -204,12 +214,17 @@ class Deployment:
         decode = tuple(server for server in self.servers if server.plan.node.role == "decode")
         version = self.lab.vllm.version
         label = (name if self.connector else f"{name}-dedicated") + self.tag
+        ports = self._router_ports()
+        self._router_ports_held.append(ports)
         if name == DISAGGREGATED:
-            router = launch_router(self.hosts.controller, self.lab, label, prefill=prefill, decode=decode)
-            return Topology(name + self.tag, name, version, router, self.servers, prefill, decode)
+            router = launch_router(
+                self.hosts.controller, self.lab, label, prefill=prefill, decode=decode, ports=ports
+            )
+            servers, ranks = self.servers, way.ranks(self.lab)
+            return Topology(name + self.tag, name, version, router, servers, prefill, decode, ranks)
         servers = prefill[:1] if name == SINGLE else self.servers
-        router = launch_router(self.hosts.controller, self.lab, label, workers=servers)
-        return Topology(name + self.tag, name, version, router, servers)
+        router = launch_router(self.hosts.controller, self.lab, label, workers=servers, ports=ports)
+        return Topology(name + self.tag, name, version, router, servers, ranks=way.ranks(self.lab))
 
     @contextlib.contextmanager
     def routed(
@@ -232,7 +247,7 @@ class Deployment:
         servers = (*prefill, *decode) or self.servers
         self._routed += 1
         label = f"{strategy.name}{self.tag}-{self._routed}"
-        ports = self.hosts.router_ports.pop() if self.hosts.router_ports else self._router_ports()
+        ports = self._router_ports()
         try:
             with spends(Phase.ROUTERS):
                 router = launch_router(
@@ -262,6 +277,9 @@ class Deployment:
         return Hearing(tuple(heard), self.lab.block_size, self.served_name)
 
     def _router_ports(self) -> tuple[int, int]:
+        """Of HTTP and metrics; those of a router that has ended first."""
+        if self.hosts.router_ports:
+            return self.hosts.router_ports.pop()
         host, address = self.hosts.controller, self.lab.controller.address
         return host.reserve_port(address), host.reserve_port(address)
 
@@ -282,6 +300,18 @@ class Deployment:
                 service.process.has_died()  # noted before it is asked to end, for who looks for the cause
             for service in (*routers, *servers):
                 service.ask_to_stop()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has servers, and all of them run."""
+        return bool(self.servers) and all(server.process.alive for server in self.servers)
+
+    def give_back_ports(self) -> None:
+        """Let others have the ports of a deployment that has ended."""
+        for host, address, port in self._ports:
+            host.give_back_port(address, port)
+        self.hosts.router_ports += self._router_ports_held
+        self._ports, self._router_ports_held = [], []
 
 
 @contextlib.contextmanager

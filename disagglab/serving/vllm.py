@@ -162,7 +162,7 @@ def plan_engine(
         argv += ["--tokenizer", str(model.other_tokenizer)]
     if lab.model.load_format != "auto":
         argv += ["--load-format", lab.model.load_format]
-    for key, value in lab.vllm.args.items():
+    for key, value in {**lab.vllm.args, **node.args}.items():
         if value is True:
             argv.append(f"--{key}")
         elif value is False:

@@ -39,11 +39,11 @@ def completed(line: str, tmp_path: Path) -> list[str]:
 
 
 def test_commands_options_and_names(tmp_path: Path) -> None:
-    """Commands, labs, a lab's variants and workloads, shipped models."""
+    """Commands, labs, a lab's ways and workloads, shipped models."""
     assert {"kv", "labs", "plan"} <= set(completed("disagglab ", tmp_path))
     assert completed("disagglab plan --lab two-h200", tmp_path) == ["two-h200", "two-h200-stock"]
-    variants = completed("disagglab plan --lab two-h200 --variant ", tmp_path)
-    assert variants == ["stock", "tcp", "host-buffer"]
+    ways = completed("disagglab plan --lab two-h200 --way ", tmp_path)
+    assert ways == ["stock", "tcp", "host-buffer"]
     assert completed("disagglab plan --lab embedded --workload ch", tmp_path) == ["chat"]
     assert completed("disagglab kv Llama-3.1-8", tmp_path) == ["Llama-3.1-8B-Instruct"]
 

@@ -12,7 +12,7 @@ from disagglab.pytest_plugin import plugin
 Capture = pytest.CaptureFixture[str]
 CASES: tuple[dict[str, Any], ...] = (
     {"--lab": "embedded"},
-    {"--lab": "two-h200", "--variant": ["stock", "tcp"], "--workload": ["chat"]},
+    {"--lab": "two-h200", "--way": ["stock", "tcp"], "--workload": ["chat"]},
     {"--lab": "embedded", "--vllm": "0.30.0", "--against": "0.31.0", "--dedicated": True},
 )
 
@@ -44,7 +44,7 @@ def test_both_doors_print_the_same(options: dict[str, Any], capsys: Capture) -> 
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [(["--lab", "nope"], "no such lab file"), (["--lab", "embedded", "--variant", "x"], "--variant x")],
+    [(["--lab", "nope"], "no such lab file"), (["--lab", "embedded", "--way", "x"], "--way x")],
 )
 def test_what_cannot_be_planned_is_one_line(options: list[str], named: str, capsys: Capture) -> None:
     """Exit status 2."""

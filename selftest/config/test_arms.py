@@ -31,33 +31,33 @@ def test_what_is_kept(
     assert arms.chosen(LAB, only, without, ()) == Arms(kept, left_out)
 
 
-def test_a_variant_is_an_arm() -> None:
+def test_a_way_is_an_arm() -> None:
     """It is kept unless an arm is named, and then has to be named as well."""
-    assert arms.chosen(LAB, (), ("single",), ["push"]).kept[-1] == "disaggregated@push"
+    assert arms.chosen(LAB, (), ("single",), ["disaggregated@push"]).kept[-1] == "disaggregated@push"
     named = ("disaggregated", "disaggregated@push")
-    assert arms.chosen(LAB, named, (), ["push"]).kept == named
+    assert arms.chosen(LAB, named, (), ["disaggregated@push"]).kept == named
 
 
 @pytest.mark.parametrize(
-    ("only", "without", "variants", "told"),
+    ("only", "without", "ways", "told"),
     [
         (("replica",), (), (), "use one of single, replicated, disaggregated, single-again"),
-        ((), ("disaggregated@tcp",), ("push",), "single-again, disaggregated@push"),
+        ((), ("disaggregated@tcp",), ("disaggregated@push",), "single-again, disaggregated@push"),
         (("single", "replicated"), (), (), "it is the candidate of every gate"),
         ((), ("disaggregated",), (), "it is the candidate of every gate"),
         (("disaggregated",), (), (), "disaggregated alone"),
         ((), ("single", "replicated"), (), "disaggregated alone"),
         (("disaggregated", TWIN), (), (), "add --arm single"),
         (("disaggregated", "single"), ("single",), (), "name it in one of the two"),
-        (("disaggregated", "single"), (), ("push",), "add --arm disaggregated@push"),
+        (("disaggregated", "single"), (), ("disaggregated@push",), "add --arm disaggregated@push"),
     ],
 )
 def test_what_is_refused(
-    only: tuple[str, ...], without: tuple[str, ...], variants: tuple[str, ...], told: str
+    only: tuple[str, ...], without: tuple[str, ...], ways: tuple[str, ...], told: str
 ) -> None:
     """With what mends it."""
     with pytest.raises(ConfigError) as caught:
-        arms.chosen(LAB, only, without, variants)
+        arms.chosen(LAB, only, without, ways)
     assert told in str(caught.value)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.config import inherit, variant
+from disagglab.config import inherit, way
 from disagglab.config.labs import check_against_model, load_lab, parse_lab, resolved_text
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
@@ -63,9 +63,9 @@ def test_tables_merge_and_lists_replace(write: Write) -> None:
 
 
 def test_arrays_of_tables_are_lists(write: Write) -> None:
-    """A file with one [[variant]] has this one alone."""
-    row = ["[[variant]]", 'name = "v"', 'what = "w"', 'expects = "e"', "args = { block-size = 64 }"]
-    assert [one.name for one in load_lab(str(write("mine.toml", child(*row)))).variants] == ["v"]
+    """A file with one [[way]] has this one alone."""
+    row = ["[[way]]", 'name = "v"', 'what = "w"', 'expects = "e"', "args = { block-size = 64 }"]
+    assert [one.name for one in load_lab(str(write("mine.toml", child(*row)))).ways] == ["v"]
 
 
 def test_an_empty_list_empties(write: Write) -> None:
@@ -119,7 +119,7 @@ def test_name_and_label_are_a_files_own(write: Write) -> None:
         (["[transport]", 'ucx_tls = ["sm"]'], "transport.ucx_tls", "child"),
         (["[transport]", "progress_delay_us = 5"], "node[0].address", "parent"),
         (["[vllm.environments]", '"0.30.0" = 5'], "vllm.environments.0.30.0", "child"),
-        (["variant = []"], "vllm.args.port", "parent"),
+        (["way = []"], "vllm.args.port", "parent"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_reported_in_the_file_that_has_its_key(
@@ -141,14 +141,14 @@ def test_a_mistake_is_reported_in_the_file_that_has_its_key(
 
 
 def test_later_checks_name_the_file_too(write: Write) -> None:
-    """What the model or a variant finds missing is reported where the key, or its table, stands."""
+    """What the model or a way finds missing is reported where the key, or its table, stands."""
     path = write("mine.toml", child("[memory]", "floor_gib = 1.0"))
     with pytest.raises(ConfigError) as caught:
         check_against_model(load_lab(str(path)), 2048)
     assert [problem.file for problem in caught.value.problems] == [str(EMBEDDED)]
     path.write_text(child("[memory]", "kv_beside_gib = []", extends="two-h200"))
     with pytest.raises(ConfigError) as caught:
-        variant.beside(load_lab(str(path)), 1)
+        way.beside(load_lab(str(path)), 1)
     assert [problem.file for problem in caught.value.problems] == [str(path)]
 
 

@@ -27,7 +27,7 @@ WIDE = """
 name = "wide"
 label = "cores that few machines have"
 extends = "embedded"
-variant = []
+way = []
 
 [[node]]
 name = "a"

@@ -33,10 +33,10 @@ kv_beside_gib = []
 """
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown lab": ({"--lab": "nope"}, "no such lab file"),
-    "unknown variant": ({"--variant": ["x"]}, "no such [[variant]]"),
-    "variant twice": ({"--variant": ["push", "push"]}, "asked for twice"),
+    "unknown way": ({"--way": ["x"]}, "no such [[way]]"),
+    "way twice": ({"--way": ["push", "push"]}, "asked for twice"),
     "unknown workload": ({"--workload": ["x"]}, "no gate names it"),
-    "variant and another release": ({"--variant": ["push"], "--against": "0.30.0"}, "ask for one of the two"),
+    "way and another release": ({"--way": ["push"], "--against": "0.30.0"}, "ask for one of the two"),
     "the same release": ({"--against": "0.31.0"}, "is what the lab serves already"),
     "the same release, asked for": (
         {"--vllm": "0.30.0", "--against": "0.30.0"},
@@ -44,16 +44,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a release without a rule": ({"--vllm": "9.9.9"}, "which KV blocks vLLM 9.9.9 moves is not known"),
     "another without a rule": ({"--against": "9.9.9"}, "which KV blocks vLLM 9.9.9 moves is not known"),
-    "too few ports for variants": (
-        {"--lab": "narrow", "--variant": ["push", "blocks-32"]},
-        "releases or variants need",
+    "too few ports for ways": (
+        {"--lab": "narrow", "--way": ["push", "blocks-32"]},
+        "releases or ways need",
     ),
     "too few ports for two releases": (
         {"--lab": "narrow", "--against": "0.30.0"},
-        "releases or variants need",
+        "releases or ways need",
     ),
     "too little GPU memory": ({"--lab": "two-gpus", "--against": "0.30.0"}, "for each of two servers"),
-    "no room for variants": ({"--lab": "full", "--variant": ["tcp"]}, "variants share the GPUs' memory"),
+    "no room for ways": ({"--lab": "full", "--way": ["tcp"]}, "ways share the GPUs' memory"),
     "unknown arm": ({"--arm": ["x"]}, "no such arm in this session"),
     "unknown arm left out": ({"--without": ["x"]}, "no such arm in this session"),
     "without the candidate": ({"--without": ["disaggregated"]}, "it is the candidate of every gate"),
@@ -121,10 +121,10 @@ def test_all_doors_refuse_the_same(
 
 
 def test_what_is_chosen_is_as_it_is_served() -> None:
-    """The lab beside its variants, on the workloads asked for, with the arms that are kept."""
-    chosen = choose(Asked("two-h200", workloads=("chat",), variants=("tcp",), without=("single",)))
+    """The lab beside its ways, on the workloads asked for, with the arms that are kept."""
+    chosen = choose(Asked("two-h200", workloads=("chat",), ways=("tcp",), without=("single",)))
     assert {gate.workload for gate in chosen.lab.gates} == {"chat"}
     assert "kv-cache-memory-bytes" in chosen.lab.vllm.args
-    assert [one.name for one in chosen.variants] == ["tcp"]
+    assert [one.name for one in chosen.ways] == ["tcp"]
     kept = ("replicated", "disaggregated", "disaggregated@tcp")
     assert chosen.arms == Arms(kept, ("single", "single-again"))

@@ -360,7 +360,7 @@ def verdict_rows_by_figure(found: Comparison) -> dict[tuple[str, str], tuple[str
     return {(row.candidate, row.metric): (row.outcome, str(row.gate)) for row in rows}
 
 
-def test_a_variant_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
+def test_a_way_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
     """A row a gated figure, the limit's too; no gate hangs on it; p is raised by the number of rows."""
     arm = f"{DISAGGREGATED}@slow"
     runs = [
@@ -369,17 +369,17 @@ def test_a_variant_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
         for name, scales in ((DISAGGREGATED, (1.0, 1.0, 1.0)), (arm, (2.0, 2.1, 1.9)))
         for number, scale in enumerate(scales)
     ]
-    rows = comparison.variant_rows(Comparison(runs, lab.slo), lab, [arm])
+    rows = comparison.way_rows(Comparison(runs, lab.slo), lab, [arm])
     assert {(row.workload, row.metric) for row in rows} == {(g.workload, g.figure) for g in lab.gates}
     assert {(row.candidate, row.baseline, row.gate.state) for row in rows} == {
-        (arm, DISAGGREGATED, State.VARIANT)
+        (arm, DISAGGREGATED, State.WAY)
     }
     (slower,) = [row for row in rows if row.metric == "ttft_p50"]
     assert (slower.outcome, slower.rounds) == ("worse", 3)
     assert slower.effect == pytest.approx((2.0 * 2.1 * 1.9) ** (1 / 3) - 1)
     (same,) = [row for row in rows if row.metric == "output_tokens_per_s"]
     assert same.outcome == "equivalent"
-    alone = comparison.variant_rows(
+    alone = comparison.way_rows(
         Comparison(runs, lab.slo), lab.model_copy(update={"gates": (lab.gates[1],)}), [arm]
     )
     assert alone[0].metric == "ttft_p50"
@@ -401,7 +401,7 @@ def test_every_figure_is_kept_for_trends() -> None:
 
 def test_a_warm_up_loads_every_server_once() -> None:
     """The whole load where servers have had none; two requests through each other router; a twin has none of
-    its own. Servers of another deployment (a variant, a release) get their own load.
+    its own. Servers of another deployment (a way, a release) get their own load.
     """
     a, b, other = object(), object(), object()
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from disagglab.config import variant
+from disagglab.config import way
 from disagglab.config.arms import Arms
 from disagglab.config.checks import ports_needed
 from disagglab.config.labs import load_lab
@@ -210,10 +210,10 @@ def test_over_ipv6_every_url_has_brackets_and_what_needs_ipv4_is_left_out() -> N
 
 
 def test_what_servers_beside_each_other_take_of_a_gpu_is_said() -> None:
-    """Where the lab file gives the size of their caches: as soon as a variant is asked for."""
+    """Where the lab file gives the size of their caches: as soon as a way is asked for."""
     lab = load_lab("two-h200")
-    chosen = variant.chosen(lab, ["stock", "tcp"])
-    lines = dry_run.lines(variant.beside(lab, 2), variants=chosen)
+    chosen = way.chosen(lab, ["stock", "tcp"])
+    lines = dry_run.lines(way.beside(lab, 2), ways=chosen)
     first = lines.index("# GPU 0: 115.4 GiB")
     assert lines[first + 2].split() == ["#", "gpu0", "15.0", "20.5", "3.0", "38.5"]
     assert lines[first + 4].split()[1] == "gpu0@tcp"

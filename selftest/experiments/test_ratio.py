@@ -170,17 +170,21 @@ def test_a_router_comes_back_to_a_pair(prefill: int, decode: int, cycle: int) ->
     assert Topology("r", REPLICATED, VERSION, ROUTER, (P, A, B)).cycle == 3
 
 
+PORTS = ((1, 2), (3, 4), (5, 6))
+
+
 def test_a_deployment_routes_by_role(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers take the part of their node, in the order of the lab file."""
     asked: list[dict[str, Any]] = []
 
     def start(_host: Any, _lab: Any, label: str, **roles: Any) -> Any:
+        assert roles.pop("ports") in PORTS
         asked.append(roles)
         process = SimpleNamespace(name=f"router-{label}")
         return SimpleNamespace(process=process, stop=lambda: None, await_ready=lambda _: None)
 
     monkeypatch.setattr(topology, "launch_router", start)
-    hosts: Any = SimpleNamespace(controller=None)
+    hosts: Any = SimpleNamespace(controller=None, router_ports=list(PORTS))
     lab = load_lab("four-h200-2p2d")
     model: Any = SimpleNamespace(name="m")
     deployed = Deployment(hosts, lab, model)

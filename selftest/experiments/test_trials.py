@@ -48,7 +48,7 @@ def compared(
 
 
 def test_a_round_holds_the_arms_that_its_gates_compare() -> None:
-    """Baselines, candidate, variants; a limit needs the candidate alone, and has no twin."""
+    """Baselines, candidate, ways; a limit needs the candidate alone, and has no twin."""
     limit = next(gate for gate in LAB.gates if gate.limit is not None)
     assert arms_needed([TTFT, limit]) == (SINGLE, DISAGGREGATED)
     assert arms_needed([limit]) == (DISAGGREGATED,)

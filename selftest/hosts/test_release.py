@@ -80,7 +80,7 @@ def test_two_releases_have_to_fit() -> None:
         release.require_room(load_lab("two-gpus"))
     release.require_room(load_lab("spark"))
     narrow = LAB.model_copy(update={"ports": LAB.ports.model_copy(update={"last": LAB.ports.first + 20})})
-    with pytest.raises(ConfigError, match="21 ports, the servers of 2 releases or variants need 30"):
+    with pytest.raises(ConfigError, match="21 ports, the servers of 2 releases or ways need 30"):
         release.require_room(narrow)
     release.require_room(LAB)
 

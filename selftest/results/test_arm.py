@@ -26,7 +26,7 @@ def test_an_arm_is_its_name_and_the_name_the_arm(text: str, arm: Arm) -> None:
 
 
 def test_names_of_kept_sessions_stay_as_they_are() -> None:
-    """A tag is that of a variant of the lab; nothing is lost on the way through."""
+    """A tag is that of a way of the lab; nothing is lost on the way through."""
     seen = set()
     for path in (REPORTS / "reference").rglob("figures.jsonl"):
         for line in path.read_text().splitlines():

@@ -37,7 +37,7 @@ TEXTS = {
     "undecided": GateState(State.UNDECIDED),
     "undecided, underpowered": GateState(State.UNDECIDED, underpowered=True),
     "A/A: identical arms": GateState(State.IDENTICAL),
-    "variant": GateState(State.VARIANT),
+    "way": GateState(State.WAY),
     "beside": GateState(State.BESIDE),
     "predicted win": GateState(State.PREDICTED, about="win"),
     "expected +40% to +60%: refuted": GateState(State.EXPECTED, about="+40% to +60%", answer="refuted"),

@@ -386,7 +386,7 @@ def test_a_session_with_other_arms_is_refused(
 
 
 def test_a_session_with_the_same_arms_goes_on(tmp_path: Path) -> None:
-    """Its rounds are whole without the arms that both leave out; arms of variants may differ."""
+    """Its rounds are whole without the arms that both leave out; arms of ways may differ."""
     measured = [*WITHOUT_SINGLE, "disaggregated@push"]
     folder = session(tmp_path, EARLY, 2, arms=WITHOUT_SINGLE)
     note_arms(folder, measured)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.config import variant
+from disagglab.config import way
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError
@@ -32,11 +32,11 @@ def host(total_mib: int = H100_MIB, free_mib: int | None = None, available_gib: 
     return SimpleNamespace(name="local", facts=facts, memory_available=lambda: available)
 
 
-def tenants(lab: Lab, where: Any, variants: list[str], config: dict[str, Any] = LLAMA) -> list[room.Tenant]:
-    """The servers of a session with these variants, as the fixture ``deployment`` has them."""
-    chosen = variant.chosen(lab, variants)
-    own = variant.beside(lab, len(chosen))
-    labs = {"": own, **{f"@{one.name}": variant.changed(own, one) for one in chosen}}
+def tenants(lab: Lab, where: Any, ways: list[str], config: dict[str, Any] = LLAMA) -> list[room.Tenant]:
+    """The servers of a session with these ways, as the fixture ``deployment`` has them."""
+    chosen = way.chosen(lab, ways)
+    own = way.beside(lab, len(chosen))
+    labs = {"": own, **{f"@{one.name}": way.changed(own, one) for one in chosen}}
     return [
         room.Tenant(where, each, node, f"{node.name}{tag}", config)
         for tag, each in labs.items()
@@ -51,7 +51,7 @@ def refused(asked: list[room.Tenant]) -> list[Any]:
     return list(caught.value.problems)
 
 
-def test_two_variants_beside_the_lab_do_not_fit_80_gb() -> None:
+def test_two_ways_beside_the_lab_do_not_fit_80_gb() -> None:
     """3 x (15.0 weights + 20.5 KV + 3.0) is 115.4 GiB on each GPU of 79.6; 8.5 GiB of KV each would fit."""
     lab = load_lab("two-h200")
     problems = refused(tenants(lab, host(), ["stock", "tcp"]))
@@ -71,7 +71,7 @@ def test_two_variants_beside_the_lab_do_not_fit_80_gb() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total_mib", "variants", "kv_gib"),
+    ("total_mib", "ways", "kv_gib"),
     [
         (H200_MIB, ["stock", "tcp"], 20.5),  # 115.4 of 140.4
         (H100_MIB, ["stock"], 20.5),  # 76.9 of 79.6
@@ -79,11 +79,11 @@ def test_two_variants_beside_the_lab_do_not_fit_80_gb() -> None:
         (H100_MIB, [], 20.5),  # half of the GPU
     ],
 )
-def test_what_fits_is_let_through(total_mib: int, variants: list[str], kv_gib: float) -> None:
-    """On the GPU that the lab is for; on a smaller one with fewer variants, or as the mend has it."""
+def test_what_fits_is_let_through(total_mib: int, ways: list[str], kv_gib: float) -> None:
+    """On the GPU that the lab is for; on a smaller one with fewer ways, or as the mend has it."""
     lab = load_lab("two-h200")
     memory = lab.memory.model_copy(update={"kv_beside_gib": kv_gib})
-    room.require(tenants(lab.model_copy(update={"memory": memory}), host(total_mib), variants))
+    room.require(tenants(lab.model_copy(update={"memory": memory}), host(total_mib), ways))
 
 
 def test_the_next_larger_cache_does_not_fit() -> None:
@@ -139,7 +139,7 @@ def test_a_large_cache_on_a_host_counts_beyond_the_floor() -> None:
 
 
 def test_a_gpu_that_a_host_lacks_is_named_once() -> None:
-    """By the node's key, with what the host has; servers of variants on it say nothing more."""
+    """By the node's key, with what the host has; servers of ways on it say nothing more."""
     lab = load_lab("two-h200")
     nodes = (lab.nodes[0], lab.nodes[1].model_copy(update={"gpus": [2]}))
     (problem,) = refused(tenants(lab.model_copy(update={"nodes": nodes}), host(H200_MIB), ["stock"]))

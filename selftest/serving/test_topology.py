@@ -131,7 +131,7 @@ def test_a_second_server_that_cannot_start_leaves_none_of_the_first(stage: Stage
     assert stage.waited == 0
 
 
-def test_a_variants_server_that_cannot_start_leaves_none_of_the_labs_own(stage: Stage) -> None:
+def test_a_ways_server_that_cannot_start_leaves_none_of_the_labs_own(stage: Stage) -> None:
     stage.cannot_start = "b@push"
     with pytest.raises(StartError, match="b@push cannot be executed"), stage.run():
         pytest.fail("the block was entered")

@@ -1,4 +1,4 @@
-"""Variants of a lab change what they say and nothing else; what cannot be is refused with its key."""
+"""Ways of a lab change what they say and nothing else; what cannot be is refused with its key."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from disagglab.config import inherit, variant
+from disagglab.config import inherit, way
 from disagglab.config.labs import load_lab, on_workloads, parse_lab
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError
@@ -20,18 +20,18 @@ RAW = inherit.read(LABS / "two-h200-stock.toml").table
 
 
 def lab_with(**changes: Any) -> Lab:
-    """The two-h200-stock lab with one variant ``v``."""
+    """The two-h200-stock lab with one way ``v``."""
     row = {"name": "v", "what": "something", "expects": "something", **changes}
-    return parse_lab({**RAW, "variant": [row]}, "lab.toml")
+    return parse_lab({**RAW, "way": [row]}, "lab.toml")
 
 
-def test_a_variant_changes_its_keys_and_keeps_the_others() -> None:
+def test_a_way_changes_its_keys_and_keeps_the_others() -> None:
     lab = lab_with(
         transport={"extra": {"num_threads": 1}, "env": {"UCX_A": "1"}},
         args={"block-size": 64},
         env={"B": "2"},
     )
-    changed = variant.changed(lab, lab.variants[0])
+    changed = way.changed(lab, lab.ways[0])
     assert changed.transport.extra == {"num_threads": 1}
     assert changed.transport.kv_buffer_device == lab.transport.kv_buffer_device
     assert changed.transport.variables["UCX_A"] == "1"
@@ -45,23 +45,23 @@ def test_a_variant_changes_its_keys_and_keeps_the_others() -> None:
 def test_tables_of_the_transport_are_merged_key_by_key() -> None:
     raw = {**RAW, "transport": {**RAW["transport"], "env": {"UCX_A": "1", "UCX_B": "1"}}}
     row = {"name": "v", "what": "w", "expects": "e", "transport": {"env": {"UCX_B": "2"}}}
-    lab = parse_lab({**raw, "variant": [row]}, "lab.toml")
-    assert variant.changed(lab, lab.variants[0]).transport.env == {"UCX_A": "1", "UCX_B": "2"}
+    lab = parse_lab({**raw, "way": [row]}, "lab.toml")
+    assert way.changed(lab, lab.ways[0]).transport.env == {"UCX_A": "1", "UCX_B": "2"}
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({}, "changes nothing"),
-        ({"args": {"port": 1}}, "variant[0].args.port"),
+        ({"args": {"port": 1}}, "way[0].args.port"),
         ({"args": {"--block-size": 64}}, "written with dashes in front"),
-        ({"args": {"gpu-memory-utilization": 0.9}}, "variant[0].args.gpu-memory-utilization"),
+        ({"args": {"gpu-memory-utilization": 0.9}}, "way[0].args.gpu-memory-utilization"),
         ({"transport": {"extra": {"kv_lease_duration": 9}}}, "write lease_s"),
-        ({"transport": {"ucx_tls": ["sm"]}}, "variant[0].transport.ucx_tls"),
-        ({"transport": {"kv_bufer_device": "cpu"}}, "variant[0].transport.kv_bufer_device"),
-        ({"transport": {"lease_s": 1}}, "variant[0].transport.lease_s"),
-        ({"transport": {"connector": "MyConnector"}}, "variant[0].transport.connector"),
-        ({"name": "With Space", "args": {"a": 1}}, "variant[0].name"),
+        ({"transport": {"ucx_tls": ["sm"]}}, "way[0].transport.ucx_tls"),
+        ({"transport": {"kv_bufer_device": "cpu"}}, "way[0].transport.kv_bufer_device"),
+        ({"transport": {"lease_s": 1}}, "way[0].transport.lease_s"),
+        ({"transport": {"connector": "MyConnector"}}, "way[0].transport.connector"),
+        ({"name": "With Space", "args": {"a": 1}}, "way[0].name"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_key(changes: dict[str, Any], said: str) -> None:
@@ -72,38 +72,36 @@ def test_what_cannot_be_is_refused_with_its_key(changes: dict[str, Any], said: s
 def test_two_of_one_name_are_refused() -> None:
     row = {"name": "v", "what": "w", "expects": "e", "args": {"block-size": 64}}
     with pytest.raises(ConfigError, match="v is used twice"):
-        parse_lab({**RAW, "variant": [row, row]}, "lab.toml")
+        parse_lab({**RAW, "way": [row, row]}, "lab.toml")
 
 
-def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
+def test_an_unknown_way_is_refused_with_those_there_are() -> None:
     lab = lab_with(args={"block-size": 64})
-    with pytest.raises(ConfigError, match="--variant w: no such"):
-        variant.chosen(lab, ["w"])
+    with pytest.raises(ConfigError, match="--way w: no such"):
+        way.chosen(lab, ["w"])
     with pytest.raises(ConfigError, match="asked for twice"):
-        variant.chosen(lab, ["v", "v"])
-    with pytest.raises(ConfigError, match=r"add \[\[variant\]\]"):
-        variant.chosen(load_lab("one-to-two"), ["v"])
+        way.chosen(lab, ["v", "v"])
+    with pytest.raises(ConfigError, match=r"add \[\[way\]\]"):
+        way.chosen(load_lab("one-to-two"), ["v"])
 
 
 def test_servers_beside_each_other_share_a_gpu() -> None:
     lab = lab_with(args={"block-size": 64})
-    assert variant.beside(lab, 0) is lab
-    shared = variant.beside(lab, 2)
+    assert way.beside(lab, 0) is lab
+    shared = way.beside(lab, 2)
     assert shared.vllm.args["gpu-memory-utilization"] == 0.3
     assert lab.memory.kv_beside_gib is not None
     assert shared.vllm.args["kv-cache-memory-bytes"] == lab.memory.kv_beside_gib * 2**30
     without = lab.model_copy(update={"memory": lab.memory.model_copy(update={"kv_beside_gib": None})})
     with pytest.raises(ConfigError, match=r"memory\.kv_beside_gib"):
-        variant.beside(without, 1)
+        way.beside(without, 1)
     cpu = load_lab("embedded")
-    assert variant.beside(cpu, 2) is cpu
+    assert way.beside(cpu, 2) is cpu
 
 
-def test_the_plan_shows_the_servers_of_a_variant() -> None:
+def test_the_plan_shows_the_servers_of_a_way() -> None:
     lab = lab_with(transport={"extra": {"num_threads": 1}, "connector": "NixlPushConnector"})
-    servers = [
-        line for line in dry_run.lines(lab, variants=lab.variants) if " serve " in line and "kv_role" in line
-    ]
+    servers = [line for line in dry_run.lines(lab, ways=lab.ways) if " serve " in line and "kv_role" in line]
     assert len(servers) == 2 * len(lab.nodes)
     own = [line for line in servers if '"NixlConnector"' in line]
     changed = [line for line in servers if '"NixlPushConnector"' in line and '"num_threads": 1' in line]
@@ -111,10 +109,10 @@ def test_the_plan_shows_the_servers_of_a_variant() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in Path("labs").glob("*.toml")))
-def test_every_variant_of_every_lab_can_be_planned(name: str) -> None:
+def test_every_way_of_every_lab_can_be_planned(name: str) -> None:
     lab = load_lab(name)
-    for one in lab.variants:
-        text = "\n".join(dry_run.lines(variant.beside(lab, 1), variants=[one]))
+    for one in lab.ways:
+        text = "\n".join(dry_run.lines(way.beside(lab, 1), ways=[one]))
         for key, value in one.transport.get("extra", {}).items():
             assert f'"{key}": {json.dumps(value)}' in text
         for key, value in one.env.items():
@@ -133,11 +131,11 @@ def test_a_comparison_may_be_kept_to_some_workloads() -> None:
         on_workloads(load_lab("one-to-two"), ["chat"])
 
 
-def test_a_variant_on_cpu_cannot_want_gpu_memory() -> None:
+def test_a_way_on_cpu_cannot_want_gpu_memory() -> None:
     raw = tomllib.loads(Path("labs/embedded.toml").read_text())
     row = {"name": "v", "what": "w", "expects": "e", "transport": {"kv_buffer_device": "cuda"}}
-    with pytest.raises(ConfigError, match=r"variant\[0\]\.transport\.kv_buffer_device"):
-        parse_lab({**raw, "variant": [row]}, "lab.toml")
+    with pytest.raises(ConfigError, match=r"way\[0\]\.transport\.kv_buffer_device"):
+        parse_lab({**raw, "way": [row]}, "lab.toml")
 
 
 def test_a_key_of_the_lab_itself_is_checked_alike() -> None:
@@ -146,10 +144,10 @@ def test_a_key_of_the_lab_itself_is_checked_alike() -> None:
         parse_lab(raw, "lab.toml")
 
 
-def test_where_both_name_a_key_the_variants_value_counts() -> None:
+def test_where_both_name_a_key_the_ways_value_counts() -> None:
     raw = {**RAW, "vllm": {**RAW["vllm"], "args": {"block-size": 16}, "env": {"A": "1"}}}
     row = {"name": "v", "what": "w", "expects": "e", "args": {"block-size": 64}, "env": {"A": "2"}}
-    lab = parse_lab({**raw, "variant": [row]}, "lab.toml")
-    changed = variant.changed(lab, lab.variants[0])
+    lab = parse_lab({**raw, "way": [row]}, "lab.toml")
+    changed = way.changed(lab, lab.ways[0])
     assert (changed.vllm.args["block-size"], changed.vllm.env["A"]) == (64, "2")
     assert changed.block_size == 64

@@ -6,9 +6,9 @@ pools of all servers are first aged by many short prompts with long answers, unt
 scattered as the probe before; what is measured then is what a user would see. The oracles are the connector's
 counters, each run proved to the byte, the log of every transfer, and the number of blocks and layers.
 
-Only with ``--variant NAME`` (a [[variant]] of the lab file, several if repeated). The servers of every
-variant are resident beside the lab's own, on the same nodes; each turn measures all of them, in mirrored
-order. The expectation of a variant stands in the lab file before it is measured.
+Only with ``--way NAME`` (a [[way]] of the lab file, several if repeated). The servers of every
+way are resident beside the lab's own, on the same nodes; each turn measures all of them, in mirrored
+order. The expectation of a way stands in the lab file before it is measured.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ AGEING_ROUND = -1
 
 @dataclass
 class Settings:
-    """The lab's own setting first, then the variants; ``made``: every run of an arm, in order, ageing and
+    """The lab's own setting first, then the ways; ``made``: every run of an arm, in order, ageing and
     probes too; ``logged``: the transfers that each server of an arm logged in these runs. ``worst``: the
     descriptors of a prompt of so many tokens on an arm, if each block and layer is one.
     """
@@ -80,14 +80,14 @@ def settings(
     lab: Lab,
     engine: LoadEngine,
     disaggregated: Topology,
-    variants: list[Topology],
+    ways: list[Topology],
     shape: KvShape,
     store: Store,
 ) -> Settings:
     """Pools aged, then every arm on every workload in every round, in mirrored order."""
-    if not variants:
-        pytest.skip("VARIANT: asked for with --variant NAME, a [[variant]] of the lab file")
-    arms = [disaggregated, *variants]
+    if not ways:
+        pytest.skip("WAY: asked for with --way NAME, a [[way]] of the lab file")
+    arms = [disaggregated, *ways]
     pool = min(map(pool_ageing.tokens_of, arms))
     blocks = {arm.name: layout(shape, ledger.block_size(arm.decode[0].metrics())) for arm in arms}
     found = Settings(
@@ -183,13 +183,13 @@ def test_pieces_never_exceed_blocks_and_layers(settings: Settings, record: Recor
 
 
 def test_transfers_under_each_setting(settings: Settings, lab: Lab, store: Store, record: Recorder) -> None:
-    """Every variant is judged against the lab's own setting: transfer time and throughput.
+    """Every way is judged against the lab's own setting: transfer time and throughput.
 
-    Paired by turn; the same prompts within a turn; after Holm over all variants, workloads and figures. The
+    Paired by turn; the same prompts within a turn; after Holm over all ways, workloads and figures. The
     time is the connector's own, from posting to the engine's look that finds it done. Posting, share of TTFT
     and p99 ITL are recorded beside: the pull connector posts in the engine's own thread.
     """
-    expected = {variant.name: f"{variant.what}; expected: {variant.expects}" for variant in lab.variants}
+    expected = {way.name: f"{way.what}; expected: {way.expects}" for way in lab.ways}
     values = {
         (arm.name, workload.name): transfer_stats.series(settings.runs(arm, workload))
         for arm in settings.arms
@@ -229,7 +229,7 @@ def test_transfers_under_each_setting(settings: Settings, lab: Lab, store: Store
 
 
 def verdicts(settings: Settings, values: dict[tuple[str, str], dict[str, list[float]]]) -> list[VerdictRow]:
-    """A row a variant, workload and judged figure, against the lab's own setting; all are one family."""
+    """A row a way, workload and judged figure, against the lab's own setting; all are one family."""
     own, *others = (arm.name for arm in settings.arms)
     asked = [(arm, one.name, name) for arm in others for one in settings.workloads for name in JUDGED]
     judged = []
@@ -247,7 +247,7 @@ def verdicts(settings: Settings, values: dict[tuple[str, str], dict[str, list[fl
             baseline=own,
             candidate_value=statistics.fmean(values[arm, workload][name]),
             baseline_value=statistics.fmean(values[own, workload][name]),
-            gate=GateState(State.VARIANT),
+            gate=GateState(State.WAY),
             p_adjusted=p,
             family=len(adjusted),
         )
