@@ -429,6 +429,11 @@ class Lab(Section):
         return tuple(dict.fromkeys([self.controller.host, *(node.host for node in self.nodes)]))
 
     @property
+    def host_names_of_nodes(self) -> tuple[str, ...]:
+        """Every host that has a node, in the order of the nodes."""
+        return tuple(dict.fromkeys(node.host for node in self.nodes))
+
+    @property
     def shares_our_files(self) -> bool:
         """Whether every node runs on this machine, so that its environment is seen before the start."""
         made = {"local", *(host.name for host in self.hosts if host.namespace)}

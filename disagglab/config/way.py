@@ -10,6 +10,7 @@ from disagglab.errors import ConfigError, Problem
 DISAGGREGATED = "disaggregated"
 SHARDED = "sharded"  # one server, tensor parallel over all nodes; the other kinds are in config/arms.py
 RANKS_KEY = "tensor-parallel-size"
+HEADLESS_KEY, PORT_KEY = "headless", "master-port"  # of vLLM's start on several hosts
 BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"  # cores of each rank, ranks apart by "|"
 GPU_SHARE = 0.9  # of a GPU's memory, for the servers of all deployments together
 GIB = 2**30
@@ -67,24 +68,48 @@ def ranks_on(nodes: Sequence[NodeSection]) -> int:
 
 
 def sharded(lab: Lab) -> Lab:
-    """The lab with one node that stands for all of its nodes, which are of one host: their cores or GPUs are
-    the ranks of one server.
+    """The lab with one node a host, in place of its nodes there: their cores or GPUs are the ranks of one
+    server. On several hosts vLLM's own multi-node start joins them; the first has the HTTP server.
     """
-    first = lab.nodes[0]
-    cores = "|".join(",".join(map(str, node.cpus)) for node in lab.nodes)
-    bound = {} if any(node.gpus for node in lab.nodes) else {BIND_VARIABLE: cores}
-    merged = {
-        "name": "-".join(node.name for node in lab.nodes),
-        "role": "prefill",
-        "cpus": [core for node in lab.nodes for core in node.cpus],
-        "gpus": [gpu for node in lab.nodes for gpu in node.gpus],
-        "env": {**bound, **{key: value for node in lab.nodes for key, value in node.env.items()}},
-    }
+    hosts = lab.host_names_of_nodes
+    merged = [_merged(lab.nodes_on(host), number, len(hosts)) for number, host in enumerate(hosts)]
+    leader = merged[0].kv_address
+    if len(hosts) > 1:
+        merged = [
+            node.model_copy(update={"args": {**node.args, **_joined(leader, number, len(hosts))}})
+            for number, node in enumerate(merged)
+        ]
     args = {**lab.vllm.args, RANKS_KEY: ranks_on(lab.nodes)}
-    return lab.model_copy(
+    vllm = lab.vllm.model_copy(update={"args": args})
+    return lab.model_copy(update={"vllm": vllm, "nodes": tuple(merged)})
+
+
+def _joined(leader: str, number: int, hosts: int) -> dict[str, str | int | bool]:
+    """Options of vLLM's multi-node start on one host; the port of ``leader`` is allocated at the start."""
+    found: dict[str, str | int | bool] = {
+        "nnodes": hosts,
+        "node-rank": number,
+        "master-addr": leader,
+        "distributed-executor-backend": "mp",
+    }
+    return found | ({HEADLESS_KEY: True} if number else {})
+
+
+def _merged(nodes: Sequence[NodeSection], number: int, hosts: int) -> NodeSection:
+    first = nodes[0]
+    bound = {BIND_VARIABLE: "|".join(",".join(map(str, node.cpus)) for node in nodes)}
+    env = {} if any(node.gpus for node in nodes) else bound
+    if hosts > 1:
+        env["VLLM_HOST_IP"] = first.kv_address
+        if first.interface:
+            env |= {"GLOO_SOCKET_IFNAME": first.interface, "NCCL_SOCKET_IFNAME": first.interface}
+    return first.model_copy(
         update={
-            "vllm": lab.vllm.model_copy(update={"args": args}),
-            "nodes": (first.model_copy(update=merged),),
+            "name": "-".join(node.name for node in nodes),
+            "role": "decode" if number else "prefill",
+            "cpus": [core for node in nodes for core in node.cpus],
+            "gpus": [gpu for node in nodes for gpu in node.gpus],
+            "env": {**env, **{key: value for node in nodes for key, value in node.env.items()}},
         }
     )
 

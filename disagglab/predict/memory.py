@@ -91,8 +91,10 @@ def of_host(lab: Lab, node: NodeSection, server: str, weights: float | None) -> 
         kv = float(said) if said is not None else None
     except ValueError:  # vLLM refuses it, and says so
         kv = None
-    rest = max(CPU_REST_GIB, lab.memory.floor_gib - (weights or 0.0) - (kv or 0.0))
-    by = f"vllm.env.{CPU_KV_VARIABLE}" if rest == CPU_REST_GIB else "memory.floor_gib"
+    ranks = int(lab.vllm.args.get("tensor-parallel-size", 1))  # each keeps a cache of that size
+    kv = kv * ranks if kv is not None else None
+    rest = max(CPU_REST_GIB * ranks, lab.memory.floor_gib - (weights or 0.0) - (kv or 0.0))
+    by = f"vllm.env.{CPU_KV_VARIABLE}" if rest == CPU_REST_GIB * ranks else "memory.floor_gib"
     return Demand(server, weights, kv, rest, by)
 
 

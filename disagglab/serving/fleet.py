@@ -122,13 +122,22 @@ class Fleet:
         section = one if isinstance(one, WaySection) else None
         kind = one.kind if isinstance(one, WaySection) else one
         name = arm or (one.arm if isinstance(one, WaySection) else one)
-        key = way.start_key(self.lab, section) + ("again" if again else "")
+        key = self.key_of(one, again)
         if key in self._running and not self._running[key].alive:
             self._end(key)
         if key not in self._running:
             self._start(key, section, again)
         self._running[key] = self._running.pop(key)
         return arm_of(self._running[key], kind, name)
+
+    def key_of(self, one: WaySection | str, again: bool = False) -> str:
+        """Equal for ways that the same servers play."""
+        section = one if isinstance(one, WaySection) else None
+        return way.start_key(self.lab, section) + ("again" if again else "")
+
+    def runs(self, key: str) -> bool:
+        """Whether the servers of a key run now."""
+        return key in self._running
 
     def _start(self, key: str, section: WaySection | None, again: bool) -> None:
         while len(self._running) >= self.resident:

@@ -109,6 +109,7 @@ class Deployment:
         self.nodes = tuple(nodes or lab.nodes)
         self.served_name = f"{model.name}-{secrets.token_hex(4)}"
         self.servers: tuple[VllmServer, ...] = ()
+        self.followers: tuple[VllmServer, ...] = ()  # ranks of a server on other hosts, without HTTP
         self.beside: dict[str, Deployment] = {}  # of ways, by arm
         self.process_names: set[str] = set()  # of servers and lasting routers, ended ones included
         self._topologies: dict[str, Topology] = {}
@@ -144,7 +145,7 @@ class Deployment:
         """
         if self.events:
             ipv4.require(self.lab, self.nodes, ipv4.KV_EVENTS)
-        for node in self.nodes:
+        for node in self._placed():
             host = self.hosts.of(node)
             port = self._reserve(host, node.address)
             side_channel = self._reserve(host, node.kv_address) if self.connector else None
@@ -155,8 +156,23 @@ class Deployment:
                 self.lab, node, found, self.served_name, port, side_channel, python, self.tag, events
             )
             ports = [number for number in (port, side_channel, events) if number is not None]
-            self.servers = (*self.servers, VllmServer.start(host, self.lab, plan, ports))
+            server = VllmServer.start(host, self.lab, plan, ports)
+            if node.args.get(way.HEADLESS_KEY):
+                self.followers = (*self.followers, server)
+            else:
+                self.servers = (*self.servers, server)
             self.process_names.add(plan.process_name)
+
+    def _placed(self) -> list[NodeSection]:
+        """The nodes, with the port at which the parts of a server on several hosts meet."""
+        if not any(node.args.get(way.HEADLESS_KEY) for node in self.nodes):
+            return list(self.nodes)
+        first = self.nodes[0]
+        port = self._reserve(self.hosts.of(first), first.kv_address)
+        return [
+            node.model_copy(update={"args": {**node.args, way.PORT_KEY: port}})
+            for node in reversed(self.nodes)  # the first one last: it waits for the others
+        ]
 
     def _reserve(self, host: Host, address: str) -> int:
         port = host.reserve_port(address)
@@ -291,7 +307,8 @@ class Deployment:
             StartError: if something is still alive; see :meth:`disagglab.serving.service.Service.stop`.
         """
         routers = [topology.router for topology in self._topologies.values()]
-        servers, self.servers = self.servers, ()
+        servers, self.servers = (*self.servers, *self.followers), ()
+        self.followers = ()
         self._topologies.clear()
         with contextlib.ExitStack() as ended:
             for service in reversed((*routers, *servers)):
@@ -304,7 +321,7 @@ class Deployment:
     @property
     def alive(self) -> bool:
         """Whether it has servers, and all of them run."""
-        return bool(self.servers) and all(server.process.alive for server in self.servers)
+        return bool(self.servers) and all(one.process.alive for one in (*self.servers, *self.followers))
 
     def give_back_ports(self) -> None:
         """Let others have the ports of a deployment that has ended."""
