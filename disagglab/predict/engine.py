@@ -112,7 +112,8 @@ def serve(speeds: Speeds, limits: Limits, requests: Sequence[Request], tokens: i
             engine.now_s = max(engine.now_s, requests[coming].at_s)
         room = limits.step_tokens - len(engine.under_way) if limits.step_tokens else sys.maxsize
         running = len(engine.under_way) + (cut is not None)
-        work, computed, whole = 0.0, False, []
+        work, computed = 0.0, False
+        whole: list[int] = []  # places of the prompts of which the step computes the last piece
         while room > 0:
             if cut is None:
                 if coming == len(requests) or requests[coming].at_s > engine.now_s or running == most:

@@ -19,7 +19,7 @@ Outcome = Literal["right", "tie", "wrong", "nothing good"]
 
 @dataclass(frozen=True)
 class RateScore:
-    """One offered rate. ``forecast``, ``measured``: the way with the highest goodput; None where there is none.
+    """One offered rate. ``forecast``, ``measured``: the way with the highest goodput, None if none has.
 
     ``outcome``: *right*: the way that was forecast is the best, and every other is behind by more than the
     margin. *tie*: it is the best or within the margin of it, and so is another, so that the measurement does
@@ -83,14 +83,12 @@ def score(
         else:
             theirs[key] = statistics.fmean(rounds)
     left_out += [key for key in ours if key not in theirs]
-    rates = tuple(
-        _rate(
-            rate,
-            *({arm: side[arm, at] for arm, at in theirs if at == rate} for side in (ours, theirs)),
-            margin,
+    rates = []
+    for rate in sorted({rate for _, rate in theirs}):
+        forecast_there, measured_there = (
+            {arm: side[arm, at] for arm, at in theirs if at == rate} for side in (ours, theirs)
         )
-        for rate in sorted({rate for _, rate in theirs})
-    )
+        rates.append(_rate(rate, forecast_there, measured_there, margin))
     told = [one for one in rates if one.outcome != "nothing good"]
     factors = {
         key: max(ours[key] / theirs[key], theirs[key] / ours[key])
@@ -102,7 +100,7 @@ def score(
     right = sum(one.outcome == "right" for one in told)
     tied = sum(one.outcome == "tie" for one in told)
     return Score(
-        rates,
+        tuple(rates),
         right / len(told) if told else None,
         (right + tied) / len(told) if told else None,
         statistics.median(factors.values()) if factors else None,

@@ -198,9 +198,10 @@ def _point(
 
 def _good(run: Served, chosen: Sequence[int], slo: SloSection) -> Goodput:
     """Of the chosen requests; over the time of the whole run."""
-    some = Served(
-        *(tuple(each[i] for i in chosen) for each in (run.ttft_s, run.tpot_s, run.e2e_s)), run.duration_s
+    ttft, tpot, e2e = (
+        tuple(times[place] for place in chosen) for times in (run.ttft_s, run.tpot_s, run.e2e_s)
     )
+    some = Served(ttft, tpot, e2e, run.duration_s)
     return goodput(some, slo)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from disagglab.kv import attention
+from disagglab.kv.attention import HIDDEN, LAYERS, Config
+from disagglab.kv.shape import DTYPES
 from disagglab.predict.speeds import Prefill, Speeds, Step
 
 # Of a layer's forward pass: one behind attention, one behind the feed-forward part (M. Shoeybi et al.,
@@ -34,6 +37,22 @@ class AllReduces:
         """
         size = ALL_REDUCES_PER_LAYER * self.layers * self.hidden_size * self.bytes_per_value
         return 2 * (ranks - 1) / ranks * size / self.link_bytes_per_s
+
+
+def all_reduces(config: Config, dtype: str, link_bytes_per_s: float, latency_s: float = 0.0) -> AllReduces:
+    """What a model sends, from its ``config.json``.
+
+    Args:
+        dtype: of activations, such as bfloat16.
+
+    Raises:
+        KeyError: if the config has no number of layers, or no hidden size.
+    """
+    text = attention.text_config(config)
+    layers, hidden = (next((text[key] for key in keys if text.get(key)), None) for keys in (LAYERS, HIDDEN))
+    if layers is None or hidden is None:
+        raise KeyError(LAYERS[0] if layers is None else HIDDEN[0])
+    return AllReduces(int(layers), int(hidden), DTYPES[dtype][0], link_bytes_per_s, latency_s)
 
 
 def sharded(speeds: Speeds, ranks: int, reduces: AllReduces, fixed_s: float = 0.0) -> Speeds:

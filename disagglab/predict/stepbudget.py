@@ -12,8 +12,8 @@ from disagglab.predict.speeds import Limits
 
 TOKENS, SEQUENCES = "max-num-batched-tokens", "max-num-seqs"
 # vLLM 0.31.0, vllm/engine/arg_utils.py, ``get_batch_defaults`` for UsageContext.OPENAI_API_SERVER. A lab file
-# does not say how much memory a GPU has, so it is taken for one of 70 GiB or more and below 160 GiB that is not
-# an A100 (H100, H200, GB10).
+# does not say how much memory a GPU has, so it is taken for one of 70 to 160 GiB that is not an A100 (H100,
+# H200, GB10).
 GPU_TOKENS, GPU_SEQUENCES = 8192, 1024
 SMALL_GPU_TOKENS, SMALL_GPU_SEQUENCES, LARGE_GPU_TOKENS = 2048, 256, 16384
 CPU_TOKENS, CPU_SEQUENCES = 2048, 128  # each times the ranks of a server

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from disagglab.predict import simulation
+from disagglab.config import way as way_rules
+from disagglab.config.schema import Lab, NodeSection, WaySection
+from disagglab.predict import simulation, stepbudget
 from disagglab.predict.breakeven import Cluster, Point
 from disagglab.predict.engine import Request
 from disagglab.predict.sharding import AllReduces, sharded
@@ -49,6 +51,50 @@ class Planned:
                 return self.prefill_nodes + self.decode_nodes
             case "sharded":
                 return self.ranks
+
+
+def own(lab: Lab) -> tuple[Planned, ...]:
+    """The arms of a lab's own settings: single, replicated, disaggregated.
+
+    Raises:
+        ConfigError: if a chunk budget or a number of sequences makes no sense.
+    """
+    kinds: tuple[Kind, ...] = ("single", "replicated", "disaggregated")
+    return tuple(_planned(lab, one, one) for one in kinds)
+
+
+def of_way(lab: Lab, section: WaySection) -> Planned:
+    """A ``[[way]]`` of a lab file.
+
+    Raises:
+        ConfigError: if a chunk budget or a number of sequences makes no sense.
+    """
+    return _planned(way_rules.changed(lab, section), section.kind, section.arm)
+
+
+def _planned(lab: Lab, kind: Kind, arm: str) -> Planned:
+    """``lab``: as the way has it. Servers of one role are taken for equal; the first one's options count."""
+
+    def budget(nodes: Sequence[NodeSection]) -> stepbudget.StepBudget:
+        return stepbudget.of_lab(lab, nodes[0].args, ranks)
+
+    ranks = way_rules.ranks(lab)
+    if kind != "disaggregated":
+        held = budget(lab.prefill or lab.nodes)
+        return Planned(
+            arm, kind, nodes=len(lab.nodes), step_tokens=held.tokens, max_seqs=held.sequences, ranks=ranks
+        )
+    prefill, decode = budget(lab.prefill), budget(lab.decode)
+    return Planned(
+        arm,
+        kind,
+        prefill_nodes=len(lab.prefill),
+        decode_nodes=len(lab.decode),
+        step_tokens=prefill.tokens,
+        decode_step_tokens=decode.tokens,
+        max_seqs=prefill.sequences,
+        decode_max_seqs=decode.sequences,
+    )
 
 
 def cluster_of(
