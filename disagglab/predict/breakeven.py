@@ -84,11 +84,11 @@ class Cluster:
         return self.speeds.prefill.time_s(prompt_tokens, self.pieces(prompt_tokens))
 
     def stop_s(self, prompt_tokens: int) -> float:
-        """How long a prefill stops the sequences that decode on the same engine, in all: its own time less
-        that of the steps that it replaces, because each of its pieces yields a token to them too.
+        """How long a prefill stops the sequences that decode on the same engine, in all: the time of its
+        steps less that of those that they replace, because each of its pieces yields a token to them too.
         """
-        replaced_s = self.pieces(prompt_tokens) * self.speeds.step.base_s
-        return max(0.0, self.prefill_s(prompt_tokens) - replaced_s)
+        longer_s = self.speeds.mixed_base_s - self.speeds.step.base_s
+        return self.pieces(prompt_tokens) * longer_s + self.speeds.prefill.work_s(prompt_tokens)
 
     def transfer_s(self, prompt_tokens: int) -> float:
         """Time to move a prompt's KV blocks over an idle link."""

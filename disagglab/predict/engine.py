@@ -130,7 +130,7 @@ def serve(speeds: Speeds, limits: Limits, requests: Sequence[Request], tokens: i
             if cut is None:
                 whole.append(place)
         if computed:
-            engine.advance(prefill.base_s + work)
+            engine.advance((speeds.mixed_base_s if engine.under_way else prefill.base_s) + work)
             for place in whole:
                 engine.first_token(place)
                 wanted = requests[place].output_tokens if tokens is None else tokens

@@ -60,6 +60,14 @@ class Speeds:
     request_s: float = 0.0
     handoff_s: float = 0.0
 
+    @property
+    def mixed_base_s(self) -> float:
+        """Base of a step that computes prompt tokens and gives tokens to sequences: not less than that of a
+        step without prompt. A long prompt alone hides the time in which weights are read, and so may have a
+        lower base; the kernels of decode in the same step do not.
+        """
+        return max(self.prefill.base_s, self.step.base_s)
+
 
 @dataclass(frozen=True)
 class Limits:
