@@ -17,7 +17,7 @@ from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.measure.run import measure
-from disagglab.predict import breakeven_map, speedfit
+from disagglab.predict import speedfit, stepbudget
 from disagglab.predict.breakeven import Cluster, Speeds
 from disagglab.predict.speedfit import HandedTime, PrefillTime, StepTime
 from disagglab.results.records import Run
@@ -47,13 +47,15 @@ class Calibration:
 
     def cluster(self, lab: Lab, shape: KvShape, block_size: int) -> Cluster:
         """The lab as the models take it; ``block_size`` in tokens, as its servers say."""
+        budget = stepbudget.of_lab(lab)
         return Cluster(
             self.speeds,
             layout(shape, block_size),
             lab.vllm.version,
-            breakeven_map.step_tokens(lab),
+            budget.tokens,
             len(lab.prefill),
             len(lab.decode),
+            budget.sequences,
         )
 
 

@@ -16,69 +16,21 @@ from dataclasses import dataclass
 
 from disagglab.kv.layout import KvLayout
 from disagglab.kv.shape import transfer_time_s
+from disagglab.predict.speeds import Limits
+from disagglab.predict.speeds import Prefill as Prefill  # these three are words of the model as well
+from disagglab.predict.speeds import Speeds as Speeds
+from disagglab.predict.speeds import Step as Step
 
 UNSTABLE = 1.0  # utilisation from which on a queue grows without end
 FINE = 1.04  # ratio of neighbouring lengths on the boundary
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """Time of a step that computes one prompt and nothing else: base + linear + quadratic in its tokens."""
-
-    base_s: float
-    per_token_s: float
-    per_token2_s: float = 0.0
-
-    def work_s(self, tokens: int) -> float:
-        """What a prompt of so many tokens adds to a step."""
-        return self.per_token_s * tokens + self.per_token2_s * tokens * tokens
-
-    def time_s(self, tokens: int) -> float:
-        """Time of a prompt of so many tokens alone."""
-        return self.base_s + self.work_s(tokens)
-
-
-@dataclass(frozen=True)
-class Step:
-    """Time of one decode step: base, and for each sequence a constant and a part that grows with its
-    context.
-    """
-
-    base_s: float
-    per_sequence_s: float
-    per_context_token_s: float = 0.0
-
-    def sequence_s(self, context_tokens: float) -> float:
-        """What one more sequence adds to a step."""
-        return self.per_sequence_s + self.per_context_token_s * context_tokens
-
-    def time_s(self, batch: float, context_tokens: float) -> float:
-        """Time of a step of ``batch`` sequences that have so many tokens behind them."""
-        return self.base_s + self.sequence_s(context_tokens) * batch
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What one engine and one link can do.
-
-    ``link_bytes_per_s``, ``link_latency_s``: of a KV transfer. ``request_s``: what a request costs outside
-    the engine (client, router, HTTP), in either topology. ``handoff_s``: what passing it from prefill to
-    decode costs beside the transfer and the step that follows it.
-    """
-
-    prefill: Prefill
-    step: Step
-    link_bytes_per_s: float
-    link_latency_s: float = 0.0
-    request_s: float = 0.0
-    handoff_s: float = 0.0
-
-
-@dataclass(frozen=True)
 class Cluster:
     """As many equal nodes as there are prefill and decode nodes; the replicas are all of them.
 
-    ``step_tokens``: prompt tokens that one step takes at most (max-num-batched-tokens).
+    ``step_tokens``, ``sequences``: what a step holds at most, as Limits has it; ``decode_step_tokens`` and
+    ``decode_sequences`` on decode nodes, 0: the same. The formulas of this module know ``step_tokens`` alone.
     """
 
     speeds: Speeds
@@ -87,6 +39,19 @@ class Cluster:
     step_tokens: int
     prefill_nodes: int = 1
     decode_nodes: int = 1
+    sequences: int = 0
+    decode_step_tokens: int = 0
+    decode_sequences: int = 0
+
+    @property
+    def limits(self) -> Limits:
+        """Of a replica and of a prefill node."""
+        return Limits(self.step_tokens, self.sequences)
+
+    @property
+    def decode_limits(self) -> Limits:
+        """Of a decode node."""
+        return Limits(self.decode_step_tokens or self.step_tokens, self.decode_sequences or self.sequences)
 
     @property
     def replicas(self) -> int:
@@ -105,8 +70,25 @@ class Cluster:
         """
         prefill = self.speeds.prefill
         if 2 * prompt_tokens > self.step_tokens:
-            return 0.0, prefill.time_s(prompt_tokens)
+            return 0.0, self.prefill_s(prompt_tokens)
         return prefill.base_s, prefill.work_s(prompt_tokens)
+
+    def pieces(self, prompt_tokens: int) -> int:
+        """Steps that a prompt takes on an engine that does nothing else: as many as it is cut into. Beside
+        sequences that decode, each of which has a token of the budget, it can be a few more.
+        """
+        return -(-prompt_tokens // self.step_tokens) if self.step_tokens else 1
+
+    def prefill_s(self, prompt_tokens: int) -> float:
+        """Time of a prompt alone on a node, in all its pieces."""
+        return self.speeds.prefill.time_s(prompt_tokens, self.pieces(prompt_tokens))
+
+    def stop_s(self, prompt_tokens: int) -> float:
+        """How long a prefill stops the sequences that decode on the same engine, in all: the time of its
+        steps less that of those that they replace, because each of its pieces yields a token to them too.
+        """
+        longer_s = self.speeds.mixed_base_s - self.speeds.step.base_s
+        return self.pieces(prompt_tokens) * longer_s + self.speeds.prefill.work_s(prompt_tokens)
 
     def transfer_s(self, prompt_tokens: int) -> float:
         """Time to move a prompt's KV blocks over an idle link."""
@@ -226,20 +208,13 @@ def decoding_share(rate_per_s: float, tokens: float, base_s: float, sequence_s: 
     return -math.expm1((1 + base_s / sequence_s) * math.log1p(-busy))
 
 
-def stop_s(speeds: Speeds, prompt_tokens: int) -> float:
-    """How long a prefill stops the sequences that decode on the same engine: its own time less that of the
-    step that it replaces, because it yields a token to each of them too.
-    """
-    return max(0.0, speeds.prefill.time_s(prompt_tokens) - speeds.step.base_s)
-
-
 def capacity_per_s(cluster: Cluster, prompt_tokens: int, output_tokens: int) -> float:
     """Requests per second that all replicas together bear: each costs its prefill, and its own part of its
     decode steps. The part that all sequences share is amortised by large batches.
     """
     point = Point(prompt_tokens, output_tokens, 0.0)
     own = cluster.speeds.step.sequence_s(point.context_tokens)
-    return cluster.replicas / (stop_s(cluster.speeds, prompt_tokens) + (output_tokens - 1) * own)
+    return cluster.replicas / (cluster.stop_s(prompt_tokens) + (output_tokens - 1) * own)
 
 
 def disaggregated_capacity_per_s(cluster: Cluster, prompt_tokens: int, output_tokens: int) -> float:
@@ -252,16 +227,16 @@ def replicated(cluster: Cluster, point: Point) -> Side:
     """Every node takes every n-th request and does all of it: prefills stop the sequences that decode."""
     speeds, rate = cluster.speeds, point.rate_per_s / cluster.replicas
     own = speeds.step.sequence_s(point.context_tokens)
-    stops = rate * stop_s(speeds, point.prompt_tokens)
+    stops = rate * cluster.stop_s(point.prompt_tokens)
     steps = point.output_tokens - 1
     use = {"replica": stops + rate * steps * own}
-    prefill = speeds.prefill.time_s(point.prompt_tokens)
+    prefill = cluster.prefill_s(point.prompt_tokens)
     if use["replica"] >= UNSTABLE:
         return _overloaded(prefill, use)
     tpot = (speeds.step.base_s + own) / (1 - use["replica"])
     batch = rate * steps * tpot
     shared, each = cluster.prompt_costs_s(point.prompt_tokens)
-    beside = own * batch  # the sequences that decode in the same step
+    beside = own * batch * cluster.pieces(point.prompt_tokens)  # sequences that decode in the same steps
     shared, each = (shared + beside, each) if shared else (0.0, each + beside)
     use["replica's prefill"] = rate * each
     if rate * each >= UNSTABLE:
@@ -277,7 +252,7 @@ def disaggregated(cluster: Cluster, point: Point) -> Side:
     """Prefill nodes queue prompts alone; then KV crosses the link; then a decode node yields every token."""
     speeds = cluster.speeds
     use = _disaggregated_use(cluster, point)
-    prefill = speeds.prefill.time_s(point.prompt_tokens)
+    prefill = cluster.prefill_s(point.prompt_tokens)
     if max(use.values()) >= UNSTABLE:
         return _overloaded(prefill, use)
     shared, each = cluster.prompt_costs_s(point.prompt_tokens)

@@ -17,16 +17,13 @@ from disagglab.errors import ConfigError, Problem
 from disagglab.kv import attention, modelconfig
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
-from disagglab.predict import breakeven, roofline
+from disagglab.predict import breakeven, roofline, stepbudget
 from disagglab.predict.breakeven import Cluster, Outcome, Side, lengths
 from disagglab.predict.roofline import Efficiency
+from disagglab.predict.stepbudget import StepBudget
 
 BITS = 8
 LEAST_PROMPT, LEAST_OUTPUT, MOST_OUTPUT = 128, 16, 2048  # tokens; the corners of the map
-# max-num-batched-tokens and max-num-seqs of a server on GPUs from 70 to 160 GiB, and on CPUs
-# (vllm/engine/arg_utils.py)
-GPU_STEP_TOKENS, CPU_STEP_TOKENS = 8192, 2048
-GPU_SEQUENCES, CPU_SEQUENCES = 1024, 128
 LETTERS = {"prefill queue": "q", "transfer": "t", "decode batch": "b", "interference": "i"}
 OVER = "over"  # in the place of a ratio: disaggregation falls behind, the replicas do not
 NEITHER = "none"  # both fall behind
@@ -60,6 +57,8 @@ class Prediction:
             "speeds": asdict(self.cluster.speeds),
             "prefill_nodes": self.cluster.prefill_nodes,
             "decode_nodes": self.cluster.decode_nodes,
+            "step_tokens": self.cluster.step_tokens,
+            "most_sequences": self.most_sequences,
             "cells": cells,
             "assumptions": list(self.assumptions),
         }
@@ -112,11 +111,12 @@ def predict(
     shape = attention.shape(config, lab.kv_dtype, shown)
     counted = roofline.weights(config, shape, shown)
     speeds = roofline.speeds(counted, shape, lab.model.dtype, node, efficiency, link)
+    budget = stepbudget.of_lab(lab)
     cluster = Cluster(
         speeds,
         layout(shape, lab.block_size),
         lab.vllm.version,
-        step_tokens(lab),
+        budget.tokens,
         len(lab.prefill),
         len(lab.decode),
     )
@@ -132,7 +132,7 @@ def predict(
         }
         for load in loads
     }
-    assumptions = _assumptions(lab, node, efficiency, link, shape, counted, cluster, outcomes)
+    assumptions = _assumptions(lab, node, efficiency, link, shape, counted, cluster, budget, outcomes)
     return Prediction(
         lab.name,
         shown,
@@ -141,23 +141,8 @@ def predict(
         tuple(outputs),
         outcomes,
         tuple(assumptions),
-        _most_sequences(lab),
+        budget.sequences,
     )
-
-
-def step_tokens(lab: Lab) -> int:
-    """Prompt tokens that a step of its servers takes at most, as vLLM chooses unless the lab file says."""
-    return int(
-        lab.vllm.args.get("max-num-batched-tokens", GPU_STEP_TOKENS if _has_gpus(lab) else CPU_STEP_TOKENS)
-    )
-
-
-def _most_sequences(lab: Lab) -> int:
-    return int(lab.vllm.args.get("max-num-seqs", GPU_SEQUENCES if _has_gpus(lab) else CPU_SEQUENCES))
-
-
-def _has_gpus(lab: Lab) -> bool:
-    return any(node.gpus for node in lab.nodes)
 
 
 def _require_shares(loads: Sequence[float], efficiency: Efficiency) -> None:
@@ -221,6 +206,7 @@ def _assumptions(
     shape: KvShape,
     counted: roofline.Weights,
     cluster: Cluster,
+    budget: StepBudget,
     outcomes: Mapping[float, Mapping[tuple[int, int], Outcome]],
 ) -> list[str]:
     """What the map rests on, with the figures."""
@@ -248,8 +234,10 @@ def _assumptions(
         "router, HTTP and the hand-over of a request cost nothing",
         "requests arrive as a Poisson process, all with the same lengths, share no prefix, and are dealt in"
         " turn",
-        "prompts go before decode, and those that wait are computed in one step,"
-        f" {cluster.step_tokens:,} tokens at most; a longer prompt is one step all the same",
+        "prompts go before decode, and those that wait are computed in one step, up to the chunk budget of"
+        f" each server: {budget.said}",
+        "a prompt longer than the budget takes as many steps as it fills by itself; between them sequences"
+        " that decode get a token; means do not show that it makes the longest gap between tokens shorter",
         "no batch is limited by KV memory or by max-num-seqs; the largest here is"
         f" {max(batches, default=0):,.0f} sequences on a node",
         "times are means in equilibrium",

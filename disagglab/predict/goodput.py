@@ -70,7 +70,8 @@ def seen(run: Run) -> Served:
     tpot = metrics.tpot_s(run)
     if not tpot or len(tpot) < len(run.ttft_s):
         raise InvalidRun(f"{run.topology}: {len(tpot)} of {len(run.ttft_s)} answers have two tokens or more")
-    return Served(run.ttft_s, tuple(tpot), run.e2e_s, run.duration_s)
+    gaps = tuple(tuple((gap, 1) for gap in one) for one in run.itl_s)
+    return Served(run.ttft_s, tuple(tpot), run.e2e_s, run.duration_s, gaps)
 
 
 def goodput(run: Served, slo: SloSection, slack: float = 1.0) -> Goodput:

@@ -3,17 +3,20 @@
 The formulas of predict/breakeven.py hold in equilibrium, and a run of seconds never gets there: it begins
 with idle nodes. Here the same engine is advanced from step to step through the very arrivals of a run. That
 also checks the formulas (a selftest): both say the same of a run that is long. And it tells
-what each request gets, of which the formulas know the mean only.
+what each request gets, of which the formulas know the mean only: also the gaps between its tokens, which is
+where a chunk budget shows (predict/engine.py).
 """
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from disagglab.predict.breakeven import Cluster, Point, Speeds
+from disagglab.predict import engine
+from disagglab.predict.breakeven import Cluster, Point
+from disagglab.predict.engine import Engine, Gap, Request
+from disagglab.stats.metric import PERCENTILE_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -27,106 +30,54 @@ class Means:
 
 @dataclass(frozen=True)
 class Served:
-    """Every request of a run, in the order of its arrivals; s. ``duration_s``: until the last answer."""
+    """Every request of a run, in the order in which they were given; s.
+
+    ``duration_s``: until the last answer. ``gaps``: by request, the times between its tokens, equal ones that
+    follow one another together.
+    """
 
     ttft_s: tuple[float, ...]
     tpot_s: tuple[float, ...]
     e2e_s: tuple[float, ...]
     duration_s: float
+    gaps: tuple[tuple[Gap, ...], ...] = ()
 
     @property
     def means(self) -> Means:
         """Over the requests."""
         return Means(*(statistics.fmean(each) for each in (self.ttft_s, self.tpot_s, self.e2e_s)))
 
-
-@dataclass
-class _Engine:
-    """One engine between two steps. By request: ``under_way``, tokens that it still wants; ``first_s``,
-    ``last_s``, when it had its first and its last one.
-    """
-
-    speeds: Speeds
-    context_tokens: float
-    now_s: float = 0.0
-    under_way: dict[int, int] = field(default_factory=dict)
-    first_s: dict[int, float] = field(default_factory=dict)
-    last_s: dict[int, float] = field(default_factory=dict)
-
-    def step(self, alone_s: float, count: int = 1) -> None:
-        """Equal steps that take ``alone_s`` each beside what their sequences cost, and give each of these a
-        token.
+    def itl_s(self, p: int, chosen: Collection[int] | None = None) -> float | None:
+        """The ``p``-th percentile of the gaps of all requests, or of those at some places, pooled; None with
+        fewer gaps than it takes to know it. As stats.metric.percentile has it of the same gaps one by one.
         """
-        each = self._each_s(alone_s)
-        for number in self.under_way:
-            self.first_s.setdefault(number, self.now_s + each)
-        self.now_s += each * count
-        self.under_way = {number: wanted - count for number, wanted in self.under_way.items()}
-        for number, wanted in self.under_way.items():
-            if wanted == 0:
-                self.last_s[number] = self.now_s
-        self.under_way = {number: wanted for number, wanted in self.under_way.items() if wanted}
+        ordered = sorted(self._pooled(chosen))
+        many = sum(count for _, count in ordered)
+        if many < PERCENTILE_SAMPLES[p]:
+            return None
+        rank = (many - 1) * p / 100
+        low, high = (_at(ordered, place) for place in (int(rank), min(int(rank) + 1, many - 1)))
+        return low + (high - low) * (rank - int(rank))
 
-    def decode(self, until_s: float) -> None:
-        """Steps without a prompt, until a sequence has its last token or ``until_s`` has come."""
-        alone = self.speeds.step.base_s
-        count = min(self.under_way.values())
-        if until_s < self.now_s + count * self._each_s(alone):
-            count = max(1, math.ceil((until_s - self.now_s) / self._each_s(alone)))
-        self.step(alone, count)
+    def gaps_above(self, limit_s: float, chosen: Collection[int] | None = None) -> float | None:
+        """Share of these gaps that are longer than a limit; None where there is no gap."""
+        pooled = list(self._pooled(chosen))
+        many = sum(count for _, count in pooled)
+        return sum(count for gap, count in pooled if gap > limit_s) / many if many else None
 
-    def _each_s(self, alone_s: float) -> float:
-        return alone_s + self.speeds.step.sequence_s(self.context_tokens) * len(self.under_way)
+    def _pooled(self, chosen: Collection[int] | None) -> Iterator[Gap]:
+        for place, gaps in enumerate(self.gaps):
+            if chosen is None or place in chosen:
+                yield from gaps
 
 
-def _serve(cluster: Cluster, point: Point, arrivals_s: Sequence[float], tokens: int) -> _Engine:
-    """An engine that prefills, in the order of arrival and before it decodes; ``tokens`` of each request."""
-    speeds = cluster.speeds
-    engine = _Engine(speeds, point.context_tokens)
-    waiting = list(enumerate(arrivals_s))
-    together = max(1, cluster.step_tokens // point.prompt_tokens)
-    work = speeds.prefill.work_s(point.prompt_tokens)
-    while waiting or engine.under_way:
-        if waiting and not engine.under_way:
-            engine.now_s = max(engine.now_s, waiting[0][1])
-        if waiting and waiting[0][1] <= engine.now_s:
-            taken = [number for number, at in waiting[:together] if at <= engine.now_s]
-            waiting = waiting[len(taken) :]
-            engine.step(speeds.prefill.base_s + work * len(taken))
-            for number in taken:
-                engine.first_s[number] = engine.now_s
-                if tokens > 1:
-                    engine.under_way[number] = tokens - 1
-                else:
-                    engine.last_s[number] = engine.now_s
-        else:
-            engine.decode(waiting[0][1] if waiting else math.inf)
-    return engine
-
-
-def _fetch_and_serve(
-    speeds: Speeds, point: Point, handed_s: Sequence[float], transfer_s: float, tokens: int
-) -> _Engine:
-    """An engine that fetches KV and decodes. Between two steps it starts transfers, one after another on the
-    link, and takes up requests whose transfer has ended.
-    """
-    engine = _Engine(speeds, point.context_tokens)
-    waiting = list(enumerate(handed_s))
-    moving: list[tuple[int, float]] = []
-    link_free_s = 0.0
-    while waiting or moving or engine.under_way:
-        if not engine.under_way:
-            events = [at for _, at in (*waiting[:1], *moving[:1])]
-            engine.now_s = max(engine.now_s, min(events))
-        while waiting and waiting[0][1] <= engine.now_s:
-            number, _ = waiting.pop(0)
-            link_free_s = max(link_free_s, engine.now_s) + transfer_s
-            moving.append((number, link_free_s))
-        while moving and moving[0][1] <= engine.now_s:
-            engine.under_way[moving.pop(0)[0]] = tokens
-        if engine.under_way:
-            engine.decode(min((at for _, at in (*waiting[:1], *moving[:1])), default=math.inf))
-    return engine
+def _at(ordered: Sequence[Gap], place: int) -> float:
+    """The value at a place of a list of which equal values are kept together."""
+    for value, count in ordered:
+        if place < count:
+            return value
+        place -= count
+    raise IndexError(place)
 
 
 def _dealt(arrivals_s: Sequence[float], nodes: int) -> list[list[int]]:
@@ -147,45 +98,71 @@ def disaggregated(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -
 
 def by_replicas(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -> Served:
     """Each request that the replicas serve; the point's rate is not looked at."""
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    for numbers in _dealt(arrivals_s, cluster.replicas):
-        found = _serve(cluster, point, [arrivals_s[i] for i in numbers], point.output_tokens)
-        first |= {number: found.first_s[place] for place, number in enumerate(numbers)}
-        last |= {number: found.last_s[place] for place, number in enumerate(numbers)}
-    return _served(cluster, point, arrivals_s, first, last)
+    return by_equals(cluster, cluster.replicas, alike(point, arrivals_s))
 
 
 def by_prefill_and_decode(cluster: Cluster, point: Point, arrivals_s: Sequence[float]) -> Served:
     """Each request that prefill and decode nodes serve; the point's rate is not looked at."""
-    speeds = cluster.speeds
-    ended: dict[int, float] = {}
+    return by_roles(cluster, alike(point, arrivals_s))
+
+
+def alike(point: Point, arrivals_s: Sequence[float]) -> list[Request]:
+    """Requests of one shape."""
+    return [Request(at, point.prompt_tokens, point.output_tokens) for at in arrivals_s]
+
+
+def by_equals(cluster: Cluster, engines: int, requests: Sequence[Request]) -> Served:
+    """What so many equal engines of a cluster's speeds and limits make of requests, dealt in turn."""
+    done = _Done()
+    for numbers in _dealt([one.at_s for one in requests], engines):
+        done.add(numbers, engine.serve(cluster.speeds, cluster.limits, [requests[i] for i in numbers]))
+    return done.served(cluster, requests)
+
+
+def by_roles(cluster: Cluster, requests: Sequence[Request]) -> Served:
+    """What prefill and decode nodes of a cluster make of requests, dealt in turn on arrival to one of either
+    role.
+    """
+    speeds, arrivals_s = cluster.speeds, [one.at_s for one in requests]
+    handed: dict[int, Request] = {}
     for numbers in _dealt(arrivals_s, cluster.prefill_nodes):
-        found = _serve(cluster, point, [arrivals_s[i] for i in numbers], 1)
-        ended |= {number: found.last_s[place] for place, number in enumerate(numbers)}
-    handed = [ended[number] + speeds.handoff_s for number in range(len(arrivals_s))]
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    transfer = cluster.transfer_s(point.prompt_tokens)
-    for dealt in _dealt(arrivals_s, cluster.decode_nodes):  # the router chooses both nodes on arrival
-        numbers = sorted(dealt, key=lambda number: handed[number])
-        times = [handed[number] for number in numbers]
-        found = _fetch_and_serve(speeds, point, times, transfer, point.output_tokens)
-        first |= {number: found.first_s[place] for place, number in enumerate(numbers)}
-        last |= {number: found.last_s[place] for place, number in enumerate(numbers)}
-    return _served(cluster, point, arrivals_s, first, last)
+        found = engine.serve(speeds, cluster.limits, [requests[i] for i in numbers], 1)
+        for place, number in enumerate(numbers):
+            handed[number] = replace(requests[number], at_s=found.last_s[place] + speeds.handoff_s)
+    lengths = {one.prompt_tokens for one in requests}
+    transfers_s = {length: cluster.transfer_s(length) for length in lengths}
+    done = _Done()
+    for dealt in _dealt(arrivals_s, cluster.decode_nodes):
+        numbers = sorted(dealt, key=lambda number: handed[number].at_s)
+        there = [handed[number] for number in numbers]
+        moved_s = [transfers_s[one.prompt_tokens] for one in there]
+        done.add(numbers, engine.fetch_and_serve(speeds, cluster.decode_limits, there, moved_s))
+    return done.served(cluster, requests)
 
 
-def _served(
-    cluster: Cluster,
-    point: Point,
-    arrivals_s: Sequence[float],
-    first_s: dict[int, float],
-    last_s: dict[int, float],
-) -> Served:
-    outside = cluster.speeds.request_s
-    numbers = range(len(arrivals_s))
-    ttft = tuple(first_s[i] - arrivals_s[i] + outside for i in numbers)
-    tpot = tuple((last_s[i] - first_s[i]) / (point.output_tokens - 1) for i in numbers)
-    e2e = tuple(last_s[i] - arrivals_s[i] + outside for i in numbers)
-    return Served(ttft, tpot, e2e, max(last_s.values()) + outside)
+@dataclass
+class _Done:
+    """What engines did, by number of the request."""
+
+    first_s: dict[int, float] = field(default_factory=dict)
+    last_s: dict[int, float] = field(default_factory=dict)
+    gaps: dict[int, list[Gap]] = field(default_factory=dict)
+
+    def add(self, numbers: Sequence[int], found: Engine) -> None:
+        """Take over what an engine did with requests of these numbers."""
+        for place, number in enumerate(numbers):
+            self.first_s[number] = found.first_s[place]
+            self.last_s[number] = found.last_s[place]
+            self.gaps[number] = found.gaps[place]
+
+    def served(self, cluster: Cluster, requests: Sequence[Request]) -> Served:
+        """All requests as their client sees them."""
+        outside = cluster.speeds.request_s
+        each = [(one, self.first_s[number], self.last_s[number]) for number, one in enumerate(requests)]
+        return Served(
+            tuple(first - one.at_s + outside for one, first, _ in each),
+            tuple((last - first) / max(1, one.output_tokens - 1) for one, first, last in each),
+            tuple(last - one.at_s + outside for one, _, last in each),
+            max(self.last_s.values()) + outside,
+            tuple(tuple(self.gaps[number]) for number in range(len(requests))),
+        )

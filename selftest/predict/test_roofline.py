@@ -153,7 +153,7 @@ def test_figures_on_the_command_line_stand_in_for_the_lab_file(capsys: Capture) 
     out = said(capsys, "--lab", "embedded", "--model", "SmolLM2-135M-Instruct", "--load", "0.5", *given)
     assert "1 TFLOP/s and 10 GB/s" in out
     assert "blocks of 128 tokens" in out
-    assert "2,048 tokens at most" in out
+    assert "max-num-batched-tokens is 2,048, vLLM's default for a server on CPUs" in out
     assert "(128)" in out
 
 
