@@ -19,8 +19,9 @@ from typing import TypeVar
 
 from disagglab.config import search_space, setting
 from disagglab.config.schema import Lab
-from disagglab.config.search_space import DISAGGREGATED, DisaggregatedSpace, TuningSection, Value
+from disagglab.config.search_space import DisaggregatedSpace, TuningSection, Value
 from disagglab.config.setting import Setting
+from disagglab.config.way import DISAGGREGATED
 
 DESIGNS = 200  # tried before what stands twice in a design is replaced
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from disagglab.config import reserved, search_space, transports
+from disagglab.config import reserved, search_space, transports, ways_check
 from disagglab.config.schema import (
     Lab,
     ModelSection,
@@ -15,17 +15,20 @@ from disagglab.config.schema import (
     ScaleSection,
     TransportSection,
     VllmSection,
+    WaySection,
 )
-from disagglab.config.search_space import KINDS, TuningSection, Value
+from disagglab.config.search_space import TuningSection, Value
 from disagglab.config.setting import nested
-from disagglab.config.workload import load_workload
+from disagglab.config.way import DISAGGREGATED, RANKS_KEY, SHARDED
+from disagglab.config.workload import Workload, load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import WORKLOADS
 from disagglab.problems import problems_of
 from disagglab.stats.metric import PERCENTILE_SAMPLES
 
+KINDS: tuple[str, ...] = get_args(WaySection.model_fields["kind"].annotation)
 RANKS = {
-    "tensor-parallel-size": "the nodes of a sharded way",
+    RANKS_KEY: "the nodes of a sharded way",
     "pipeline-parallel-size": "[vllm.args], as it decides on how many GPUs a server runs",
 }
 AGREED = "both roles have to agree on it: [tuning.space]"
@@ -48,7 +51,7 @@ def problems(parts: Mapping[str, Any], file: str) -> Iterator[Problem]:
     if any(node.share_cpus or node.share_gpus for node in nodes):
         wrong = "nodes share cores or GPUs, so servers measure each other"
         yield Problem(file, "tuning", wrong, "remove [tuning], or share_cpus and share_gpus from every node")
-    yield from _kind_problems(tuning.kinds, file)
+    yield from _kind_problems(tuning.kinds, nodes, file)
     yield from _list_problems(tuning, file)
     yield from _option_problems(tuning, file)
     yield from _transport_problems(tuning, parts.get("transport"), nodes, file)
@@ -58,12 +61,16 @@ def problems(parts: Mapping[str, Any], file: str) -> Iterator[Problem]:
     yield from _workload_problems(tuning.workload, parts.get("scale"), parts.get("model"), file)
 
 
-def _kind_problems(kinds: Sequence[str], file: str) -> Iterator[Problem]:
+def _kind_problems(kinds: Sequence[str], nodes: Sequence[NodeSection], file: str) -> Iterator[Problem]:
     for kind in dict.fromkeys(kinds):
         if kind not in KINDS:
             yield Problem(file, "tuning.kinds", f"no such way: {kind}", f"use {', '.join(KINDS)}")
     for kind in search_space.repeated(kinds):
         yield Problem(file, "tuning.kinds", f"{kind} stands there twice", "name it once")
+    if SHARDED in kinds:
+        way = WaySection(kind="sharded", what="tuned", expects="tuned")
+        for one in ways_check.problems([way], None, nodes, file):
+            yield Problem(file, "tuning.kinds", one.wrong, one.mend)
 
 
 def _list_problems(tuning: TuningSection, file: str) -> Iterator[Problem]:
@@ -95,9 +102,9 @@ def _option_problems(tuning: TuningSection, file: str) -> Iterator[Problem]:
         if where in taken:
             also = {**reserved.BESIDE_ARGS, **taken[where], **RANKS}
             yield from reserved.problems(table, where, file, also)
-    if tuning.disaggregated and "disaggregated" not in tuning.kinds:
+    if tuning.disaggregated and DISAGGREGATED not in tuning.kinds:
         wrong = "dimensions of a way that is not tuned"
-        yield Problem(file, "tuning.disaggregated", wrong, 'remove it, or add "disaggregated" to kinds')
+        yield Problem(file, "tuning.disaggregated", wrong, f'remove it, or add "{DISAGGREGATED}" to kinds')
 
 
 def _transport_problems(
@@ -175,9 +182,23 @@ def _workload_problems(
         yield Problem(file, key, wrong, "lower [scale] prompt, output or steady")
     compared = here.steady or here
     gaps, least = compared.requests * (compared.output_tokens - 1), PERCENTILE_SAMPLES[99]
-    if gaps < least:
+    if gaps < least and here.concurrency is None:
         wrong = f"{name} has {gaps} gaps between tokens here, and a p99 ITL takes {least}"
         yield Problem(file, key, wrong, "raise [scale] requests, output or steady")
+
+
+def workload_of(lab: Lab, tuning: TuningSection) -> Workload:
+    """What settings are compared on: the workload as the lab has it, a closed loop with so many requests more
+    that a run has the 100 gaps between tokens that a p99 takes.
+
+    Raises:
+        ConfigError: see :meth:`disagglab.config.schema.Lab.workload`.
+    """
+    here = lab.workload(tuning.workload)
+    if here.concurrency is None:
+        return here
+    least = -(-PERCENTILE_SAMPLES[99] // (here.output_tokens - 1))
+    return here.of_length(max(here.requests, least))
 
 
 def asked(lab: Lab, workload: str = "", settings: int | None = None) -> TuningSection:

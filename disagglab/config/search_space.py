@@ -12,7 +12,6 @@ from pydantic import Field
 from disagglab.config.head import Section
 
 Value = str | int | float | bool
-SINGLE, REPLICATED, DISAGGREGATED, SHARDED = KINDS = ("single", "replicated", "disaggregated", "sharded")
 RATIO = re.compile(r"([1-9]\d*)P([1-9]\d*)D")
 MOST_SETTINGS = 64  # of one way; against a slip of the keyboard
 

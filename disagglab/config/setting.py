@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from disagglab.config.search_space import DISAGGREGATED, SHARDED, Value
+from disagglab.config.schema import WaySection
+from disagglab.config.search_space import Value
+from disagglab.config.way import DISAGGREGATED, SHARDED
 
 Options = tuple[tuple[str, Value], ...]
 OWN_WORDS = "the lab's own"
@@ -70,6 +72,14 @@ class Setting:
             if own:
                 found[role] = own
         return found
+
+    def way(self, kind: str, name: str, what: str, expects: str) -> WaySection:
+        """The same as a section.
+
+        Raises:
+            ValidationError: if kind or name is none that a way may have.
+        """
+        return WaySection.model_validate(self.table(kind, name, what, expects))
 
 
 @dataclass(frozen=True)
