@@ -15,8 +15,8 @@ def add(commands: command.Commands) -> None:
         "tune",
         run,
         "good settings of every way to use the nodes",
-        "Search good settings for every way to use the nodes of a lab, with the same options, the same number"
-        " of trials and the same objective for each. It runs pytest -m tuning, so servers, report and cleaning"
+        "Search good settings for every way to use the nodes of a lab, with the same options, equally many"
+        " trials and the same objective for each. It runs pytest -m tuning, so servers, report and cleaning"
         " up are those of a session; the exit status is pytest's. What was found is a lab file, tuned.toml in"
         " the folder of the run.",
         [
@@ -30,7 +30,7 @@ def add(commands: command.Commands) -> None:
     workload = asked.add_argument(
         "--workload", metavar="NAME", help="settings are compared on this one, not on that of [tuning]"
     )
-    command.complete(workload, words.workloads)
+    command.complete(workload, words.every_workload)
     asked.add_argument(
         "--settings", type=int, metavar="N", help="that each way tries (default: [tuning] settings)"
     )
@@ -84,7 +84,7 @@ def pytest_argv(arguments: argparse.Namespace, settings: int | None) -> list[str
 
     argv = [str(ROOT / "tests" / "tuning"), "-m", "tuning", "--lab", arguments.lab]
     if arguments.workload:
-        argv += ["--workload", arguments.workload]
+        argv += ["--tune-workload", arguments.workload]
     if settings is not None:
         argv += ["--settings", str(settings)]
     if arguments.vllm:

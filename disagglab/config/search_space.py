@@ -21,11 +21,12 @@ class DisaggregatedSpace(Section):
 
     prefill: dict[str, list[Value]] = Field(
         default={},
-        description="option of the servers that prefill, with its values; goes before [tuning.space]",
+        description="option of the servers that prefill, with its values; beats [tuning.space]",
     )
     decode: dict[str, list[Value]] = Field(default={}, description="the same of the servers that decode")
     transport: dict[str, list[Value]] = Field(
-        default={}, description='key of [transport] with its values; a key inside extra: "extra.num_threads"'
+        default={},
+        description="key of [transport] with its values; `extra.num_threads` is a key inside extra",
     )
     ratios: list[str] = Field(
         default=[], description="how many nodes prefill and how many decode, as 1P2D; empty: the lab's roles"
@@ -41,8 +42,8 @@ class TuningSection(Section):
     """How `disagglab tune` looks for good settings of every way to use the nodes.
 
     Each way tries `settings` settings, the lab's own among them, on runs of `workload`; the better half of
-    them goes on to the next rung, until one is left. What is better: more requests that meet [slo], then a
-    lower p99 ITL. [tune.md](../how-to/tune.md) tells more.
+    them goes on to the next rung, until one is left. What is better: more requests that meet `[slo]`, then a
+    lower p99 ITL.
     """
 
     workload: str = Field(description="name of a file in workloads/, on which settings are compared")

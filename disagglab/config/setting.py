@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,11 @@ class Setting:
     def common(self) -> Setting:
         """What of it every kind of way can have."""
         return Setting(self.args)
+
+    @property
+    def beside(self) -> Setting:
+        """The rest of it, which disaggregated serving alone can have."""
+        return dataclasses.replace(self, args=())
 
     @property
     def words(self) -> str:

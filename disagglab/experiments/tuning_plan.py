@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from disagglab import text
@@ -10,7 +10,8 @@ from disagglab.config import drawing
 from disagglab.config.schema import Lab
 from disagglab.config.search_checks import asked, workload_of
 from disagglab.config.search_space import TuningSection
-from disagglab.config.setting import Candidate, Setting, start_key
+from disagglab.config.setting import OWN_WORDS, Candidate, Setting, start_key
+from disagglab.config.way import DISAGGREGATED
 from disagglab.config.workload import Workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.experiments.halving import schedule
@@ -59,19 +60,26 @@ class TuningPlan:
     def lines(self) -> list[str]:
         """As people read it."""
         load = self.workload
-        loop = f"open loop, {load.rate_per_s:g}/s" if load.rate_per_s else f"closed loop, {load.concurrency}"
-        first = next(iter(self.settings.values()))
-        rows = [(str(n), *(each[n].words for each in self.settings.values())) for n in range(len(first))]
+        loop = f"{load.rate_per_s:g}/s" if load.rate_per_s else f"{load.concurrency} at once"
         steps = [(step.name, str(step.settings), str(step.runs), str(step.starts)) for step in self.steps]
         return [
-            f"search on {load.name}: {load.total_requests} requests a run, {loop}",
-            *text.table([("", *self.settings), *rows], right={0}),
-            "",
+            f"search on {load.name}: {load.total_requests} requests a run, {loop};"
+            f" ways: {', '.join(self.settings)}",
+            *(f"  {number}. {words}" for number, words in enumerate(self._words(), 1)),
             *text.table([("", "settings", "runs a kind", "starts, all kinds"), *steps], right={1, 2, 3}),
-            "",
-            f"at most {self.runs} runs and {self.starts} starts: {self.seconds / 60:.0f} min, if a start takes"
-            f" {START_S:g} s and a run {self.run_s:.0f} s",
+            f"at most {self.runs} runs and {self.starts} starts: {self.seconds / 60:.0f} min,"
+            f" if a start takes {START_S:g} s and a run {self.run_s:.0f} s",
         ]
+
+    def _words(self) -> Iterator[str]:
+        """Each setting once, with what only disaggregated serving has of it."""
+        for number, each in enumerate(zip(*self.settings.values(), strict=True)):
+            common = each[0].common
+            further = [one for one in each if one != one.common]
+            for one in further[:1]:
+                yield f"{common.words}; {DISAGGREGATED} also {one.beside.words}"
+            if not further:
+                yield common.words if number else f"{OWN_WORDS} settings"
 
 
 def plan(lab: Lab, tuning: TuningSection) -> TuningPlan:

@@ -83,6 +83,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="compare all arms but this; without single its twin single-again goes, too (several: repeat)",
     )
     group.addoption(
+        "--tune-workload",
+        metavar="NAME",
+        help="tuning compares settings on this file of workloads/ (default: [tuning] workload)",
+    )
+    group.addoption(
         "--settings",
         type=int,
         default=None,
