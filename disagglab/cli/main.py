@@ -20,6 +20,7 @@ from disagglab.cli import (
     provision,
     publish,
     scatter,
+    tune,
 )
 from disagglab.errors import ConfigError
 
@@ -27,10 +28,13 @@ PROGRAM = "disagglab"
 DESCRIPTION = (
     "What the suite does beside its experiments, which pytest runs. kv, gate, predict, history, reference,"
     " labs, plan and plan-trials compute from files and start nothing; provision and scatter go to the hosts"
-    " of a lab."
+    " of a lab; tune runs a session of pytest."
 )
 EXAMPLES = ("disagglab labs", "disagglab kv Llama-3.1-8B-Instruct --link 100Gbps", "disagglab kv --help")
-COMMANDS = (labs, kv, predict, plan, plan_trials, provision, scatter, gate, history, publish, completion)
+COMMANDS = (
+    *(labs, kv, predict, plan, plan_trials, provision, scatter, tune),
+    *(gate, history, publish, completion),
+)
 COMPLETING = "_ARGCOMPLETE"  # argcomplete's own variable: a shell asks for completions
 
 

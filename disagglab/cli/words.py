@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from disagglab.paths import LABS
+from disagglab.paths import LABS, WORKLOADS
 
 
 def labs(prefix: str, **_: Any) -> list[str]:
@@ -32,6 +32,11 @@ def ways(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 def workloads(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Names of the workloads of the gates of the lab that was typed before."""
     return list(dict.fromkeys(gate.workload for gate in _lab(parsed_args).gates))
+
+
+def every_workload(**_: Any) -> list[str]:
+    """Names of the workloads that there are."""
+    return sorted(file.stem for file in WORKLOADS.glob("*.toml"))
 
 
 def models(**_: Any) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from disagglab.address import is_loopback
-from disagglab.config import madehosts, reserved, transports, ways_check
+from disagglab.config import madehosts, reserved, search_checks, transports, ways_check
 from disagglab.config.schema import (
     ControllerSection,
     HostSection,
@@ -70,6 +70,7 @@ def contradictions(parts: dict[str, Any], file: str, unread: Collection[str] = (
     if transport is not None:
         yield from transports.problems(transport, nodes, "transport", file)
     yield from _gate_problems(parts, file)
+    yield from search_checks.problems(parts, file)
     known = () if "node" in unread else nodes
     yield from ways_check.problems(parts.get("ways", ()), transport, known, file)
 

@@ -32,6 +32,7 @@ from disagglab.config.schema import (
     VllmSection,
     WaySection,
 )
+from disagglab.config.search_space import TuningSection
 from disagglab.errors import ConfigError, Problem
 from disagglab.problems import problems_of, suggest
 
@@ -46,7 +47,11 @@ SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "scale": (ScaleSection, False),
 }
 # Without defaults: absent is not the same as empty.
-OPTIONAL: dict[str, type[Section]] = {"slo": SloSection, "speed": SpeedSection}
+OPTIONAL: dict[str, type[Section]] = {
+    "slo": SloSection,
+    "speed": SpeedSection,
+    "tuning": TuningSection,
+}
 LISTS: dict[str, tuple[type[Section], bool]] = {
     "node": (NodeSection, True),
     "gate": (GateSection, False),

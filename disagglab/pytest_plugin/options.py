@@ -83,6 +83,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="compare all arms but this; without single its twin single-again goes, too (several: repeat)",
     )
     group.addoption(
+        "--tune-workload",
+        metavar="NAME",
+        help="tuning compares settings on this file of workloads/ (default: [tuning] workload)",
+    )
+    group.addoption(
+        "--settings",
+        type=int,
+        default=None,
+        metavar="N",
+        help="settings that tuning tries of each way, the lab's own included (default: [tuning] settings)",
+    )
+    group.addoption(
         "--dedicated", action="store_true", help="also measure on servers without any KV connector"
     )
     group.addoption("--no-skips", action="store_true", help="a test that lacks something has failed")
