@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from disagglab.config import checks, inherit
 from disagglab.config.head import Head, Section
+from disagglab.config.price import PriceSection
 from disagglab.config.schema import (
     ControllerSection,
     GateSection,
@@ -46,7 +47,7 @@ SECTIONS: dict[str, tuple[type[Section], bool]] = {
     "scale": (ScaleSection, False),
 }
 # Without defaults: absent is not the same as empty.
-OPTIONAL: dict[str, type[Section]] = {"slo": SloSection, "speed": SpeedSection}
+OPTIONAL: dict[str, type[Section]] = {"slo": SloSection, "speed": SpeedSection, "price": PriceSection}
 LISTS: dict[str, tuple[type[Section], bool]] = {
     "node": (NodeSection, True),
     "gate": (GateSection, False),

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 from disagglab.address import checked
 from disagglab.config.head import Section
 from disagglab.config.inherit import file_of
+from disagglab.config.price import PriceSection
 from disagglab.config.workload import Workload, load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.stats.metric import GATED, of_stream
@@ -299,6 +300,7 @@ class Lab(Section):
     scale: ScaleSection = ScaleSection()
     slo: SloSection | None = None
     speed: SpeedSection | None = None
+    price: PriceSection | None = None
     gates: tuple[GateSection, ...]
     hosts: tuple[HostSection, ...] = ()
     variants: tuple[VariantSection, ...] = ()
