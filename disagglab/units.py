@@ -34,12 +34,12 @@ def meaning_of(field: FieldInfo) -> str:
     return ", ".join(part for part in (field.description, unit_of(field)) if part)
 
 
-TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?")
-IN_SECONDS = {None: 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h)?")
+IN_SECONDS = {None: 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 
 
 def seconds(text: str) -> float | None:
-    """A time as people write it (90, 90s, 10m, 10 min, 1.5h), in seconds; None if it is no such text."""
+    """A time as people write it (50ms, 90, 10m, 10 min, 1.5h), in seconds; None if it is no such text."""
     found = TIME.fullmatch(text.strip())
     return float(found[1]) * IN_SECONDS[found[2]] if found else None
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from disagglab.cli import (
     command,
     completion,
+    frontier,
     gate,
     history,
     kv,
@@ -26,14 +27,14 @@ from disagglab.errors import ConfigError
 
 PROGRAM = "disagglab"
 DESCRIPTION = (
-    "What the suite does beside its experiments, which pytest runs. kv, gate, predict, history, reference,"
+    "What the suite does beside its experiments, which pytest runs. kv, gate, frontier, predict, history, reference,"
     " labs, plan and plan-trials compute from files and start nothing; provision and scatter go to the hosts"
     " of a lab; tune runs a session of pytest."
 )
 EXAMPLES = ("disagglab labs", "disagglab kv Llama-3.1-8B-Instruct --link 100Gbps", "disagglab kv --help")
 COMMANDS = (
     *(labs, kv, predict, plan, plan_trials, provision, scatter, tune),
-    *(gate, history, publish, completion),
+    *(gate, frontier, history, publish, completion),
 )
 COMPLETING = "_ARGCOMPLETE"  # argcomplete's own variable: a shell asks for completions
 

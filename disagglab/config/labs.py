@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from disagglab.config import checks, inherit
 from disagglab.config.head import Head, Section
+from disagglab.config.price import PriceSection
 from disagglab.config.schema import (
     ControllerSection,
     GateSection,
@@ -50,6 +51,7 @@ SECTIONS: dict[str, tuple[type[Section], bool]] = {
 OPTIONAL: dict[str, type[Section]] = {
     "slo": SloSection,
     "speed": SpeedSection,
+    "price": PriceSection,
     "tuning": TuningSection,
 }
 LISTS: dict[str, tuple[type[Section], bool]] = {

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field
 from disagglab.address import checked
 from disagglab.config.head import Section
 from disagglab.config.inherit import file_of
+from disagglab.config.price import PriceSection
 from disagglab.config.search_space import TuningSection
 from disagglab.config.workload import NOT_FOR_FILES, Workload, load_workload
 from disagglab.errors import ConfigError, Problem
@@ -351,6 +352,7 @@ class Lab(Section):
     slo: SloSection | None = None
     speed: SpeedSection | None = None
     tuning: TuningSection | None = None
+    price: PriceSection | None = None
     gates: tuple[GateSection, ...]
     hosts: tuple[HostSection, ...] = ()
     ways: tuple[WaySection, ...] = ()

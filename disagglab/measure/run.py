@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun, TransferError
+from disagglab.hosts import energy
 from disagglab.kv.shape import KvShape
 from disagglab.measure import ledger
 from disagglab.measure.bench import LoadEngine, require_meaning
@@ -32,7 +34,9 @@ def _proved(
     run: Run | None = None
     try:
         before = ledger.read(topology)
+        used = _energy(topology)
         run = engine.run(topology, workload, seed, number)
+        run = dataclasses.replace(run, energy_j=energy.between(used, _energy(topology)) if used else None)
         after = ledger.settle(topology, before, len(run.sent))
         run = dataclasses.replace(run, readings=(before, after))
         require_meaning(run)
@@ -48,6 +52,11 @@ def _proved(
         if run is None:
             run = Run(topology.name, workload, seed, number, "", 0.0, None, (), (), (), (), ())
         return dataclasses.replace(run, invalid=_reason(topology, error))
+
+
+def _energy(topology: Topology) -> Mapping[str, float]:
+    """The energy counters of the servers' GPUs, J by node."""
+    return energy.of_nodes((server.plan.node, server.process.host) for server in topology.servers)
 
 
 def _reason(topology: Topology, error: InvalidRun | TransferError) -> str:

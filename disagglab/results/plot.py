@@ -22,6 +22,7 @@ STYLES = {
 }
 LOGARITHMIC = {"curves", "map"}  # both axes
 PAIRED = "points and their lines"  # in turns, in one colour; an odd last series is a level
+PAIRED_UP = "points and their lines, y logarithmic"
 MARKER_SIZE = 4
 
 
@@ -44,7 +45,7 @@ def render(plot: Plot) -> str:
             if plot.style == "bars":
                 width = 0.8 / len(plot.series)
                 axes.bar([x + number * width for x in xs], ys, width, label=label)
-            elif plot.style == PAIRED:
+            elif plot.style in (PAIRED, PAIRED_UP):
                 style = (POINTS, BARE)[number % 2] | {"color": f"C{number // 2}"}
                 if len(plot.series) % 2 and number == len(plot.series) - 1:
                     style = LEVEL
@@ -59,6 +60,9 @@ def render(plot: Plot) -> str:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
+        elif plot.style == PAIRED_UP:
+            axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
         else:
             axes.set_ylim(bottom=0)

@@ -107,7 +107,8 @@ class Run:
     ``start_s``: when each request was sent, from the first of them. ``streams``: which part of the workload
     it belongs to. ``client``: how busy the load engine was; None if it was not seen. ``readings``: the
     servers' counters before and after. ``took_s``: all of it with its proof, by the wall clock; None in files
-    of earlier versions.
+    of earlier versions. ``energy_j``: what each node's GPUs took meanwhile, J by node; None where no driver
+    says it, and in files of earlier versions.
     """
 
     topology: str
@@ -128,6 +129,7 @@ class Run:
     readings: tuple[Reading, Reading] | None = None
     invalid: str | None = None
     took_s: float | None = None
+    energy_j: Mapping[str, float] | None = None
 
     @property
     def sent(self) -> list[Sent]:

@@ -27,7 +27,7 @@ from disagglab.stats.rule import ORDER_DRAWN
 
 RUNS, METRICS = "runs", ".metrics.json.gz"
 # Keys of a lab that no run depends on: what is judged, and by which limits, is computed from the runs anew.
-JUDGEMENT = {"file", "label", "gates", "slo", "speed", "ways"}
+JUDGEMENT = {"file", "label", "gates", "price", "slo", "speed", "tuning", "ways"}
 WORDS = {"what", "expects"}  # of a [[way]]
 LABEL = re.compile(r'(\w+)="(.*?)"(?=,\w+="|$)', re.DOTALL)
 PER_REQUEST = ("ttft_s", "e2e_s", "itl_s", "prompt_tokens", "output_tokens", "start_s", "streams")

@@ -1,0 +1,49 @@
+"""What a way occupies: nodes and GPUs, and which of them prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from disagglab.config.schema import NodeSection
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """``gpus``: of all its nodes, 0 on CPUs. ``prefill_gpus``, ``decode_gpus``: of each role; where a server
+    does both, all of them. ``prefill``, ``decode``: names of the nodes of a role.
+    """
+
+    nodes: int
+    gpus: int
+    prefill_gpus: int
+    decode_gpus: int
+    prefill: tuple[str, ...] = ()
+    decode: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, nodes: Sequence[NodeSection]) -> Footprint:
+        """Of a way whose every server prefills and decodes: single, replicated, sharded."""
+        return cls.of_roles(nodes, nodes)
+
+    @classmethod
+    def of_roles(cls, prefill: Sequence[NodeSection], decode: Sequence[NodeSection]) -> Footprint:
+        """Of a way whose roles are apart."""
+        everyone = dict.fromkeys(node.name for node in [*prefill, *decode])
+        return cls(
+            len(everyone),
+            _gpus([*prefill, *decode]),
+            _gpus(prefill),
+            _gpus(decode),
+            tuple(node.name for node in prefill),
+            tuple(node.name for node in decode),
+        )
+
+    @property
+    def apart(self) -> bool:
+        """Whether the roles have nodes of their own."""
+        return self.prefill != self.decode
+
+
+def _gpus(nodes: Iterable[NodeSection]) -> int:
+    return len({(node.host, gpu) for node in nodes for gpu in node.gpus})

@@ -1,0 +1,142 @@
+"""A frontier in words and tables of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from disagglab import text
+from disagglab.results import winner_map
+from disagglab.results.dominance import words
+from disagglab.results.frontier import Frontier, Point, pareto
+from disagglab.results.promise import limit_text
+from disagglab.results.standing import ITL_P99, MARGIN, pairs
+from disagglab.stats.pooled import REFUTED_AT
+
+NONE = "-"
+COLUMNS = (
+    *("arm", "req/s", "rounds", "tokens/s", "/node", "/GPU", "/decode GPU", "prompt/prefill GPU", "/user"),
+    *("TTFT p50 s", "p99 s", "ITL p99 s", "gaps late", "good/s", "good", "keeps up", "Pareto"),
+)
+COSTS = ("per 1M tokens", "per 1k good requests")
+JOULES = ("J/token", "prefill J/token", "decode J/token")
+KILO = 1000
+
+
+def lines(frontier: Frontier, margin: float = MARGIN, whole_map: bool = True) -> list[str]:
+    """All that is said of a frontier.
+
+    Args:
+        whole_map: also the winners for limits around the promise.
+
+    Raises:
+        InvalidRun: see :func:`.standing.standings`.
+    """
+    found = [
+        f"{frontier.workload}{f' ({frontier.stream})' if frontier.stream else ''}: good is a request with"
+        f" {frontier.promise}",
+        "",
+        *words(frontier, margin=margin),
+    ]
+    if all(run.itl_p99_s is not None for run in frontier.runs):
+        found += ["", "p99 ITL of all requests:", *words(frontier, ITL_P99, margin)]
+    found += ["", *text.table(table(frontier), range(1, len(table(frontier)[0]))), "", *_notes(frontier)]
+    found += ["", *variance_lines(frontier)]
+    if whole_map:
+        cells = winner_map.winner_map(frontier, margin=margin)
+        found += ["", *winner_map.lines(cells, frontier.promise)]
+    return [*found, *(f"left out: {line}" for line in frontier.left_out)]
+
+
+def table(frontier: Frontier) -> list[tuple[str, ...]]:
+    """A head, then a row for each point; columns of cost and energy where there is a price and a meter."""
+    points = frontier.points()
+    best = set(map(_key, pareto(points)))
+    joules = any(point.energy_j_token is not None for point in points)
+    head = COLUMNS + (COSTS if frontier.price else ()) + (JOULES if joules else ())
+    rows = []
+    for point in points:
+        cells = [*_cells(point), "yes" if _key(point) in best else ""]
+        if frontier.price:
+            request = point.cost_per_good_request
+            cells += [
+                _cell(point.cost_per_million_tokens),
+                _cell(None if request is None else KILO * request),
+            ]
+        if joules:
+            cells += map(_cell, (point.energy_j_token, point.prefill_j_token, point.decode_j_token))
+        rows.append(tuple(cells))
+    return [head, *rows]
+
+
+def variance_lines(frontier: Frontier) -> list[str]:
+    """What the bands assume, pair by pair: the spread of a round's log-ratio of goodput, and whether one
+    variance for all rates stands.
+    """
+    rows = [
+        ("way", "other way", "deviation of a round", "degrees of freedom", "p of equal variances", "band")
+    ]
+    seen = set()
+    for (arm, rival), pair in pairs(frontier).items():
+        if (rival, arm) in seen or not pair.place:
+            continue
+        seen.add((arm, rival))
+        pooled = pair.pooled
+        deviation, p = pooled.deviation, pooled.equal_p
+        rows.append(
+            (
+                arm,
+                rival,
+                NONE if deviation is None else f"{100 * deviation:.2g} %",
+                str(pooled.freedom),
+                NONE if p is None else f"{p:.2g}",
+                "none: one round"
+                if not pooled.freedom
+                else "one variance for all rates"
+                if pooled.equal
+                else "of each rate alone",
+            )
+        )
+    said = (
+        f"bands of goodput: one variance for all rates of a pair, unless Bartlett's test refutes it"
+        f" (p <= {REFUTED_AT:g})"
+    )
+    return [said, *text.table(rows, (2, 3, 4))]
+
+
+def _key(point: Point) -> tuple[str, float]:
+    return point.arm, point.rate_per_s
+
+
+def _cells(point: Point) -> Iterator[str]:
+    yield point.arm
+    yield _cell(point.rate_per_s)
+    yield str(point.rounds)
+    for value in (
+        *(point.tokens_per_s, point.tokens_per_s_node, point.tokens_per_s_gpu, point.tokens_per_s_decode_gpu),
+        *(point.prompt_tokens_per_s_prefill_gpu, point.tokens_per_s_user, point.ttft_p50_s, point.ttft_p99_s),
+        point.itl_p99_s,
+    ):
+        yield _cell(value)
+    yield NONE if point.gaps_above is None else f"{100 * point.gaps_above:.2g} %"
+    yield _cell(point.good_per_s)
+    yield f"{100 * point.good_share:.0f} %"
+    yield f"{point.kept_up} of {point.rounds}"
+
+
+def _cell(value: float | None) -> str:
+    return NONE if value is None else text.number(value)
+
+
+def _notes(frontier: Frontier) -> Sequence[str]:
+    promise = frontier.promise
+    late = promise.itl_s if promise.itl_s is not None else promise.tpot_s
+    found = ["/GPU: over all GPUs of the way; /decode GPU: over those that decode"]
+    if late is not None:
+        found.append(f"gaps late: share of gaps longer than {limit_text(late)}")
+    if frontier.price:
+        found.append(f"cost in {frontier.price.currency} at {frontier.price}, of all that the way occupies")
+    if all(run.energy_j is None for run in frontier.runs):
+        found.append("energy: not read (no GPU, or its driver does not say it)")
+    else:
+        found.append("energy: of the GPUs from before a run to its end, idle power with it")
+    return found

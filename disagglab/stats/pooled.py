@@ -1,0 +1,111 @@
+"""Log-ratios of two ways at several points (rates), with one variance for all points.
+
+Few rounds a point tell little of their spread; the points together tell more. The assumption is that the
+log-ratios of all points have the same variance, whatever their means. It is looked at by Bartlett's test;
+where that refutes it, or cannot be made, each point is left with a variance of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import special
+
+from disagglab.stats.rule import CONFIDENCE, quantile
+
+ALPHA = 1 - CONFIDENCE
+REFUTED_AT = 0.05  # p of Bartlett's test at which variances are not taken to be equal
+
+
+@dataclass(frozen=True)
+class Band:
+    """A log-ratio with its limits; without a spread (one round) the limits are infinite."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is a band at all."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+    @property
+    def turned(self) -> Band:
+        """Of the inverse ratio."""
+        return Band(-self.mean, -self.high, -self.low)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """``points``: the log-ratios of the rounds, a point each; a point has one round at the least."""
+
+    points: tuple[tuple[float, ...], ...]
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the pooled variance: the sum of (rounds - 1)."""
+        return sum(len(point) - 1 for point in self.points)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of a round's log-ratio about the mean of its point, pooled; None if no point has
+        two rounds.
+        """
+        if self.freedom == 0:
+            return None
+        return math.sqrt(math.fsum(map(_squares, self.points)) / self.freedom)
+
+    @property
+    def equal_p(self) -> float | None:
+        """p of equal variances by Bartlett's test, over the points with two rounds or more; None with fewer
+        than two of these. A point without any spread beside one with some gives 0.
+
+        Source: M. Bartlett, Properties of sufficiency and statistical tests, Proc. R. Soc. A 160 (1937). It
+        takes the log-ratios to be normal; with two or three rounds a point it finds large differences alone.
+        """
+        spread = [point for point in self.points if len(point) > 1]
+        if len(spread) < 2:
+            return None
+        total = _squares_of(spread)
+        if total == 0:
+            return 1.0
+        freedom = [len(point) - 1 for point in spread]
+        variances = [_squares(point) / df for point, df in zip(spread, freedom, strict=True)]
+        if min(variances) == 0:
+            return 0.0
+        all_df = sum(freedom)
+        logs = math.fsum(df * math.log(v) for df, v in zip(freedom, variances, strict=True))
+        correction = 1 + (sum(1 / df for df in freedom) - 1 / all_df) / (3 * (len(spread) - 1))
+        statistic = (all_df * math.log(total / all_df) - logs) / correction
+        return float(special.chdtrc(len(spread) - 1, max(statistic, 0.0)))
+
+    @property
+    def equal(self) -> bool:
+        """Whether equal variances stand: looked at, and not refuted at ``REFUTED_AT``."""
+        return self.equal_p is not None and self.equal_p > REFUTED_AT
+
+    def band(self, point: int, alpha: float = ALPHA) -> Band:
+        """Student's t limits of a point's mean, each at ``alpha / 2``: of the pooled variance where equal
+        variances stand, else of the point's own.
+        """
+        rounds = self.points[point]
+        mean = math.fsum(rounds) / len(rounds)
+        freedom = self.freedom if self.equal else len(rounds) - 1
+        if freedom == 0:
+            return Band(mean, -math.inf, math.inf)
+        squares = _squares_of(self.points) if self.equal else _squares(rounds)
+        half = quantile(1 - alpha / 2, freedom) * math.sqrt(squares / freedom / len(rounds))
+        return Band(mean, mean - half, mean + half)
+
+
+def _squares(values: Sequence[float]) -> float:
+    """Sum of squares about the mean."""
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values)
+
+
+def _squares_of(points: Sequence[Sequence[float]]) -> float:
+    return math.fsum(map(_squares, points))
