@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from disagglab.config.schema import GateSection, Lab
+from disagglab.config.schema import GateSection, Lab, WaySection
 from disagglab.errors import ConfigError, Problem
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"
 SINGLE_AGAIN = "single-again"  # the same servers and router as SINGLE: what differs between the two is noise
 OWN = (SINGLE, REPLICATED, DISAGGREGATED, SINGLE_AGAIN)  # of the lab's own settings, in the order of a round
 AGAIN = "-again"
+KINDS: tuple[str, ...] = get_args(WaySection.model_fields["kind"].annotation)  # before the @ of an arm
+BEST = "best"  # in the place of a baseline: the best of all other ways
 CODE = "ARM-LEFT-OUT"  # of skipped tests
 LEAST = 2  # arms of a comparison
 
@@ -23,9 +26,16 @@ class Arms:
     kept: tuple[str, ...] = OWN
     left_out: tuple[str, ...] = ()
 
+    def lacking(self, gate: GateSection) -> tuple[str, ...]:
+        """The arms that a gate is not judged for lack of. Against the best any one other way is enough."""
+        wanted = baselines(gate, self.kept)
+        if gate.baseline == BEST and not wanted:
+            wanted = baselines(gate, self.left_out)
+        return tuple(arm for arm in (gate.candidate, *wanted) if arm not in self.kept)
+
     def judges(self, gate: GateSection) -> bool:
         """Whether both sides of a gate are measured."""
-        return {DISAGGREGATED, gate.baseline or DISAGGREGATED} <= set(self.kept)
+        return not self.lacking(gate)
 
     def judged(self, lab: Lab) -> Lab:
         """The lab with the gates that can be judged alone."""
@@ -38,7 +48,34 @@ class Arms:
     def skip_reason(self, *wanted: str) -> str | None:
         """Why a test that wants these arms is skipped; None if all of them are measured."""
         lacking = [arm for arm in wanted if arm not in self.kept]
-        return f"{CODE}: {', '.join(lacking)} by --arm or --without" if lacking else None
+        left_out = [arm for arm in lacking if arm in OWN or arm in self.left_out]
+        why = [f"{', '.join(left_out)} by --arm or --without"] if left_out else []
+        why += [f"{arm} without its --way" for arm in lacking if arm not in left_out]
+        return f"{CODE}: {', '.join(why)}" if why else None
+
+
+def kind_of(arm: str) -> str:
+    """How an arm uses the nodes: ``replicated`` of ``replicated@tuned``."""
+    return arm.partition("@")[0]
+
+
+def baselines(gate: GateSection, measured: Iterable[str]) -> tuple[str, ...]:
+    """The arms that a gate compares its candidate with: the one that it names; against the best those of
+    the measured ones that use the nodes in another way than the candidate, twins left out; none where it has
+    a limit.
+    """
+    if gate.baseline != BEST:
+        return (gate.baseline,) if gate.baseline else ()
+    others = {*KINDS} - {kind_of(gate.candidate)}
+    return tuple(arm for arm in measured if kind_of(arm) in others and not arm.endswith(AGAIN))
+
+
+def twinned(gate: GateSection, measured: Iterable[str]) -> str | None:
+    """The baseline of a gate whose twin tells its noise: of several the replicas of the lab's own settings,
+    or else the first; None where it has a limit.
+    """
+    found = baselines(gate, measured)
+    return REPLICATED if REPLICATED in found else next(iter(found), None)
 
 
 def twin_of(arm: str) -> str:
@@ -54,7 +91,8 @@ def chosen(lab: Lab, only: Sequence[str], without: Sequence[str], ways: Sequence
 
     Raises:
         ConfigError: if a name is not known or stands in both, if a twin or a way is left alone, if
-            ``disaggregated`` is left out, which is the candidate of every gate, or if one arm remains.
+            ``disaggregated`` is left out and is the candidate of a gate whose baseline is kept, or if one
+            arm remains.
     """
     known = (*OWN, *ways)
     problems = [
@@ -76,8 +114,12 @@ def chosen(lab: Lab, only: Sequence[str], without: Sequence[str], ways: Sequence
             wrong = f"the twin of {SINGLE}, which is left out"
             raise ConfigError([Problem(lab.file, f"--arm {SINGLE_AGAIN}", wrong, f"add --arm {SINGLE}")])
         out.add(SINGLE_AGAIN)
-    if DISAGGREGATED in out:
-        wrong = "left out, and it is the candidate of every gate"
+    kept = tuple(name for name in known if name not in out)
+    remaining = [gate for gate in lab.gates if gate.limit or set(baselines(gate, kept)) & set(kept)]
+    lost = [gate for gate in remaining if gate.candidate == DISAGGREGATED]
+    if DISAGGREGATED in out and lost:
+        many = "every gate" if len(lost) == len(remaining) else f"{len(lost)} of {len(remaining)} gates"
+        wrong = f"left out, and it is the candidate of {many}"
         mend = f"keep it; for the baselines alone: pytest -m baseline, pytest -m {REPLICATED}"
         problems.append(Problem(lab.file, f"arm {DISAGGREGATED}", wrong, mend))
     problems += [
@@ -85,7 +127,6 @@ def chosen(lab: Lab, only: Sequence[str], without: Sequence[str], ways: Sequence
         for arm in ways
         if arm in out
     ]
-    kept = tuple(name for name in known if name not in out)
     if not problems and len(kept) < LEAST:
         wrong = f"{kept[0]} alone, and a comparison takes {LEAST}"
         problems.append(Problem(lab.file, "arms", wrong, f"keep one more of {', '.join(known)}"))

@@ -8,8 +8,10 @@ from typing import Any
 
 from disagglab.address import is_loopback
 from disagglab.config import madehosts, reserved, search_checks, transports, ways_check
+from disagglab.config.arms import BEST, DISAGGREGATED, OWN, SINGLE_AGAIN, kind_of
 from disagglab.config.schema import (
     ControllerSection,
+    GateSection,
     HostSection,
     ModelSection,
     NodeSection,
@@ -69,32 +71,55 @@ def contradictions(parts: dict[str, Any], file: str, unread: Collection[str] = (
     transport: TransportSection | None = parts.get("transport")
     if transport is not None:
         yield from transports.problems(transport, nodes, "transport", file)
-    yield from _gate_problems(parts, file)
+    yield from _gate_problems(parts, file, unread)
     yield from search_checks.problems(parts, file)
     known = () if "node" in unread else nodes
     yield from ways_check.problems(parts.get("ways", ()), transport, known, file)
 
 
-def _gate_problems(parts: dict[str, Any], file: str) -> Iterator[Problem]:
+def _side_problems(
+    gate: GateSection, where: str, arms: Collection[str], whole: bool, file: str
+) -> Iterator[Problem]:
+    """What is wrong with candidate and baseline of a gate. ``whole``: whether ``arms`` are all of the lab's."""
+    for key, name, words in (("candidate", gate.candidate, ()), ("baseline", gate.baseline, (BEST,))):
+        known = (*arms, *words)
+        if name is None or name in known or not whole:
+            continue
+        close = difflib.get_close_matches(name, known, n=1)
+        mend = f"did you mean {close[0]}?" if close else f"name one of {', '.join(known)}, or add its [[way]]"
+        yield Problem(file, f"{where}.{key}", f"no arm is called {name}", mend)
+    if gate.candidate == gate.baseline:
+        wrong = f"{gate.baseline} is the candidate itself"
+        yield Problem(file, f"{where}.baseline", wrong, f'name another arm, or write "{BEST}"')
+    if not METRICS[gate.metric].needs_transfer:
+        return
+    if kind_of(gate.candidate) != DISAGGREGATED:
+        wrong = f"no KV moves in {gate.candidate}, so it has no {gate.metric}"
+        yield Problem(file, f"{where}.candidate", wrong, f"remove it, or name a {DISAGGREGATED} arm")
+    if gate.baseline is not None and kind_of(gate.baseline) != DISAGGREGATED:
+        wrong = "no KV moves in a baseline, so there is nothing to compare with"
+        yield Problem(file, f"{where}.baseline", wrong, "remove it and write limit = 0.1")
+
+
+def _gate_problems(parts: dict[str, Any], file: str, unread: Collection[str] = ()) -> Iterator[Problem]:
+    arms = [arm for arm in OWN if arm != SINGLE_AGAIN] + [one.arm for one in parts.get("ways", ())]
     model: ModelSection | None = parts.get("model")
     scale: ScaleSection | None = parts.get("scale")
-    seen: set[tuple[str, str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     sharing = any(node.share_cpus or node.share_gpus for node in parts.get("nodes", ()))
     if parts.get("gates") and sharing:
         wrong = "nodes share cores or GPUs, so servers measure each other and a verdict means nothing"
         yield Problem(file, "gate", wrong, "remove the gates, or share_cpus and share_gpus from every node")
     for index, gate in enumerate(parts.get("gates", ())):
         where = f"gate[{index}]"
-        known = (gate.workload, gate.figure, str(gate.baseline), str(gate.limit))
+        known = (gate.workload, gate.figure, gate.candidate, str(gate.baseline), str(gate.limit))
         if known in seen:
             yield Problem(file, where, "the same gate twice", "remove one of the two")
         seen.add(known)
         if (gate.baseline is None) == (gate.limit is None):
-            mend = 'write baseline = "replicated" (or "single"), or limit = 0.1'
+            mend = 'write baseline = "replicated" (or "best"), or limit = 0.1'
             yield Problem(file, where, "wants either a baseline or a limit", mend)
-        if METRICS[gate.metric].needs_transfer and gate.baseline is not None:
-            wrong = "no KV moves in a baseline, so there is nothing to compare with"
-            yield Problem(file, f"{where}.baseline", wrong, "remove it and write limit = 0.1")
+        yield from _side_problems(gate, where, arms, "way" not in unread, file)
         if gate.stream and not METRICS[gate.metric].by_stream:
             wrong = f"{gate.metric} is a figure of all requests"
             yield Problem(file, f"{where}.stream", wrong, "remove it")

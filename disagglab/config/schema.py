@@ -244,15 +244,22 @@ class SpeedSection(Section):
 
 
 class GateSection(Section):
-    """A verdict that this lab asks for. Candidate is always the disaggregated topology."""
+    """A verdict that this lab asks for: an arm, the candidate, against another, against the best of all other
+    ways, or against a limit.
+    """
 
     metric: GatedMetric = Field(description="run-level figure that is compared")
     stream: Literal["", "main", "steady"] = Field(
         "", description="whose requests, in a workload with steady ones; empty: all"
     )
     workload: str = Field(description="name of a file in workloads/")
-    baseline: Literal["single", "replicated"] | None = Field(
-        None, description="what disaggregated serving is compared with"
+    candidate: str = Field(
+        "disaggregated", description="the arm that is judged: single, replicated, disaggregated or a [[way]]'s"
+    )
+    baseline: str | None = Field(
+        None,
+        description='the arm that the candidate is compared with; or "best": the best of all arms of other'
+        " kinds in the session",
     )
     limit: float | None = Field(
         None, gt=0, description="in place of a baseline: a value that is compared with"

@@ -24,7 +24,8 @@ from disagglab.experiments.pair_spread import cost_of_a_run, pair_spread
 from disagglab.results.records import VerdictRow
 from disagglab.stats.metric import METRICS
 from disagglab.stats.rule import MOST_ROUNDS, ORDER_DRAWN, Rule, multiplier, quantile
-from disagglab.stats.verdict import ALPHA, LARGEST_LOG, POWER
+from disagglab.stats.sample import LARGEST_LOG
+from disagglab.stats.verdict import ALPHA, POWER
 
 PILOT_ROUNDS = 2  # the fewest that show a spread
 

@@ -10,26 +10,23 @@ that of :mod:`disagglab.stats.sequential`, which holds at every look.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from disagglab.errors import InvalidRun
-from disagglab.stats import sequential
 from disagglab.stats.metric import Direction
-from disagglab.stats.rule import ANY_TIME, fewest_rounds, multiplier, p_value, quantile, rounds_to_decide
+from disagglab.stats.rule import FIXED, fewest_rounds, multiplier, quantile, rounds_to_decide
 from disagglab.stats.rule import CONFIDENCE as CONFIDENCE  # these two are words of a verdict as well
 from disagglab.stats.rule import Rule as Rule
+from disagglab.stats.sample import Limits, Sample, log_ratios, ratio_of, sample_of
 
 ALPHA = 1 - CONFIDENCE
 POWER = 0.80
 
 Outcome = Literal["better", "worse", "equivalent", "undecided"]
 Want = Literal["better", "not worse"]
-LARGEST_LOG = math.log(sys.float_info.max)
 ONE_ROUND, NO_SPREAD, ONE_REQUEST = "one round", "every pair equal", "one request"  # of a NoiseFloor
 EXACT_FLIPS = 16  # rounds up to which all 2^n sign patterns are tried
 
@@ -41,7 +38,7 @@ class Verdict:
     ``effect``, ``low``, ``high``: candidate / baseline - 1 with its confidence limits; without a spread
     (one round), or where the rule decides nothing with so few rounds, the limits are -1 and infinity.
     ``smallest_detectable``: the relative difference that this many rounds with this spread would find with
-    80 % power; None where the limits are not finite. ``p``: two-sided, by the rule, of no difference.
+    80 % power; None where a limit is not finite. ``p``: two-sided, by the rule, of no difference.
     ``p_sign_flip``: the same by turning the signs of the log-ratios in all ways; a check that assumes no
     shape, for one look. ``rule``: what interval and p hold for; ``fixed_low``, ``fixed_high``: the interval
     of Student's t, whatever the rule, which is right where the number of rounds was fixed beforehand.
@@ -67,71 +64,6 @@ class Verdict:
         return self.smallest_detectable is None or self.smallest_detectable > self.margin
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Log-ratios of the rounds: mean, standard error (0 without any spread), how many, and by how much the
-    error is too small where neighbours hang together.
-    """
-
-    mean: float
-    error: float
-    n: int
-    inflation: float
-
-    def error_of(self, rule: Rule) -> float:
-        """The standard error that a rule takes."""
-        return self.error * self.inflation if rule == ANY_TIME else self.error
-
-    def limits(self, rule: Rule) -> tuple[float, float]:
-        """Confidence limits, log scale; infinite where so few rounds decide nothing."""
-        factor = multiplier(self.n, ALPHA, rule)
-        if factor == math.inf:
-            return -math.inf, math.inf
-        half = factor * self.error_of(rule)
-        return self.mean - half, self.mean + half
-
-    def p(self, rule: Rule, bound: float = 0.0) -> float:
-        """Two-sided p of the hypothesis that the true mean is ``bound``."""
-        if self.mean == bound:
-            return 1.0
-        away, error = self.mean - bound, self.error_of(rule)
-        return p_value(away / error if error else math.inf, self.n, rule)
-
-    def p_above(self, bound: float, rule: Rule) -> float:
-        """p, on the scale of a two-sided test, of the hypothesis that the true mean is ``bound`` or above.
-
-        Of all means that it holds, ``bound`` is refuted last.
-        """
-        return self.p(rule, bound) if self.mean < bound else 1.0
-
-
-def _log_ratios(pairs: Sequence[tuple[float, float]]) -> list[float]:
-    if not pairs:
-        raise InvalidRun("no pair of valid runs to compare")
-    if not all(math.isfinite(value) and value > 0 for pair in pairs for value in pair):
-        raise InvalidRun(f"values must be positive and finite: {pairs}")
-    return [_log_ratio(candidate, baseline) for baseline, candidate in pairs]
-
-
-def _log_ratio(candidate: float, baseline: float) -> float:
-    ratio = candidate / baseline
-    exact = 0 < ratio < math.inf  # else it is too small or too large for a number, its logarithm is not
-    return math.log(ratio) if exact else math.log(candidate) - math.log(baseline)
-
-
-def _ratio(log: float) -> float:
-    """Ratio - 1 of a log-ratio; infinite where that is too large for a number."""
-    return math.expm1(log) if log < LARGEST_LOG else math.inf
-
-
-def _sample(ratios: Sequence[float]) -> _Sample:
-    n = len(ratios)
-    mean = math.fsum(ratios) / n
-    spread = math.fsum((ratio - mean) ** 2 for ratio in ratios)
-    error = math.sqrt(spread / (n - 1) / n) if n > 1 else 0.0
-    return _Sample(mean, error, n, sequential.inflation(ratios))
-
-
 def judge(
     pairs: Sequence[tuple[float, float]], better: Direction, margin: float, rule: Rule = "fixed-n"
 ) -> Verdict:
@@ -147,15 +79,36 @@ def judge(
     Raises:
         InvalidRun: if there is no pair, or a value is not a positive finite number.
     """
-    ratios = _log_ratios(pairs)
-    sample = _sample(ratios)
-    low, high = sample.limits(rule)
-    fixed_low, fixed_high = sample.limits("fixed-n")
+    ratios = log_ratios(pairs)
+    sample = sample_of(ratios)
+    limits, fixed = sample.limits(rule, ALPHA), sample.limits(FIXED, ALPHA)
+    return concluded(sample, limits, fixed, better, margin, rule, (sample.p(rule), sign_flip_p(ratios)))
+
+
+def concluded(
+    sample: Sample,
+    limits: Limits,
+    fixed: Limits,
+    better: Direction,
+    margin: float,
+    rule: Rule,
+    p: tuple[float, float],
+    alpha: float = ALPHA,
+) -> Verdict:
+    """The verdict that an interval gives.
+
+    Args:
+        sample: the pairs, whose mean is the effect and whose error tells what could have been detected.
+        limits, fixed: the interval by the rule, and by that of a fixed number of rounds.
+        p: of no difference, and by turning signs; see :class:`Verdict`.
+        alpha: of the wider side of the interval, twice; it decides what can be detected.
+    """
+    low, high = limits
     detectable: float | None = None
     bound = math.log1p(margin)
     outcome: Outcome
-    if high == math.inf:
-        outcome, reason = "undecided", _too_few(sample.n, rule)
+    if -low == high == math.inf:
+        outcome, reason = "undecided", _too_few(sample.n, rule, alpha)
     elif -bound <= low and high <= bound:
         outcome, reason = "equivalent", f"the interval lies within the margin of {margin:.3g}"
     elif high < 0 or low > 0:
@@ -164,33 +117,33 @@ def judge(
     else:
         outcome = "undecided"
         reason = f"the interval holds both no difference and more than the margin; {sample.n} rounds"
-    if high < math.inf:
-        factor = multiplier(sample.n, ALPHA, rule) + quantile(POWER, sample.n - 1)
-        detectable = _ratio(factor * sample.error_of(rule))
+    factor = multiplier(sample.n, alpha, rule)
+    if factor < math.inf:
+        detectable = ratio_of((factor + quantile(POWER, sample.n - 1)) * sample.error_of(rule))
         if detectable > margin:
             found = f"the smallest detectable difference, {detectable:.3g}, exceeds the margin"
             reason += f"; underpowered: {found}"
     return Verdict(
         outcome=outcome,
-        effect=_ratio(sample.mean),
-        low=_ratio(low),
-        high=_ratio(high),
+        effect=ratio_of(sample.mean),
+        low=ratio_of(low),
+        high=ratio_of(high),
         rounds=sample.n,
         margin=margin,
         smallest_detectable=detectable,
-        p=sample.p(rule),
-        p_sign_flip=sign_flip_p(ratios),
+        p=p[0],
+        p_sign_flip=p[1],
         reason=reason,
         rule=rule,
-        fixed_low=_ratio(fixed_low),
-        fixed_high=_ratio(fixed_high),
+        fixed_low=ratio_of(fixed[0]),
+        fixed_high=ratio_of(fixed[1]),
     )
 
 
-def _too_few(rounds: int, rule: Rule) -> str:
+def _too_few(rounds: int, rule: Rule, alpha: float) -> str:
     if rounds < 2:
         return "one round has no spread; run more rounds"
-    fewest = fewest_rounds(ALPHA, rule)
+    fewest = fewest_rounds(alpha, rule)
     return f"{rounds} rounds cannot decide yet under looks after every round; {fewest} is the fewest"
 
 
@@ -203,7 +156,7 @@ def rounds_needed(
     Raises:
         InvalidRun: see :func:`judge`.
     """
-    sample = _sample(_log_ratios(pairs))
+    sample = sample_of(log_ratios(pairs))
     if sample.n < 2:
         return None
     deviation = sample.error_of(rule) * math.sqrt(sample.n)
@@ -241,8 +194,8 @@ def gate_p(
     Raises:
         InvalidRun: see :func:`judge`.
     """
-    ratios = _log_ratios(pairs)
-    badness = _sample(ratios if better == "lower" else [-ratio for ratio in ratios])
+    ratios = log_ratios(pairs)
+    badness = sample_of(ratios if better == "lower" else [-ratio for ratio in ratios])
     bound = 0.0 if want == "better" else math.log1p(margin)
     return badness.p_above(bound, rule)
 
@@ -304,11 +257,11 @@ def noise_floor(
     Raises:
         InvalidRun: see :func:`judge`.
     """
-    sample = _sample(_log_ratios(pairs))
+    sample = sample_of(log_ratios(pairs))
     if sample.n < 2:
         return NoiseFloor(None, ONE_ROUND)
     error = sample.error * math.sqrt(sample.n / (rounds or sample.n))
-    width = _ratio(multiplier(sample.n, ALPHA, "fixed-n") * error)
+    width = ratio_of(multiplier(sample.n, ALPHA, "fixed-n") * error)
     if width < step:
         return NoiseFloor(step, ONE_REQUEST)
     return NoiseFloor(width) if width > 0 else NoiseFloor(None, NO_SPREAD)
