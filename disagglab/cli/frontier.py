@@ -19,8 +19,8 @@ def add(commands: command.Commands) -> None:
         "which way wins at which load and promise",
         "Print the frontier of a finished session: which way is ahead at which offered rate and by how much,"
         " a row for each way and rate, and who wins for limits around the promise. Computed from"
-        " frontier.json in the session's folder, so another promise or price needs no new run. Limits that are given take"
-        " the place of all of the session's.",
+        " frontier.json in the session's folder, so another promise or price needs no new run. Limits that are"
+        " given take the place of all of the session's.",
         [
             "disagglab frontier reports/latest",
             "disagglab frontier reports/latest --ttft 1s --tpot 50ms",

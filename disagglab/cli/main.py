@@ -27,9 +27,9 @@ from disagglab.errors import ConfigError
 
 PROGRAM = "disagglab"
 DESCRIPTION = (
-    "What the suite does beside its experiments, which pytest runs. kv, gate, frontier, predict, history, reference,"
-    " labs, plan and plan-trials compute from files and start nothing; provision and scatter go to the hosts"
-    " of a lab; tune runs a session of pytest."
+    "What the suite does beside its experiments, which pytest runs. kv, gate, frontier, predict, history,"
+    " reference, labs, plan and plan-trials compute from files and start nothing; provision and scatter go to"
+    " the hosts of a lab; tune runs a session of pytest."
 )
 EXAMPLES = ("disagglab labs", "disagglab kv Llama-3.1-8B-Instruct --link 100Gbps", "disagglab kv --help")
 COMMANDS = (

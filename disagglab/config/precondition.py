@@ -50,6 +50,11 @@ PRECONDITIONS = {
         lambda lab: lab.slo is not None,
         "the lab file has no [slo], so no request can be called good",
     ),
+    "tuning": Precondition(
+        "NO-TUNING",
+        lambda lab: lab.tuning is not None,
+        "the lab file has no [tuning], so no settings are searched; try --lab embedded-ways",
+    ),
     "speed": Precondition(
         "NO-SPEED",
         lambda lab: lab.speed is not None,

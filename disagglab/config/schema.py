@@ -254,7 +254,8 @@ class GateSection(Section):
     )
     workload: str = Field(description="name of a file in workloads/")
     candidate: str = Field(
-        "disaggregated", description="the arm that is judged: single, replicated, disaggregated or a [[way]]'s"
+        "disaggregated",
+        description="the arm that is judged: single, replicated, disaggregated or a [[way]]'s",
     )
     baseline: str | None = Field(
         None,

@@ -72,6 +72,12 @@ class TuningSection(Section):
     )
     rounds: int = Field(3, ge=1, description="rounds of the frontier at each rate")
 
+    resident: int = Field(
+        1,
+        ge=1,
+        description="deployments whose servers run at once; others take turns, each with a start of its own",
+    )
+
     @property
     def option_tables(self) -> dict[str, dict[str, list[Value]]]:
         """Every table of values by its key in the lab file."""

@@ -92,6 +92,7 @@ def in_turns(
     workloads: Sequence[Workload],
     rounds: int,
     seed: Callable[[int, int], int],
+    warm: Sequence[Workload],
 ) -> Iterator[Turn]:
     """Every way's turn at every workload in every round, start by start; the order of starts, and of
     workloads within one, is mirrored every other round.
@@ -99,6 +100,7 @@ def in_turns(
     Args:
         seed: of a workload in a round, by the round's number and the workload's position: the same for all
             ways.
+        warm: what servers are warmed up for after a start, in closed loops.
 
     Raises:
         StartError, Died: see :meth:`Load.ready`.
@@ -106,7 +108,7 @@ def in_turns(
     groups = by_start(load.fleet, contenders)
     for number in range(rounds):
         for group in mirrored(groups, number):
-            topologies = load.ready(group, workloads)
+            topologies = load.ready(group, warm)
             places = mirrored(range(len(workloads)), number)
             for position in places:
                 for topology in mirrored(topologies, number):

@@ -44,6 +44,7 @@ MODULES = {
     "replicated": "two equal servers behind round robin",
     "disagg": "prefill and decode apart, KV over NIXL",
     "routing": "which server gets a request: hit rates of routing strategies",
+    "tuning": "every way to use the nodes, tuned with equal effort; the frontier, best against best",
     "dynamo": "NVIDIA Dynamo: etcd, NATS, frontend, workers, and all together",
 }
 

@@ -167,8 +167,7 @@ class Deployment:
         """The nodes, with the port at which the parts of a server on several hosts meet."""
         if not any(node.args.get(way.HEADLESS_KEY) for node in self.nodes):
             return list(self.nodes)
-        first = self.nodes[0]
-        port = self._reserve(self.hosts.of(first), first.kv_address)
+        port = self._port_of_all(self.nodes[0])
         return [
             node.model_copy(update={"args": {**node.args, way.PORT_KEY: port}})
             for node in reversed(self.nodes)  # the first one last: it waits for the others
@@ -178,6 +177,17 @@ class Deployment:
         port = host.reserve_port(address)
         self._ports.append((host, address, port))
         return port
+
+    def _port_of_all(self, node: NodeSection) -> int:
+        """A port that is ours on both addresses of a node: PyTorch's store, by which ranks on several hosts
+        find each other, listens on all of a host's.
+        """
+        host = self.hosts.of(node)
+        ports = {address: self._reserve(host, address) for address in (node.address, node.kv_address)}
+        while len(set(ports.values())) > 1:
+            behind = min(ports, key=lambda address: ports[address])
+            ports[behind] = self._reserve(host, behind)
+        return ports[node.address]
 
     def wait(self, line: ProgressLine) -> Deployment:
         """Return when every server is ready and proved to be ours.
