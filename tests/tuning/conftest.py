@@ -180,7 +180,7 @@ def foreseen(
     entered: Entered,
     store: Store,
 ) -> Foreseen:
-    """The frontier as it is forecast from the speeds of the lab's own servers, on disk before the first run."""
+    """The frontier, forecast from the speeds of the lab's own servers; on disk before the first run."""
     rated = campaigns.offered(workload, tuning.rates, known.capacity_per_s)
     copy_bytes_per_s = float(store.meta["speed"]["before"][speed.COPY]) * 1e9
     sends = campaigns.reduces(lab, weights.config, copy_bytes_per_s)

@@ -73,7 +73,8 @@ def played(live: Session, load: Load, lab: Lab) -> dict[str, Played]:
         sharded = [one for one in ways if one.kind == way.SHARDED]
         by_role = [one for one in ways if one.prefill.args or one.decode.args]
         ways = [*sharded[:1], *by_role[:1]]
-    contenders = [Contender.of(one) for one in (*(kind for kind in OWN if kind != SINGLE_AGAIN), *ways)]
+    contenders = [Contender.of(kind) for kind in OWN if kind != SINGLE_AGAIN]
+    contenders += map(Contender.of, ways)
     found = {}
     with live.uncaptured():
         for group in by_start(load.fleet, contenders):
@@ -155,8 +156,8 @@ def test_blocks_of_every_server_are_those_of_one_rank(
             memory = float(env[CPU_KV_SPACE_VARIABLE]) * GIB
             block = layout(shape.on_rank(one.ranks), server.block_size).bytes_per_block
             assert server.blocks == memory // block, (
-                f"{arm}, {server.name}: {server.blocks} blocks, {memory:,.0f} B hold {memory // block:,.0f} of"
-                f" {block:,} B on each of {one.ranks} ranks"
+                f"{arm}, {server.name}: {server.blocks} blocks, {memory:,.0f} B hold {memory // block:,.0f}"
+                f" of {block:,} B on each of {one.ranks} ranks"
             )
         tokens = [server.blocks * server.block_size for server in one.servers]
         record.numbers("tokens that the KV cache holds", tokens, "tokens", arm=arm, what="servers")
