@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from disagglab.config import inherit, way
+from disagglab.config import inherit, toml, way
 from disagglab.config.labs import load_lab, parse_lab
+from disagglab.config.schema import GateSection
 from disagglab.config.setting import Candidate, Setting, options
-from disagglab.errors import ConfigError
 from disagglab.experiments.halving import search
 from disagglab.results import tuned_lab
 from disagglab.results.search_record import Search
@@ -42,6 +42,14 @@ def made(own_wins: tuple[str, ...] = ("single", "sharded")) -> Search:
         return 0.5 if candidate.setting.own == (candidate.kind in own_wins) else 0.7
 
     return search(SETTINGS, measuring(speed), WORKLOAD, SLO, 1, 2)
+
+
+def made_of(*kinds: str) -> Search:
+    """A search of these kinds alone, in which the drawn setting wins."""
+    settings = {kind: SETTINGS[kind] for kind in kinds}
+    return search(
+        settings, measuring(lambda one, _seed: 0.9 - 0.4 * (not one.setting.own)), WORKLOAD, SLO, 1, 2
+    )
 
 
 def written(folder: Path, found: Search) -> tuple[Path, dict[str, Any]]:
@@ -120,8 +128,36 @@ def test_a_file_a_way(tmp_path: Path) -> None:
         assert tmp_path.name in path.read_text()
 
 
-@pytest.mark.xfail(strict=True, raises=ConfigError, reason="gates take no candidate and no best yet")
-def test_the_file_loads(tmp_path: Path) -> None:
-    path, _table = written(tmp_path, made())
+def test_the_file_loads_and_is_read_back(tmp_path: Path) -> None:
+    """As any lab; written as one file by itself it is the same lab."""
+    path, table = written(tmp_path, made())
     lab = load_lab(str(path))
-    assert {gate.baseline for gate in lab.gates} == {"best", None}
+    assert [(gate.candidate, gate.baseline) for gate in lab.gates] == [
+        *[("disaggregated@tuned", "best")] * 4,
+        ("disaggregated@tuned", None),
+    ]
+    again = parse_lab(tomllib.loads(toml.dumps(table)), str(path))
+    assert again.model_copy(update={"origins": {}}) == lab.model_copy(update={"origins": {}})
+
+
+def test_gates_keep_the_kind_of_their_candidate(tmp_path: Path) -> None:
+    """Of a kind without a tuned way it is the lab's own arm; a gate on a way of the lab's that is not in the
+    file, and was not tuned, is left out.
+    """
+    first = LAB.gates[0].model_dump()
+    rows = [
+        {**first, "candidate": "sharded", "baseline": "replicated"},
+        {**first, "candidate": "replicated@chunk-128", "baseline": "single"},
+        {**first, "candidate": "single", "baseline": "replicated"},
+    ]
+    lab = LAB.model_copy(update={"gates": tuple(GateSection.model_validate(row) for row in rows)})
+    for found, expected in (
+        (made(), ["sharded@tuned", "replicated@tuned", "single"]),
+        (made_of("single"), ["replicated", "single@tuned"]),
+    ):
+        path = tuned_lab.write(tmp_path, lab, found, COMMAND, date(2026, 11, 28))
+        gates = load_lab(str(path)).gates
+        assert [gate.candidate for gate in gates] == expected
+        assert {gate.baseline for gate in gates} == {"best"}
+    alone = load_lab(str(tmp_path / "tuned" / "single.toml"))
+    assert [gate.candidate for gate in alone.gates] == ["single"]
