@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 
 from disagglab.stats.metric import Direction
-from disagglab.stats.rule import CONFIDENCE as CONFIDENCE  # these two are words of a verdict as well
 from disagglab.stats.rule import FIXED, fewest_rounds, multiplier, quantile, rounds_to_decide
+from disagglab.stats.rule import CONFIDENCE as CONFIDENCE  # these two are words of a verdict as well
 from disagglab.stats.rule import Rule as Rule
 from disagglab.stats.sample import Limits, Sample, log_ratios, ratio_of, sample_of
 
