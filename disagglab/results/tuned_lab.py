@@ -10,7 +10,8 @@ from typing import Any
 
 from disagglab import text
 from disagglab.config import toml
-from disagglab.config.arms import BEST, kind_of
+from disagglab.config.arms import BEST as BEST  # the baseline that it writes
+from disagglab.config.arms import kind_of
 from disagglab.config.schema import Lab
 from disagglab.config.setting import Setting
 from disagglab.config.way import SHARDED
