@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
 from disagglab.config.head import Section
 
 Value = str | int | float | bool
+Each = TypeVar("Each")
 RATIO = re.compile(r"([1-9]\d*)P([1-9]\d*)D")
 MOST_SETTINGS = 64  # of one way; against a slip of the keyboard
 
@@ -111,7 +112,7 @@ def size(space: Mapping[str, Sequence[Value]], own: Mapping[str, Value]) -> int:
     return math.prod(len(values) for values in space.values()) + (not inside)
 
 
-def repeated(values: Sequence[object]) -> Iterator[object]:
+def repeated(values: Sequence[Each]) -> Iterator[Each]:
     """Values that stand in a list before."""
     for position, value in enumerate(values):
         if value in values[:position]:

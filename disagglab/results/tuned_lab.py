@@ -10,26 +10,27 @@ from typing import Any
 
 from disagglab import text
 from disagglab.config import toml
-from disagglab.config.schema import GateSection, Lab
+from disagglab.config.arms import BEST as BEST  # the baseline that it writes
+from disagglab.config.arms import kind_of
+from disagglab.config.schema import Lab
 from disagglab.config.setting import Setting
-from disagglab.config.way import DISAGGREGATED, SHARDED
+from disagglab.config.way import SHARDED
 from disagglab.results import search_words
 from disagglab.results.search_record import Outcome, Search
 
 NAME = "tuned"  # of every way that it writes
 FILE = "tuned.toml"
 FOLDER = "tuned"  # of the files with one way each
-BEST = "best"  # as a baseline: the best of all other ways
 
 
 def write(folder: Path, lab: Lab, search: Search, command: str, day: date) -> Path:
     """Write ``tuned.toml``, and ``tuned/KIND.toml`` with one way each; the path of the first.
 
     The file extends the lab, by a path from the run's folder. It has one ``[[way]]`` a kind in place of the
-    lab's ways, and the lab's gates with the tuned disaggregated way as candidate and the best of the others
-    as baseline. A kind of which the lab's own setting was picked has no way: its arm is that of the lab. A
-    sharded one has a way in any case. The files with one way have the lab's gates as they are, without those
-    that name one of the ways that are no longer there.
+    lab's ways, and the lab's gates with the tuned way of the same kind as candidate and the best of the
+    others as baseline. A kind of which the lab's own setting was picked has no way: its arm is that of the
+    lab. A sharded one has a way in any case. The files with one way have the lab's gates as they are, without
+    those that name one of the ways that are no longer there.
 
     Args:
         command: that made the search, as one would type it.
@@ -64,30 +65,24 @@ def _way(one: Outcome, search: Search) -> Iterator[dict[str, Any]]:
 
 def _gates(lab: Lab, ways: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The lab's gates, best against best. Two that differed in the baseline alone are one then."""
-    candidate = f"{DISAGGREGATED}@{NAME}" if DISAGGREGATED in ways else DISAGGREGATED
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for gate in lab.gates:
-        found.setdefault(_asks(gate), _row(gate, candidate))
+        kind = kind_of(gate.candidate)
+        candidate = f"{kind}@{NAME}" if kind in ways else kind
+        if candidate == SHARDED:
+            continue  # an arm of the lab's ways, which are not in the file
+        row = {**gate.model_dump(exclude_defaults=True), "candidate": candidate}
+        if gate.baseline is not None:
+            row["baseline"] = BEST
+        found.setdefault((candidate, gate.workload, gate.figure, gate.limit), row)
     return list(found.values())
 
 
 def _own_gates(lab: Lab) -> list[dict[str, Any]]:
     """The lab's gates between arms of its own settings."""
     gone = {one.arm for one in lab.ways}
-    rows = [gate.model_dump(exclude_defaults=True) for gate in lab.gates]
-    return [row for row in rows if not gone & {row.get("candidate"), row.get("baseline")}]
-
-
-def _asks(gate: GateSection) -> tuple[Any, ...]:
-    return gate.workload, gate.figure, gate.limit
-
-
-def _row(gate: GateSection, candidate: str) -> dict[str, Any]:
-    row = gate.model_dump(exclude_defaults=True)
-    row["candidate"] = candidate
-    if gate.baseline is not None:
-        row["baseline"] = BEST
-    return row
+    kept = [gate for gate in lab.gates if not gone & {gate.candidate, gate.baseline}]
+    return [gate.model_dump(exclude_defaults=True) for gate in kept]
 
 
 def _text(
