@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 
 from disagglab.config.setting import Candidate, Setting
 from disagglab.config.workload import Workload
-from disagglab.errors import LabError, StartError
+from disagglab.errors import ConfigError, LabError, StartError
 from disagglab.experiments.campaign import closed
 from disagglab.experiments.halving import Measure
 from disagglab.experiments.turns import Contender, Load, by_start
@@ -32,11 +33,14 @@ def measurer(load: Load, workload: Workload) -> Measure:
             section = one.setting.way(one.kind, f"{TRY}-{number}", one.setting.words, "to be found out")
             contenders.append(Contender.of(section))
             asked[section.arm] = one
-        for group in by_start(load.fleet, contenders):
+        groups = by_start(load.fleet, contenders)
+        later = groups[1:]
+        random.Random(seed).shuffle(later)  # drift within a rung favours no place of the draw
+        for group in (*groups[:1], *later):
             load.show(f"{rung}: {', '.join(one.arm for one in group)}")
             try:
                 topologies = load.ready(group, [closed(workload)])
-            except (StartError, Died) as error:
+            except (ConfigError, StartError, Died) as error:
                 found |= {asked[one.arm]: _reason(error) for one in group}
                 continue
             for topology in topologies:

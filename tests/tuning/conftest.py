@@ -14,7 +14,7 @@ from disagglab.config import drawing, way
 from disagglab.config.arms import OWN, REPLICATED, kind_of
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab, SloSection
-from disagglab.config.search_checks import asked
+from disagglab.config.search_checks import asked, workload_of
 from disagglab.config.search_space import TuningSection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
@@ -60,7 +60,7 @@ def tuning(live: Session, lab: Lab, request: pytest.FixtureRequest) -> TuningSec
 @pytest.fixture(scope="session")
 def workload(lab: Lab, tuning: TuningSection) -> Workload:
     """On which settings are compared, and whose requests the frontier offers."""
-    return lab.workload(tuning.workload)
+    return workload_of(lab, tuning)
 
 
 @pytest.fixture(scope="session")
