@@ -15,6 +15,7 @@ from disagglab import text
 from disagglab.config.schema import Lab, SpeedSection
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv import attention, modelconfig
+from disagglab.kv.attention import Config
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape
 from disagglab.predict import breakeven, roofline, stepbudget
@@ -84,42 +85,27 @@ class Prediction:
         return [*found, "", "assumptions:", *(f"- {line}" for line in self.assumptions)]
 
 
-def predict(
-    lab: Lab,
-    *,
-    loads: Sequence[float],
-    efficiency: Efficiency,
-    model: str | None = None,
-    link_bytes_per_s: float | None = None,
-    peak_tflop_s: float | None = None,
-    memory_gb_s: float | None = None,
-) -> Prediction:
-    """The map of a lab, from its file and the model's config.
+@dataclass(frozen=True)
+class Assumed:
+    """A lab as the models take it, from its file alone. ``model``: its name; ``config``: its config.json;
+    ``assumptions``: what the speeds rest on, one sentence each.
+    """
+
+    model: str
+    config: Config
+    cluster: Cluster
+    budget: StepBudget
+    assumptions: tuple[str, ...]
+
+
+def predict(lab: Lab, known: Assumed, loads: Sequence[float]) -> Prediction:
+    """The map of a lab.
 
     Args:
+        known: its speeds, from :func:`assumed`.
         loads: shares of what the replicas can bear, between 0 and 1.
-        model: a folder, ``config.json`` or shipped name, in place of the lab's.
-        link_bytes_per_s, peak_tflop_s, memory_gb_s: in place of what the lab file says.
-
-    Raises:
-        ConfigError: if a figure is missing or makes no sense, or the model is not one that is computed.
     """
-    _require_shares(loads, efficiency)
-    node = _node(lab, peak_tflop_s, memory_gb_s)
-    link = _link(lab, link_bytes_per_s)
-    shown, config = config_of(lab, model)
-    shape = attention.shape(config, lab.kv_dtype, shown)
-    counted = roofline.weights(config, shape, shown)
-    speeds = roofline.speeds(counted, shape, lab.model.dtype, node, efficiency, link)
-    budget = stepbudget.of_lab(lab)
-    cluster = Cluster(
-        speeds,
-        layout(shape, lab.block_size),
-        lab.vllm.version,
-        budget.tokens,
-        len(lab.prefill),
-        len(lab.decode),
-    )
+    cluster = known.cluster
     longest = lab.model.max_model_len
     prompts = lengths(LEAST_PROMPT, max(LEAST_PROMPT, longest // 2))
     outputs = lengths(LEAST_OUTPUT, max(LEAST_OUTPUT, min(MOST_OUTPUT, longest // 2)))
@@ -132,17 +118,56 @@ def predict(
         }
         for load in loads
     }
-    assumptions = _assumptions(lab, node, efficiency, link, shape, counted, cluster, budget, outcomes)
     return Prediction(
         lab.name,
-        shown,
+        known.model,
         cluster,
         tuple(prompts),
         tuple(outputs),
         outcomes,
-        tuple(assumptions),
+        (*known.assumptions, *_assumptions(known.budget, outcomes)),
+        known.budget.sequences,
+    )
+
+
+def assumed(
+    lab: Lab,
+    *,
+    efficiency: Efficiency,
+    loads: Sequence[float] = (),
+    model: str | None = None,
+    link_bytes_per_s: float | None = None,
+    peak_tflop_s: float | None = None,
+    memory_gb_s: float | None = None,
+) -> Assumed:
+    """The speeds of a lab by a roofline, from its file and the model's config.
+
+    Args:
+        loads: shares of what the replicas can bear that will be asked for; they are checked.
+        model: a folder, ``config.json`` or shipped name, in place of the lab's.
+        link_bytes_per_s, peak_tflop_s, memory_gb_s: in place of what the lab file says.
+
+    Raises:
+        ConfigError: if a figure is missing or makes no sense, or the model is not one that is computed.
+    """
+    _require_shares(loads, efficiency)
+    node = _node(lab, peak_tflop_s, memory_gb_s)
+    link = _link(lab, link_bytes_per_s)
+    shown, config = config_of(lab, model)
+    shape = attention.shape(config, lab.kv_dtype, shown)
+    counted = roofline.weights(config, shape, shown)
+    budget = stepbudget.of_lab(lab)
+    cluster = Cluster(
+        roofline.speeds(counted, shape, lab.model.dtype, node, efficiency, link),
+        layout(shape, lab.block_size),
+        lab.vllm.version,
+        budget.tokens,
+        len(lab.prefill),
+        len(lab.decode),
         budget.sequences,
     )
+    rests_on = _speed_assumptions(lab, node, efficiency, link, shape, counted, cluster)
+    return Assumed(shown, config, cluster, budget, tuple(rests_on))
 
 
 def _require_shares(loads: Sequence[float], efficiency: Efficiency) -> None:
@@ -198,7 +223,7 @@ def config_of(lab: Lab, model: str | None = None) -> tuple[str, dict[str, Any]]:
     raise _refused("model.id", f"no config.json of {lab.model.id} is at hand", mend, lab.where("model.id"))
 
 
-def _assumptions(
+def _speed_assumptions(
     lab: Lab,
     node: SpeedSection,
     efficiency: Efficiency,
@@ -206,19 +231,10 @@ def _assumptions(
     shape: KvShape,
     counted: roofline.Weights,
     cluster: Cluster,
-    budget: StepBudget,
-    outcomes: Mapping[float, Mapping[tuple[int, int], Outcome]],
 ) -> list[str]:
-    """What the map rests on, with the figures."""
+    """What the speeds rest on, with the figures."""
     speeds, step = cluster.speeds, cluster.speeds.step
     per_token = speeds.prefill.per_token_s * 1e3
-    batches = [
-        side.batch
-        for cells in outcomes.values()
-        for found in cells.values()
-        for side in (found.replicated, found.disaggregated)
-        if side.stable
-    ]
     return [
         f"nothing was measured; a node has nominally {node.peak_tflop_s:g} TFLOP/s and"
         f" {node.memory_gb_s:g} GB/s",
@@ -232,6 +248,21 @@ def _assumptions(
         f" of {lab.block_size} tokens move, as vLLM {lab.vllm.version} does:"
         f" {cluster.transfer_s(2048) * 1e3:.4g} ms for 2,048 tokens",
         "router, HTTP and the hand-over of a request cost nothing",
+    ]
+
+
+def _assumptions(
+    budget: StepBudget, outcomes: Mapping[float, Mapping[tuple[int, int], Outcome]]
+) -> list[str]:
+    """What the map rests on beside speeds, with the figures."""
+    batches = [
+        side.batch
+        for cells in outcomes.values()
+        for found in cells.values()
+        for side in (found.replicated, found.disaggregated)
+        if side.stable
+    ]
+    return [
         "requests arrive as a Poisson process, all with the same lengths, share no prefix, and are dealt in"
         " turn",
         "prompts go before decode, and those that wait are computed in one step, up to the chunk budget of"

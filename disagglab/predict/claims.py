@@ -121,7 +121,7 @@ class Cell:
     tpot_limit_s: float
     goodput_per_s: Mapping[str, float]
 
-    def best(self, kinds: Collection[Kind]) -> float | None:
+    def best(self, kinds: Collection[str]) -> float | None:
         """The highest goodput of the arms of some kinds; None where there is no such arm."""
         return max((value for arm, value in self.goodput_per_s.items() if kind(arm) in kinds), default=None)
 

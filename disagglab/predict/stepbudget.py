@@ -82,13 +82,12 @@ def of_lab(
 
 
 def _number(lab: Lab, key: str, value: str | float) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmKM]?)", str(value).strip())
-    found = float(match[1]) * UNITS[match[2]] if match else 0.0
-    if isinstance(value, bool) or found < 1 or found != int(found):
-        raise _refused(
-            lab, key, f"{value!r} is not a whole number of 1 or more", "write a number such as 512"
-        )
-    return int(found)
+    match = re.fullmatch(r"(\d+)([kmKM]?)", str(value).strip())
+    scaled = match is not None and (key == TOKENS or not match[2])  # vLLM reads units for the tokens alone
+    found = int(match[1]) * UNITS[match[2]] if match and scaled else 0
+    if isinstance(value, bool) or found < 1:
+        raise _refused(lab, key, f"{value!r} is not a whole number of 1 or more", "write one such as 512")
+    return found
 
 
 def _refused(lab: Lab, key: str, wrong: str, mend: str) -> ConfigError:

@@ -354,7 +354,9 @@ def test_predicted_map_of_the_lab_file(lab: Lab, record: Recorder) -> None:
     Prefill and decode on separate nodes can each be idle while the other is not; replicas share both. So
     disaggregation may answer sooner and never bears more.
     """
-    found = breakeven_map.predict(lab, loads=HOSTLESS_LOADS, efficiency=Efficiency())
+    found = breakeven_map.predict(
+        lab, breakeven_map.assumed(lab, loads=HOSTLESS_LOADS, efficiency=Efficiency()), HOSTLESS_LOADS
+    )
     note = "; ".join(found.assumptions)
     for load, cells in found.outcomes.items():
         won = [one.ratio() for one in cells.values() if one.wins]
