@@ -22,7 +22,7 @@ READ_VERSION = "0.12.0"  # whose output was recorded for selftest/predict/test_a
 BACKEND = "vllm"
 MOST_CANDIDATES = 20  # more than the divisions of a few GPUs that it lists
 MS_PER_S = 1000
-TIMES = {"float32": "it has times of 16 bits and fewer"}  # dtypes that it has none of
+NO_TIMES = ("float32",)  # dtypes that it has no times of
 # Options of the start scripts that it writes which a way takes over. The others are the lab's own
 # (--max-model-len is prompt + output + 1,500 there, too short for the lab's other workloads).
 SCRIPT_OPTION = re.compile(r'--(max-num-seqs|max-num-batched-tokens|tensor-parallel-size)[ =]"?(\d+)"?')
@@ -36,13 +36,14 @@ LONGEST_REFUSAL = 300  # characters; a list of all that it supports follows some
 class Question:
     """What it is asked about a lab and one workload.
 
-    ``gpus``: of each node. ``memory_share``: gpu-memory-utilization; None: vLLM's own. ``concurrency``: of a
+    ``definition``: of the workload as the lab scales it. ``gpus``: of each node. ``memory_share``: gpu-memory-utilization; None: vLLM's own. ``concurrency``: of a
     closed loop; None: requests arrive by themselves, which it has no notion of. ``step_tokens``: the lab's
     chunk budget.
     """
 
     lab: str
     workload: str
+    definition: str
     system: str
     prefill_nodes: int
     decode_nodes: int
@@ -113,8 +114,8 @@ def question(lab: Lab, workload: str, system: str) -> Question:
     if lab.slo is None:
         wrong = "missing; it proposes what meets an objective"
         problems.append(Problem(lab.file, "slo", wrong, "add [slo] with ttft_s and tpot_s"))
-    if lab.model.dtype in TIMES:
-        wrong = f"{lab.model.dtype}; {TIMES[lab.model.dtype]}"
+    if lab.model.dtype in NO_TIMES:
+        wrong = f"{lab.model.dtype}; it has times of 16 bits and fewer"
         problems.append(Problem(lab.file, "model.dtype", wrong, "name a lab in bfloat16"))
     load = lab.workload(workload)
     if load.steady is not None:
@@ -126,6 +127,7 @@ def question(lab: Lab, workload: str, system: str) -> Question:
     return Question(
         lab=lab.name,
         workload=workload,
+        definition=load.definition,
         system=system,
         prefill_nodes=len(lab.prefill),
         decode_nodes=len(lab.decode),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
+from disagglab import text
 from disagglab.errors import ConfigError, Problem
 from disagglab.results.records import FigureRow
 from disagglab.stats.metric import METRICS
@@ -39,6 +40,17 @@ class Score:
     def right(self) -> int:
         """The metrics whose winner was forecast."""
         return sum(forecast == found for forecast, found in self.winners.values())
+
+    def lines(self) -> list[str]:
+        """A row an arm, and one a winner."""
+        rows = [["forecast / measured - 1", *MEASURED.values()]]
+        for arm, errors in self.errors.items():
+            rows.append([arm, *(text.percent(errors[metric]) for metric in MEASURED.values())])
+        found = text.table(rows, right=range(1, len(rows[0])))
+        for metric, (forecast, best) in self.winners.items():
+            said = "as forecast" if forecast == best else f"forecast was {forecast}"
+            found.append(f"best {metric}: {best}, {said}")
+        return found
 
 
 def score(forecast: Mapping[str, Speeds], measured: Mapping[str, Speeds]) -> Score:

@@ -9,6 +9,7 @@ from typing import Any
 from disagglab import text
 from disagglab.config import toml
 from disagglab.config.schema import Lab
+from disagglab.errors import ConfigError, Problem
 from disagglab.predict.aiconfigurator import MS_PER_S, Candidate, Question, Worker
 from disagglab.predict.armforecast import Speeds
 
@@ -70,7 +71,7 @@ class Answer:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON; what :func:`forecasts_of` reads again."""
+        """Everything, for JSON; what :func:`read_record` reads again."""
         return {
             "asked": asdict(self.asked),
             "tool": self.tool,
@@ -136,6 +137,25 @@ class Answer:
 _HEAD = ("tokens/s", "per GPU", "TTFT s", "TPOT ms")
 
 
+def read_record(record: Mapping[str, Any], file: str) -> tuple[dict[str, Speeds], dict[str, str]]:
+    """The forecasts of a record that :meth:`Answer.as_dict` made, by arm; and the workload and definition that
+    they are of, by these keys.
+
+    Raises:
+        ConfigError: if it is another kind of record, or holds no forecast, as of an open loop.
+    """
+    try:
+        forecasts = {str(arm): Speeds(**fields) for arm, fields in record["forecasts"].items()}
+        asked = {key: str(record["asked"][key]) for key in ("workload", "definition")}
+    except (AttributeError, KeyError, TypeError) as error:
+        wrong = f"no record of propose: {type(error).__name__}: {error}"
+        raise ConfigError([Problem(file, "forecasts", wrong, "disagglab propose --out writes one")]) from error
+    if not forecasts:
+        mend = "ask for a workload with concurrency"
+        raise ConfigError([Problem(file, "forecasts", "none, as of an open loop", mend)])
+    return forecasts, asked
+
+
 def own(asked: Question) -> list[Deployment]:
     """The lab's own settings, and one server over all of its GPUs, so that they are forecast beside."""
 
@@ -182,7 +202,7 @@ def notes(lab: Lab, asked: Question, found: Sequence[Candidate]) -> list[str]:
     said = [
         "means at a steady load: no percentile, so nothing on p99 ITL",
         "KV transfer has no term of its own; TTFT disaggregated is that of a prefill alone x 1.8",
-        "tokens/s are its requests/s x output tokens",
+        "tokens/s are its requests/s x output tokens; per GPU counts all GPUs of the lab, idle ones too",
     ]
     if first.vllm != lab.vllm.version:
         said.append(f"its times are of vLLM {first.vllm}, the lab's servers are {lab.vllm.version}")
