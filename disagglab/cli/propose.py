@@ -32,15 +32,18 @@ def add(commands: command.Commands) -> None:
         "propose",
         run,
         "what NVIDIA's aiconfigurator proposes, as ways to measure",
-        "Ask aiconfigurator, in an environment of its own, how to divide a lab's GPUs for a workload under the"
-        " lab's [slo]. Print its proposals and forecasts; with --out write a lab file of ways and the forecasts.",
+        "Ask aiconfigurator, in an environment of its own, how to divide a lab's GPUs for a workload under"
+        " the lab's [slo]. Print its proposals and forecasts; with --out write a lab file of ways and the"
+        " forecasts.",
         [
             "disagglab propose --lab two-h200 --workload chat --system h200_sxm --aiconfigurator ~/aic",
             "disagglab propose --lab two-h200 --workload documents --system h200_sxm --aiconfigurator ~/aic"
             " --out proposed",
         ],
     )
-    lab = asked.add_argument("--lab", required=True, help="a lab by its name or path; it wants gpus and [slo]")
+    lab = asked.add_argument(
+        "--lab", required=True, help="a lab by its name or path; it wants gpus and [slo]"
+    )
     command.complete(lab, words.labs)
     workload = asked.add_argument("--workload", required=True, help="one of workloads/, without [steady]")
     command.complete(workload, words.workloads)
@@ -148,7 +151,7 @@ class _Tool:
         busy = one.busy(concurrency)
         decode = aiconfigurator.Worker(busy, one.decode.ranks, {})
         options = aiconfigurator.estimate_options(
-            self._asked, MODEL, one.prefill, decode, one.batch(concurrency), one.chunk
+            self._asked, MODEL, one.prefill, decode, one.batch(concurrency), one.context
         )
         return aiconfigurator.read_estimate(self.ask(options), self._asked, 1 if one.prefill else busy)
 

@@ -18,8 +18,8 @@ def add(commands: command.Commands) -> None:
         "score",
         run,
         "a stored forecast held against a session",
-        "Hold the forecasts that propose --out stored against the figures of a later session: relative errors by"
-        " arm, and whether the arm that was forecast to be best was.",
+        "Hold the forecasts that propose --out stored against the figures of a later session: relative errors"
+        " by arm, and whether the arm that was forecast to be best was.",
         [
             "disagglab score proposed/aiconfigurator.json reports/latest",
             "disagglab score proposed/aiconfigurator.json reports/latest --json",

@@ -1,7 +1,8 @@
 """NVIDIA's aiconfigurator: what it is asked about a lab, and what it answers.
 
 It lives in an environment of its own and is asked through its command line (Apache-2.0, read here as of
-0.12.0). Its times come from kernels that were measured one by one on a GPU, put together to steps of a server.
+0.12.0). Its times come from kernels that were measured one by one on a GPU, put together to steps of a
+server.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ LONGEST_REFUSAL = 300  # characters; a list of all that it supports follows some
 class Question:
     """What it is asked about a lab and one workload.
 
-    ``definition``: of the workload as the lab scales it. ``gpus``: of each node. ``memory_share``: gpu-memory-utilization; None: vLLM's own. ``concurrency``: of a
-    closed loop; None: requests arrive by themselves, which it has no notion of. ``step_tokens``: the lab's
-    chunk budget.
+    ``definition``: of the workload as the lab scales it. ``gpus``: of each node. ``memory_share``:
+    gpu-memory-utilization; None: vLLM's own. ``concurrency``: of a closed loop; None: requests arrive by
+    themselves, which it has no notion of. ``step_tokens``: the lab's chunk budget.
     """
 
     lab: str
@@ -82,8 +83,9 @@ class Candidate:
     """One division of the GPUs that meets the objective, as its search lists it.
 
     ``prefill``: None where every server does both. ``concurrency``: requests under way at once in all, which
-    it chose; ``speeds`` are those at that load. ``step_tokens``: of a step in its search, prompt and decode
-    together; None for disaggregated serving, where it says none. ``vllm``: the release its times are of.
+    it chose; ``speeds`` are those at that load. ``step_tokens``: of a step in its search, prompts and decode
+    together, and ``context_tokens`` of it those of prompts; None for disaggregated serving, where it says
+    none. ``vllm``: the release its times are of.
     """
 
     prefill: Worker | None
@@ -91,6 +93,7 @@ class Candidate:
     concurrency: int
     speeds: Speeds
     step_tokens: int | None
+    context_tokens: int | None
     dtype: str
     kv_dtype: str
     vllm: str
@@ -161,20 +164,19 @@ def search_options(asked: Question, model: str, folder: str) -> list[str]:
 
 
 def estimate_options(
-    asked: Question, model: str, prefill: Worker | None, decode: Worker, batch: int, chunk: int
+    asked: Question, model: str, prefill: Worker | None, decode: Worker, batch: int, context: int
 ) -> list[str]:
-    """The arguments that make it forecast one deployment: the servers ``decode``, behind ``prefill`` if given.
+    """The arguments that make it forecast one deployment: servers ``decode``, behind ``prefill`` if given.
 
     Args:
         batch: requests under way at once on one server of ``decode``.
-        chunk: max-num-batched-tokens of a server that does both. Decoding requests take a token each, so
-            that a step has ``chunk - batch + 1`` for a prompt.
+        context: most tokens of prompts in a step of a server that does both; more than a prompt is not asked.
     """
     common = ["cli", "estimate", *_common(asked, model)]
     if prefill is None:
-        context = max(1, min(asked.prompt_tokens, chunk - batch + 1))
         ranks = ["--tp-size", str(decode.ranks)]
-        return [*common, "--batch-size", str(batch), *ranks, "--ctx-tokens", str(context)]
+        most = str(min(asked.prompt_tokens, context))
+        return [*common, "--batch-size", str(batch), *ranks, "--ctx-tokens", most]
     return [
         *(*common, "--estimate-mode", "disagg"),
         *("--prefill-num-workers", str(prefill.count), "--prefill-tp-size", str(prefill.ranks)),
@@ -200,7 +202,7 @@ def read_search(folder: Path, asked: Question) -> tuple[Candidate, ...]:
     """
     found: list[Candidate] = []
     for table in sorted(folder.rglob("best_config_topn.csv")):
-        scripts = []
+        scripts: list[str] = []
         while (script := table.parent / f"top{len(scripts) + 1}" / "run_0.sh").is_file():
             scripts.append(script.read_text(encoding="utf-8"))
         found += candidates(table.read_text(encoding="utf-8"), scripts, asked, str(table))
@@ -252,6 +254,7 @@ def _candidate(row: Mapping[str, str], script: str, asked: Question) -> Candidat
         concurrency=units * int(row["concurrency"]),
         speeds=speeds,
         step_tokens=None if apart else round(float(row["num_tokens"])),
+        context_tokens=None if apart else int(row["ctx_tokens"]),
         dtype=row[f"{last}gemm"],
         kv_dtype=row[f"{last}kvcache"],
         vllm=row[f"{last}version"],

@@ -29,8 +29,8 @@ class Speeds:
 class Score:
     """A forecast held against a measurement.
 
-    ``errors``: by arm and metric, forecast / measured - 1. ``winners``: by metric, the arm that was forecast to
-    be best and the one that was; empty if fewer than two arms have both.
+    ``errors``: by arm and metric, forecast / measured - 1. ``winners``: by metric, the arm that was forecast
+    to be best and the one that was; empty if fewer than two arms have both.
     """
 
     errors: Mapping[str, Mapping[str, float]]

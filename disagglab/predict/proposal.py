@@ -23,12 +23,14 @@ LAB_FILE = f"{NAME}.toml"
 
 @dataclass(frozen=True)
 class Deployment:
-    """Servers of one arm. ``prefill``: None where every server does both. ``chunk``: tokens of a step."""
+    """Servers of one arm. ``prefill``: None where every server does both. ``context``: most tokens of
+    prompts in a step.
+    """
 
     arm: str
     prefill: Worker | None
     decode: Worker
-    chunk: int
+    context: int
 
     def batch(self, concurrency: int) -> int:
         """Requests under way at once on each server that decodes."""
@@ -119,7 +121,10 @@ class Answer:
             rows.append([one.arm, str(one.concurrency), *self._cells(one.speeds), _options(one.table)])
         found += [f"  {line}" for line in text.table(rows, right=range(1, 6))]
         if self.forecasts:
-            found += ["", f"what it forecasts with {asked.concurrency} requests at once, as {asked.workload} has"]
+            found += [
+                "",
+                f"what it forecasts with {asked.concurrency} requests at once, as {asked.workload} has",
+            ]
             rows = [["arm", *_HEAD]]
             rows += [[arm, *self._cells(speeds)] for arm, speeds in self.forecasts.items()]
             found += [f"  {line}" for line in text.table(rows, right=range(1, 5))]
@@ -138,8 +143,8 @@ _HEAD = ("tokens/s", "per GPU", "TTFT s", "TPOT ms")
 
 
 def read_record(record: Mapping[str, Any], file: str) -> tuple[dict[str, Speeds], dict[str, str]]:
-    """The forecasts of a record that :meth:`Answer.as_dict` made, by arm; and the workload and definition that
-    they are of, by these keys.
+    """The forecasts of a record that :meth:`Answer.as_dict` made, by arm; and the workload and definition
+    that they are of, by these keys.
 
     Raises:
         ConfigError: if it is another kind of record, or holds no forecast, as of an open loop.
@@ -149,7 +154,9 @@ def read_record(record: Mapping[str, Any], file: str) -> tuple[dict[str, Speeds]
         asked = {key: str(record["asked"][key]) for key in ("workload", "definition")}
     except (AttributeError, KeyError, TypeError) as error:
         wrong = f"no record of propose: {type(error).__name__}: {error}"
-        raise ConfigError([Problem(file, "forecasts", wrong, "disagglab propose --out writes one")]) from error
+        raise ConfigError(
+            [Problem(file, "forecasts", wrong, "disagglab propose --out writes one")]
+        ) from error
     if not forecasts:
         mend = "ask for a workload with concurrency"
         raise ConfigError([Problem(file, "forecasts", "none, as of an open loop", mend)])
@@ -242,8 +249,8 @@ def _proposal(lab: Lab, asked: Question, one: Candidate, kind: str, name: str, t
         "what": f"what {NAME} {tool} proposes for {asked.workload}, {how}",
         "expects": (
             f"with {one.concurrency} requests at once {speeds.output_tokens_per_s:,.0f} output tokens/s, TTFT"
-            f" {speeds.ttft_s:.3f} s, TPOT {MS_PER_S * speeds.tpot_s:.2f} ms: its forecast for vLLM {one.vllm}"
-            f" on {asked.system}"
+            f" {speeds.ttft_s:.3f} s, TPOT {MS_PER_S * speeds.tpot_s:.2f} ms: its forecast for vLLM"
+            f" {one.vllm} on {asked.system}"
         ),
     }
     if one.prefill is None:
@@ -256,10 +263,11 @@ def _proposal(lab: Lab, asked: Question, one: Candidate, kind: str, name: str, t
             end = one.prefill.count + one.decode.count
             table["prefill"]["nodes"] = names[: one.prefill.count]
             table["decode"]["nodes"] = names[one.prefill.count : end]
-    chunk = args.get(CHUNK, asked.step_tokens)
-    return Proposal(
-        Deployment(f"{kind}@{name}", one.prefill, one.decode, chunk), table, one.concurrency, speeds
+    context = one.context_tokens if of_search else None
+    servers = Deployment(
+        f"{kind}@{name}", one.prefill, one.decode, context or args.get(CHUNK, asked.step_tokens)
     )
+    return Proposal(servers, table, one.concurrency, speeds)
 
 
 def _shape(one: Candidate) -> str:

@@ -1,7 +1,7 @@
 """Candidates as ways of a lab, and the lab file that holds them.
 
-Oracle: the recorded answer of selftest/predict/aiconfigurator, and the reader of lab files, which refuses what
-a way must not say.
+Oracle: the recorded answer of selftest/predict/aiconfigurator, and the reader of lab files, which refuses
+what a way must not say.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def answer() -> Answer:
 
 def candidate(prefill: Worker | None, decode: Worker) -> Candidate:
     """A candidate of these servers; its figures do not matter."""
-    step = 500 if prefill is None else None
-    return Candidate(prefill, decode, 8, Speeds(1, 1, 1), step, "bfloat16", "bfloat16", "0.24.0")
+    step, context = (500, 493) if prefill is None else (None, None)
+    return Candidate(prefill, decode, 8, Speeds(1, 1, 1), step, context, "bfloat16", "bfloat16", "0.24.0")
 
 
 def asked(nodes: tuple[int, int], gpus: int) -> Question:
@@ -76,6 +76,13 @@ def test_a_step_that_the_script_has_is_no_second_way() -> None:
     assert [one.arm for one in ways] == ["sharded@aiconfigurator"]
 
 
+def test_each_way_is_forecast_with_its_own_step() -> None:
+    """Tokens of prompts: 4,060 as the script has it, 512 of 551 and of 527 in the search, 8,192 the lab."""
+    contexts = [one.deployment.context for one in answer().proposals[:4]]
+    assert contexts == [4060, 512, 4060, 512]
+    assert {one.context for one in proposal.own(CHAT)} == {8192}
+
+
 @pytest.mark.parametrize(
     ("nodes", "gpus", "prefill", "decode", "kind"),
     [
@@ -101,7 +108,7 @@ def test_a_way_lies_on_whole_nodes(
 
 
 def test_another_ratio_names_its_nodes() -> None:
-    """Of four nodes, two of them prefill by the lab, one prefills and three decode; the lab's own has no names."""
+    """Of four nodes, two of them prefill by the lab, one prefills now; the lab's own ratio has no names."""
     lab = load_lab("four-h200-2p2d")
     names = [node.name for node in lab.nodes]
     found = [candidate(Worker(1, 1, {}), Worker(3, 1, {})), candidate(Worker(2, 1, {}), Worker(2, 1, {}))]
@@ -122,7 +129,7 @@ def test_requests_are_spread_over_the_servers(servers: int, concurrency: int, ba
 def test_the_labs_own_ways_are_forecast_beside() -> None:
     """Four arms; the servers of two nodes of one GPU."""
     shapes: Sequence[tuple[str, int | None, int, int]] = [
-        (one.arm, one.prefill and one.prefill.count, one.decode.count, one.decode.ranks)
+        (one.arm, one.prefill.count if one.prefill else None, one.decode.count, one.decode.ranks)
         for one in proposal.own(CHAT)
     ]
     assert shapes == [
