@@ -30,8 +30,9 @@ from disagglab.errors import ConfigError
 PROGRAM = "disagglab"
 DESCRIPTION = (
     "What the suite does beside its experiments, which pytest runs. kv, gate, score, frontier, predict,"
-    " history, reference, labs, plan and plan-trials compute from files and start nothing; propose asks another"
-    " program on this machine; provision and scatter go to the hosts of a lab; tune runs a session of pytest."
+    " history, reference, labs, plan and plan-trials compute from files and start nothing; propose asks"
+    " another program on this machine; provision and scatter go to the hosts of a lab; tune runs a session of"
+    " pytest."
 )
 EXAMPLES = ("disagglab labs", "disagglab kv Llama-3.1-8B-Instruct --link 100Gbps", "disagglab kv --help")
 COMMANDS = (

@@ -17,7 +17,7 @@ from disagglab.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from disagglab.predict.aiconfigurator import Question
-    from disagglab.predict.armforecast import Speeds
+    from disagglab.predict.armforecast import ArmFigures
     from disagglab.predict.proposal import Deployment
 
 TOOL = "aiconfigurator"
@@ -144,7 +144,7 @@ class _Tool:
             self._answers[key] = self._run(options)
         return self._answers[key]
 
-    def forecast(self, one: Deployment, concurrency: int) -> Speeds:
+    def forecast(self, one: Deployment, concurrency: int) -> ArmFigures:
         """What it forecasts of a deployment with so many requests under way at once."""
         from disagglab.predict import aiconfigurator
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
-from disagglab.predict.armforecast import Speeds
-from disagglab.predict.breakeven_map import step_tokens
+from disagglab.predict import stepbudget
+from disagglab.predict.armforecast import ArmFigures
 
 READ_VERSION = "0.12.0"  # whose output was recorded for selftest/predict/test_aiconfigurator.py
 BACKEND = "vllm"
@@ -83,7 +83,7 @@ class Candidate:
     """One division of the GPUs that meets the objective, as its search lists it.
 
     ``prefill``: None where every server does both. ``concurrency``: requests under way at once in all, which
-    it chose; ``speeds`` are those at that load. ``step_tokens``: of a step in its search, prompts and decode
+    it chose; ``figures`` are those at that load. ``step_tokens``: of a step in its search, prompts and decode
     together, and ``context_tokens`` of it those of prompts; None for disaggregated serving, where it says
     none. ``vllm``: the release its times are of.
     """
@@ -91,7 +91,7 @@ class Candidate:
     prefill: Worker | None
     decode: Worker
     concurrency: int
-    speeds: Speeds
+    figures: ArmFigures
     step_tokens: int | None
     context_tokens: int | None
     dtype: str
@@ -139,7 +139,7 @@ def question(lab: Lab, workload: str, system: str) -> Question:
         output_tokens=load.output_tokens,
         prefix_tokens=load.shared_prefix_tokens,
         concurrency=load.concurrency,
-        step_tokens=step_tokens(lab),
+        step_tokens=stepbudget.of_lab(lab).tokens,
         ttft_s=lab.slo.ttft_s,
         tpot_s=lab.slo.tpot_s,
         memory_share=None if share is None else float(share),
@@ -242,7 +242,7 @@ def _candidate(row: Mapping[str, str], script: str, asked: Question) -> Candidat
         if ranks != start.pop("tensor-parallel-size", 1):
             raise ValueError(f"{ranks} GPUs a server in the table, other ranks in the start script")
         workers.append(Worker(units * int(row[f"{prefix}workers"] if apart else 1), ranks, start))
-    speeds = Speeds(
+    figures = ArmFigures(
         output_tokens_per_s=units * float(row["request_rate"]) * asked.output_tokens,
         ttft_s=float(row["ttft"]) / MS_PER_S,
         tpot_s=float(row["tpot"]) / MS_PER_S,
@@ -252,7 +252,7 @@ def _candidate(row: Mapping[str, str], script: str, asked: Question) -> Candidat
         prefill=workers[0] if apart else None,
         decode=workers[-1],
         concurrency=units * int(row["concurrency"]),
-        speeds=speeds,
+        figures=figures,
         step_tokens=None if apart else round(float(row["num_tokens"])),
         context_tokens=None if apart else int(row["ctx_tokens"]),
         dtype=row[f"{last}gemm"],
@@ -269,7 +269,7 @@ def _starts(script: str) -> list[dict[str, int]]:
     ]
 
 
-def read_estimate(text: str, asked: Question, servers: int) -> Speeds:
+def read_estimate(text: str, asked: Question, servers: int) -> ArmFigures:
     """What ``cli estimate`` prints, for so many equal servers beside each other.
 
     Raises:
@@ -277,7 +277,7 @@ def read_estimate(text: str, asked: Question, servers: int) -> Speeds:
     """
     rows = dict(ESTIMATE_ROW.findall(text))
     try:
-        return Speeds(
+        return ArmFigures(
             output_tokens_per_s=servers * _number(rows["seq/s"]) * asked.output_tokens,
             ttft_s=_number(rows["TTFT"]) / MS_PER_S,
             tpot_s=_number(rows["TPOT"]) / MS_PER_S,

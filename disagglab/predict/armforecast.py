@@ -11,13 +11,13 @@ from disagglab.errors import ConfigError, Problem
 from disagglab.results.records import FigureRow
 from disagglab.stats.metric import METRICS
 
-# The metric that each field of Speeds is held against. A forecast of a mean is held against the median of
+# The metric that each field of ArmFigures is held against. A forecast of a mean is held against the median of
 # requests, because a run records no mean.
 MEASURED = {"output_tokens_per_s": "output_tokens_per_s", "ttft_s": "ttft_p50", "tpot_s": "tpot_p50"}
 
 
 @dataclass(frozen=True)
-class Speeds:
+class ArmFigures:
     """Three figures of an arm under one workload, forecast or measured, of all its servers together."""
 
     output_tokens_per_s: float
@@ -53,7 +53,7 @@ class Score:
         return found
 
 
-def score(forecast: Mapping[str, Speeds], measured: Mapping[str, Speeds]) -> Score:
+def score(forecast: Mapping[str, ArmFigures], measured: Mapping[str, ArmFigures]) -> Score:
     """Hold a forecast against a measurement, on the arms that have both.
 
     Raises:
@@ -79,7 +79,7 @@ def score(forecast: Mapping[str, Speeds], measured: Mapping[str, Speeds]) -> Sco
     return Score(errors, pairs if len(arms) > 1 else {})
 
 
-def measured(rows: Iterable[FigureRow], workload: str, definition: str) -> dict[str, Speeds]:
+def measured(rows: Iterable[FigureRow], workload: str, definition: str) -> dict[str, ArmFigures]:
     """The arms of a session, each figure the median of its rounds; an arm that lacks one is left out.
 
     Args:
@@ -89,17 +89,17 @@ def measured(rows: Iterable[FigureRow], workload: str, definition: str) -> dict[
     for row in rows:
         if (row.workload, row.definition) == (workload, definition) and row.metric in _FIELDS and row.values:
             found.setdefault(row.arm, {})[_FIELDS[row.metric]] = median(row.values)
-    return {arm: Speeds(**fields) for arm, fields in found.items() if len(fields) == len(MEASURED)}
+    return {arm: ArmFigures(**fields) for arm, fields in found.items() if len(fields) == len(MEASURED)}
 
 
 _FIELDS = {metric: name for name, metric in MEASURED.items()}
 _BETTER = {metric: METRICS[metric].better for metric in _FIELDS}
 
 
-def _value(speeds: Speeds, metric: str) -> float:
-    return float(getattr(speeds, _FIELDS[metric]))
+def _value(figures: ArmFigures, metric: str) -> float:
+    return float(getattr(figures, _FIELDS[metric]))
 
 
-def _best(speeds: Mapping[str, Speeds], arms: Iterable[str], metric: str) -> str:
+def _best(figures: Mapping[str, ArmFigures], arms: Iterable[str], metric: str) -> str:
     best = max if _BETTER[metric] == "higher" else min
-    return best(arms, key=lambda arm: _value(speeds[arm], metric))
+    return best(arms, key=lambda arm: _value(figures[arm], metric))

@@ -11,12 +11,11 @@ from disagglab.config import toml
 from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError, Problem
 from disagglab.predict.aiconfigurator import MS_PER_S, Candidate, Question, Worker
-from disagglab.predict.armforecast import Speeds
+from disagglab.predict.armforecast import ArmFigures
+from disagglab.predict.stepbudget import SEQUENCES, TOKENS
 
 NAME = "aiconfigurator"  # of a way that starts its servers as the tool's own script does
 STEP_NAME = f"{NAME}-step"  # of one whose chunk is the step that the tool's search computed with
-CHUNK = "max-num-batched-tokens"
-SEQUENCES = "max-num-seqs"
 RECORD = f"{NAME}.json"
 LAB_FILE = f"{NAME}.toml"
 
@@ -51,7 +50,7 @@ class Proposal:
     deployment: Deployment
     table: Mapping[str, Any]
     concurrency: int
-    speeds: Speeds
+    figures: ArmFigures
 
     @property
     def arm(self) -> str:
@@ -69,7 +68,7 @@ class Answer:
     tool: str
     vllm: str
     proposals: tuple[Proposal, ...]
-    forecasts: Mapping[str, Speeds]
+    forecasts: Mapping[str, ArmFigures]
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,12 +82,12 @@ class Answer:
                     "arm": one.arm,
                     "way": one.table,
                     "concurrency": one.concurrency,
-                    **asdict(one.speeds),
-                    "output_tokens_per_s_per_gpu": one.speeds.output_tokens_per_s / self.asked.all_gpus,
+                    **asdict(one.figures),
+                    "output_tokens_per_s_per_gpu": one.figures.output_tokens_per_s / self.asked.all_gpus,
                 }
                 for one in self.proposals
             ],
-            "forecasts": {arm: asdict(speeds) for arm, speeds in self.forecasts.items()},
+            "forecasts": {arm: asdict(figures) for arm, figures in self.forecasts.items()},
             "notes": list(self.notes),
         }
 
@@ -118,7 +117,7 @@ class Answer:
         ]
         rows = [["arm", "at once", *_HEAD, "options"]]
         for one in self.proposals:
-            rows.append([one.arm, str(one.concurrency), *self._cells(one.speeds), _options(one.table)])
+            rows.append([one.arm, str(one.concurrency), *self._cells(one.figures), _options(one.table)])
         found += [f"  {line}" for line in text.table(rows, right=range(1, 6))]
         if self.forecasts:
             found += [
@@ -126,23 +125,23 @@ class Answer:
                 f"what it forecasts with {asked.concurrency} requests at once, as {asked.workload} has",
             ]
             rows = [["arm", *_HEAD]]
-            rows += [[arm, *self._cells(speeds)] for arm, speeds in self.forecasts.items()]
+            rows += [[arm, *self._cells(figures)] for arm, figures in self.forecasts.items()]
             found += [f"  {line}" for line in text.table(rows, right=range(1, 5))]
         return [*found, "", "notes:", *(f"- {note}" for note in self.notes)]
 
-    def _cells(self, speeds: Speeds) -> list[str]:
+    def _cells(self, figures: ArmFigures) -> list[str]:
         return [
-            f"{speeds.output_tokens_per_s:,.0f}",
-            f"{speeds.output_tokens_per_s / self.asked.all_gpus:,.0f}",
-            f"{speeds.ttft_s:.3f}",
-            f"{MS_PER_S * speeds.tpot_s:.2f}",
+            f"{figures.output_tokens_per_s:,.0f}",
+            f"{figures.output_tokens_per_s / self.asked.all_gpus:,.0f}",
+            f"{figures.ttft_s:.3f}",
+            f"{MS_PER_S * figures.tpot_s:.2f}",
         ]
 
 
 _HEAD = ("tokens/s", "per GPU", "TTFT s", "TPOT ms")
 
 
-def read_record(record: Mapping[str, Any], file: str) -> tuple[dict[str, Speeds], dict[str, str]]:
+def read_record(record: Mapping[str, Any], file: str) -> tuple[dict[str, ArmFigures], dict[str, str]]:
     """The forecasts of a record that :meth:`Answer.as_dict` made, by arm; and the workload and definition
     that they are of, by these keys.
 
@@ -150,7 +149,7 @@ def read_record(record: Mapping[str, Any], file: str) -> tuple[dict[str, Speeds]
         ConfigError: if it is another kind of record, or holds no forecast, as of an open loop.
     """
     try:
-        forecasts = {str(arm): Speeds(**fields) for arm, fields in record["forecasts"].items()}
+        forecasts = {str(arm): ArmFigures(**fields) for arm, fields in record["forecasts"].items()}
         asked = {key: str(record["asked"][key]) for key in ("workload", "definition")}
     except (AttributeError, KeyError, TypeError) as error:
         wrong = f"no record of propose: {type(error).__name__}: {error}"
@@ -198,7 +197,7 @@ def proposals(
             left_out.append(f"no way of {asked.lab}, so left out: {_shape(one)}")
             continue
         ways.append(_proposal(lab, asked, one, kind, NAME, tool))
-        if one.step_tokens is not None and one.step_tokens != one.decode.args.get(CHUNK):
+        if one.step_tokens is not None and one.step_tokens != one.decode.args.get(TOKENS):
             ways.append(_proposal(lab, asked, one, kind, STEP_NAME, tool))
     return tuple(ways), tuple(left_out)
 
@@ -237,20 +236,20 @@ def _kind(asked: Question, one: Candidate) -> str | None:
 
 
 def _proposal(lab: Lab, asked: Question, one: Candidate, kind: str, name: str, tool: str) -> Proposal:
-    args = {key: value for key, value in one.decode.args.items() if key in (CHUNK, SEQUENCES)}
+    args = {key: value for key, value in one.decode.args.items() if key in (TOKENS, SEQUENCES)}
     of_search = name == STEP_NAME and one.step_tokens is not None
     if of_search:
-        args[CHUNK] = int(one.step_tokens or 0)
+        args[TOKENS] = int(one.step_tokens or 0)
     how = "with the step of its search" if of_search else "as its script starts it"
-    speeds = one.speeds
+    figures = one.figures
     table: dict[str, Any] = {
         "kind": kind,
         "name": name,
         "what": f"what {NAME} {tool} proposes for {asked.workload}, {how}",
         "expects": (
-            f"with {one.concurrency} requests at once {speeds.output_tokens_per_s:,.0f} output tokens/s, TTFT"
-            f" {speeds.ttft_s:.3f} s, TPOT {MS_PER_S * speeds.tpot_s:.2f} ms: its forecast for vLLM"
-            f" {one.vllm} on {asked.system}"
+            f"with {one.concurrency} requests at once {figures.output_tokens_per_s:,.0f} output tokens/s,"
+            f" TTFT {figures.ttft_s:.3f} s, TPOT {MS_PER_S * figures.tpot_s:.2f} ms: its forecast"
+            f" for vLLM {one.vllm} on {asked.system}"
         ),
     }
     if one.prefill is None:
@@ -265,9 +264,9 @@ def _proposal(lab: Lab, asked: Question, one: Candidate, kind: str, name: str, t
             table["decode"]["nodes"] = names[one.prefill.count : end]
     context = one.context_tokens if of_search else None
     servers = Deployment(
-        f"{kind}@{name}", one.prefill, one.decode, context or args.get(CHUNK, asked.step_tokens)
+        f"{kind}@{name}", one.prefill, one.decode, context or args.get(TOKENS, asked.step_tokens)
     )
-    return Proposal(servers, table, one.concurrency, speeds)
+    return Proposal(servers, table, one.concurrency, figures)
 
 
 def _shape(one: Candidate) -> str:

@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 
 from disagglab.errors import ConfigError
-from disagglab.predict.armforecast import MEASURED, Speeds, measured, score
+from disagglab.predict.armforecast import MEASURED, ArmFigures, measured, score
 from disagglab.results.records import FigureRow
 
-FORECAST = {"single": Speeds(100, 0.5, 0.02), "sharded": Speeds(200, 0.2, 0.03), "elsewhere": Speeds(1, 1, 1)}
-FOUND = {"single": Speeds(80, 0.4, 0.02), "sharded": Speeds(160, 0.5, 0.01), "not-forecast": Speeds(9, 9, 9)}
+FORECAST = {
+    "single": ArmFigures(100, 0.5, 0.02),
+    "sharded": ArmFigures(200, 0.2, 0.03),
+    "elsewhere": ArmFigures(1, 1, 1),
+}
+FOUND = {
+    "single": ArmFigures(80, 0.4, 0.02),
+    "sharded": ArmFigures(160, 0.5, 0.01),
+    "not-forecast": ArmFigures(9, 9, 9),
+}
 
 
 def row(arm: str, metric: str, *values: float, workload: str = "chat", definition: str = "d") -> FigureRow:
@@ -47,8 +55,8 @@ def test_one_arm_has_no_winner() -> None:
     assert found.right == 0
 
 
-@pytest.mark.parametrize("found", [{}, {"other": Speeds(1, 1, 1)}, {"single": Speeds(1, 0, 1)}])
-def test_nothing_to_hold_it_against_is_refused(found: dict[str, Speeds]) -> None:
+@pytest.mark.parametrize("found", [{}, {"other": ArmFigures(1, 1, 1)}, {"single": ArmFigures(1, 0, 1)}])
+def test_nothing_to_hold_it_against_is_refused(found: dict[str, ArmFigures]) -> None:
     """No arm in common, or a measured zero, gives no relative error."""
     with pytest.raises(ConfigError, match="arms"):
         score(FORECAST, found)
@@ -67,5 +75,5 @@ def test_measured_is_the_median_of_the_rounds() -> None:
         row("replicated", "ttft_p50", 1),
         row("replicated", "tpot_p50"),
     ]
-    assert measured(rows, "chat", "d") == {"single": Speeds(100, 0.5, 0.02)}
+    assert measured(rows, "chat", "d") == {"single": ArmFigures(100, 0.5, 0.02)}
     assert set(MEASURED) == {"output_tokens_per_s", "ttft_s", "tpot_s"}

@@ -18,7 +18,7 @@ from disagglab.config.labs import load_lab
 from disagglab.errors import ConfigError
 from disagglab.predict import aiconfigurator, proposal
 from disagglab.predict.aiconfigurator import Candidate, Question, Worker
-from disagglab.predict.armforecast import Speeds
+from disagglab.predict.armforecast import ArmFigures
 from disagglab.predict.proposal import Answer, Deployment
 
 RECORDED = Path(__file__).with_name("aiconfigurator")
@@ -37,14 +37,14 @@ ARMS = [
 def answer() -> Answer:
     """The recorded answer, with a made forecast of two arms."""
     ways, left_out = proposal.proposals(LAB, CHAT, FOUND, "0.12.0")
-    forecasts = {"single": Speeds(1342.4, 0.105, 0.0111), "sharded": Speeds(2086.0, 0.081, 0.0071)}
+    forecasts = {"single": ArmFigures(1342.4, 0.105, 0.0111), "sharded": ArmFigures(2086.0, 0.081, 0.0071)}
     return Answer(CHAT, "0.12.0", "0.24.0", ways, forecasts, (*proposal.notes(LAB, CHAT, FOUND), *left_out))
 
 
 def candidate(prefill: Worker | None, decode: Worker) -> Candidate:
     """A candidate of these servers; its figures do not matter."""
     step, context = (500, 493) if prefill is None else (None, None)
-    return Candidate(prefill, decode, 8, Speeds(1, 1, 1), step, context, "bfloat16", "bfloat16", "0.24.0")
+    return Candidate(prefill, decode, 8, ArmFigures(1, 1, 1), step, context, "bfloat16", "bfloat16", "0.24.0")
 
 
 def asked(nodes: tuple[int, int], gpus: int) -> Question:
