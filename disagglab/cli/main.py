@@ -18,23 +18,26 @@ from disagglab.cli import (
     plan,
     plan_trials,
     predict,
+    propose,
     provision,
     publish,
     scatter,
+    score,
     tune,
 )
 from disagglab.errors import ConfigError
 
 PROGRAM = "disagglab"
 DESCRIPTION = (
-    "What the suite does beside its experiments, which pytest runs. kv, gate, frontier, predict, history,"
-    " reference, labs, plan and plan-trials compute from files and start nothing; provision and scatter go to"
-    " the hosts of a lab; tune runs a session of pytest."
+    "What the suite does beside its experiments, which pytest runs. kv, gate, score, frontier, predict,"
+    " history, reference, labs, plan and plan-trials compute from files and start nothing; propose asks"
+    " another program on this machine; provision and scatter go to the hosts of a lab; tune runs a session of"
+    " pytest."
 )
 EXAMPLES = ("disagglab labs", "disagglab kv Llama-3.1-8B-Instruct --link 100Gbps", "disagglab kv --help")
 COMMANDS = (
-    *(labs, kv, predict, plan, plan_trials, provision, scatter, tune),
-    *(gate, frontier, history, publish, completion),
+    *(labs, kv, predict, propose, plan, plan_trials, provision, scatter, tune),
+    *(gate, score, frontier, history, publish, completion),
 )
 COMPLETING = "_ARGCOMPLETE"  # argcomplete's own variable: a shell asks for completions
 
