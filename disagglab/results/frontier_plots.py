@@ -11,18 +11,18 @@ from disagglab.results.plot import PAIRED, PAIRED_UP
 from disagglab.results.promise import KINDS
 from disagglab.results.rated_run import RatedRun
 from disagglab.results.recorder import Recorder
-from disagglab.results.standing import MARGIN
+from disagglab.results.standing import USUAL, Terms
 
 Series = Mapping[str, tuple[list[float], list[float]]]
 
 
-def record(recorder: Recorder, frontier: Frontier, margin: float = MARGIN) -> None:
+def record(recorder: Recorder, frontier: Frontier, terms: Terms = USUAL) -> None:
     """Numbers of every point, and the figures: goodput, p99 ITL, tokens/s, winners.
 
     Raises:
         InvalidRun: see :func:`.standing.standings`.
     """
-    said = ". ".join(words(frontier, margin=margin))
+    said = ". ".join(words(frontier, terms=terms))
     for point in frontier.points():
         runs = frontier.at(point.arm, point.rate_per_s)
         recorder.numbers(
@@ -63,7 +63,7 @@ def record(recorder: Recorder, frontier: Frontier, margin: float = MARGIN) -> No
         "A line joins the rates of an arm; points are rounds."
         f" Beaten by no other way in both: {best or 'none'}.",
     )
-    winners = winners_by_limit(frontier, margin)
+    winners = winners_by_limit(frontier, terms)
     if winners:
         recorder.plot(
             "Who is ahead, by load and promise",
@@ -113,14 +113,14 @@ def tokens(frontier: Frontier) -> Series:
     return found
 
 
-def winners_by_limit(frontier: Frontier, margin: float = MARGIN) -> Series:
+def winners_by_limit(frontier: Frontier, terms: Terms = USUAL) -> Series:
     """A series an answer, its points the rates and limits; empty where the promise has no second limit."""
     axis = winner_map.axis_of(frontier.promise)
     if axis is None:
         return {}
     rows = winner_map.grid(frontier.promise)
     own = next(row for row in rows if row[0].ttft_s == frontier.promise.ttft_s)
-    (cells,) = winner_map.winner_map(frontier, [own], margin)
+    (cells,) = winner_map.winner_map(frontier, [own], terms)
     found: dict[str, tuple[list[float], list[float]]] = {}
     for cell in cells:
         for rate in frontier.rates:

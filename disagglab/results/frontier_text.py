@@ -9,7 +9,7 @@ from disagglab.results import winner_map
 from disagglab.results.dominance import words
 from disagglab.results.frontier import Frontier, Point, pareto
 from disagglab.results.promise import limit_text
-from disagglab.results.standing import ITL_P99, MARGIN, pairs
+from disagglab.results.standing import ITL_P99, USUAL, Terms, pairs
 from disagglab.stats.pooled import REFUTED_AT
 
 NONE = "-"
@@ -22,7 +22,7 @@ JOULES = ("J/token", "prefill J/token", "decode J/token")
 KILO = 1000
 
 
-def lines(frontier: Frontier, margin: float = MARGIN, whole_map: bool = True) -> list[str]:
+def lines(frontier: Frontier, terms: Terms = USUAL, whole_map: bool = True) -> list[str]:
     """All that is said of a frontier.
 
     Args:
@@ -35,14 +35,14 @@ def lines(frontier: Frontier, margin: float = MARGIN, whole_map: bool = True) ->
         f"{frontier.workload}{f' ({frontier.stream})' if frontier.stream else ''}: good is a request with"
         f" {frontier.promise}",
         "",
-        *words(frontier, margin=margin),
+        *words(frontier, terms=terms),
     ]
     if all(run.itl_p99_s is not None for run in frontier.runs):
-        found += ["", "p99 ITL of all requests:", *words(frontier, ITL_P99, margin)]
+        found += ["", "p99 ITL of all requests:", *words(frontier, ITL_P99, terms)]
     found += ["", *text.table(table(frontier), range(1, len(table(frontier)[0]))), "", *_notes(frontier)]
-    found += ["", *variance_lines(frontier)]
+    found += ["", *variance_lines(frontier, terms)]
     if whole_map:
-        cells = winner_map.winner_map(frontier, margin=margin)
+        cells = winner_map.winner_map(frontier, terms=terms)
         found += ["", *winner_map.lines(cells, frontier.promise)]
     return [*found, *(f"left out: {line}" for line in frontier.left_out)]
 
@@ -68,7 +68,7 @@ def table(frontier: Frontier) -> list[tuple[str, ...]]:
     return [head, *rows]
 
 
-def variance_lines(frontier: Frontier) -> list[str]:
+def variance_lines(frontier: Frontier, terms: Terms = USUAL) -> list[str]:
     """What the bands assume, pair by pair: the spread of a round's log-ratio of goodput, and whether one
     variance for all rates stands.
     """
@@ -76,7 +76,7 @@ def variance_lines(frontier: Frontier) -> list[str]:
         ("way", "other way", "deviation of a round", "degrees of freedom", "p of equal variances", "band")
     ]
     seen = set()
-    for (arm, rival), pair in pairs(frontier).items():
+    for (arm, rival), pair in pairs(frontier, terms=terms).items():
         if (rival, arm) in seen or not pair.place:
             continue
         seen.add((arm, rival))
@@ -96,10 +96,12 @@ def variance_lines(frontier: Frontier) -> list[str]:
                 else "of each rate alone",
             )
         )
-    said = (
-        f"bands of goodput: one variance for all rates of a pair, unless Bartlett's test refutes it"
-        f" (p <= {REFUTED_AT:g})"
-    )
+    said = "bands of goodput: of each rate's own rounds, as asked for"
+    if not terms.own_spread:
+        said = (
+            "bands of goodput: one variance for all rates of a pair, unless Bartlett's test speaks against it"
+            f" (p <= {REFUTED_AT:g})"
+        )
     return [said, *text.table(rows, (2, 3, 4))]
 
 

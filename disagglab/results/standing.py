@@ -16,7 +16,20 @@ from disagglab.stats.metric import Direction
 from disagglab.stats.pooled import Pooled
 from disagglab.stats.rivals import against_best
 
-MARGIN = 0.05  # differences below it count as none
+MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which ways are told apart. ``margin``: differences below it count as none. ``own_spread``: the band
+    of a rate is made of its own rounds alone, see :mod:`disagglab.stats.pooled`.
+    """
+
+    margin: float = MARGIN
+    own_spread: bool = False
+
+
+USUAL = Terms()
 
 
 class Place(StrEnum):
@@ -83,9 +96,7 @@ def place_of(low: float, high: float, margin: float) -> Place:
     return Place.BEHIND if high < 0 else Place.OPEN
 
 
-def standings(
-    frontier: Frontier, figure: Figure | None = None, margin: float = MARGIN
-) -> tuple[Standing, ...]:
+def standings(frontier: Frontier, figure: Figure | None = None, terms: Terms = USUAL) -> tuple[Standing, ...]:
     """Every arm but the twins at every rate at which it and a rival have common rounds, by rate.
 
     Args:
@@ -94,8 +105,8 @@ def standings(
     Raises:
         InvalidRun: if a figure is not positive and finite.
     """
-    met = pairs(frontier, figure)
-    return tuple(found for rate in frontier.rates for found in _at(frontier, rate, met, margin))
+    met = pairs(frontier, figure, terms)
+    return tuple(found for rate in frontier.rates for found in _at(frontier, rate, met, terms.margin))
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Pair:
     place: Mapping[float, int]
 
     @classmethod
-    def of(cls, frontier: Frontier, figure: Figure, arm: str, rival: str) -> Pair:
+    def of(cls, frontier: Frontier, figure: Figure, arm: str, rival: str, own_spread: bool) -> Pair:
         found: dict[float, tuple[float, ...]] = {}
         for rate in frontier.rates:
             ours, theirs = (
@@ -118,10 +129,14 @@ class Pair:
             common = sorted(ours.keys() & theirs.keys())
             if common:
                 found[rate] = tuple(map(partial(_better_log, figure, ours, theirs), common))
-        return cls(Pooled(tuple(found.values())), {rate: place for place, rate in enumerate(found)})
+        return cls(
+            Pooled(tuple(found.values()), own_spread), {rate: place for place, rate in enumerate(found)}
+        )
 
 
-def pairs(frontier: Frontier, figure: Figure | None = None) -> dict[tuple[str, str], Pair]:
+def pairs(
+    frontier: Frontier, figure: Figure | None = None, terms: Terms = USUAL
+) -> dict[tuple[str, str], Pair]:
     """Every arm but the twins with each of its rivals. ``figure``: goodput if it is None.
 
     Raises:
@@ -130,7 +145,9 @@ def pairs(frontier: Frontier, figure: Figure | None = None) -> dict[tuple[str, s
     asked = figure or goodput(frontier)
     arms = [arm for arm in frontier.arms if not arm.endswith(AGAIN)]
     return {
-        (arm, rival): Pair.of(frontier, asked, arm, rival) for arm in arms for rival in frontier.rivals(arm)
+        (arm, rival): Pair.of(frontier, asked, arm, rival, terms.own_spread)
+        for arm in arms
+        for rival in frontier.rivals(arm)
     }
 
 

@@ -2,7 +2,13 @@
 
 Few rounds a point tell little of their spread; the points together tell more. The assumption is that the
 log-ratios of all points have the same variance, whatever their means. It is looked at by Bartlett's test;
-where that refutes it, or cannot be made, each point is left with a variance of its own.
+where that speaks against it, or cannot be made, each point is left with a variance of its own.
+
+A look is no proof: variances that differ are not always found out. Simulated, three rounds at each of five
+points, one of them 3 times as noisy as the others: its band of nominally 95 % holds the truth in 83 % of the
+sets; with one variance whatever the look says in 71 %; with its own always in 95 %, and is then 1.5 times as
+wide where all are equal. Equal variances: 93, 95 and 95 %. ``own`` asks for the last
+(selftest/stats/test_pooled.py).
 """
 
 from __future__ import annotations
@@ -16,7 +22,9 @@ from scipy import special
 from disagglab.stats.rule import CONFIDENCE, quantile
 
 ALPHA = 1 - CONFIDENCE
-REFUTED_AT = 0.05  # p of Bartlett's test at which variances are not taken to be equal
+# p of Bartlett's test from which on variances are not taken to be equal. It is no claim that they differ, but
+# a choice between two bands, for which 0.05 finds out too little (compare T. Bancroft, Biometrics 20, 1964).
+REFUTED_AT = 0.25
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,12 @@ class Band:
 
 @dataclass(frozen=True)
 class Pooled:
-    """``points``: the log-ratios of the rounds, a point each; a point has one round at the least."""
+    """``points``: the log-ratios of the rounds, a point each; a point has one round at the least. ``own``:
+    whether each point has its own variance, whatever the look at all of them says.
+    """
 
     points: tuple[tuple[float, ...], ...]
+    own: bool = False
 
     @property
     def freedom(self) -> int:
@@ -84,8 +95,8 @@ class Pooled:
 
     @property
     def equal(self) -> bool:
-        """Whether equal variances stand: looked at, and not refuted at ``REFUTED_AT``."""
-        return self.equal_p is not None and self.equal_p > REFUTED_AT
+        """Whether one variance is taken for all points: looked at, not refuted, and not asked against."""
+        return not self.own and self.equal_p is not None and self.equal_p > REFUTED_AT
 
     def band(self, point: int, alpha: float = ALPHA) -> Band:
         """Student's t limits of a point's mean, each at ``alpha / 2``: of the pooled variance where equal
