@@ -58,6 +58,12 @@ def test_means_over_rounds() -> None:
     assert point.gaps_above == 0.0
 
 
+def test_goodput_of_each_round() -> None:
+    """As a forecast is scored with."""
+    found = frontier({"replicated": {1.0: [10, 20], 2.0: [5]}})
+    assert found.goodput_per_s == {("replicated", 1.0): (2.0, 1.0), ("replicated", 2.0): (4.0,)}
+
+
 def test_a_p99_of_ttft_is_of_all_rounds_together() -> None:
     """Five rounds of 20 have a hundred requests: 99 of 0.5 s, and one of 3 s."""
     runs = tuple(rated("single", number=n, good=19 if n == 0 else 20) for n in range(5))
