@@ -72,7 +72,8 @@ class Footprint:
 def footprints(lab: Lab, ways: Sequence[WaySection] = ()) -> dict[str, Footprint]:
     """By arm: the kinds of the lab's own settings, then these ways, each followed by its twin."""
     found: dict[str, Footprint] = {}
-    for one in (SINGLE, REPLICATED, DISAGGREGATED, *ways):
+    every: tuple[WaySection | str, ...] = (SINGLE, REPLICATED, DISAGGREGATED, *ways)
+    for one in every:
         arm = one if isinstance(one, str) else one.arm
         found[arm] = found[twin_of(arm)] = Footprint.of_way(lab, one)
     return found

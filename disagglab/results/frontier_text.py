@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from disagglab import text
+from disagglab.config.arms import AGAIN
 from disagglab.results import winner_map
 from disagglab.results.dominance import words
 from disagglab.results.frontier import Frontier, Point, pareto
 from disagglab.results.promise import limit_text
-from disagglab.results.standing import ITL_P99, USUAL, Terms, pairs
-from disagglab.stats.pooled import REFUTED_AT
+from disagglab.results.standing import ITL_P99, USUAL, Pair, Terms, goodput, pairs
+from disagglab.stats.pooled import REFUTED_AT, Pooled
 
 NONE = "-"
 COLUMNS = (
@@ -39,8 +41,9 @@ def lines(frontier: Frontier, terms: Terms = USUAL, whole_map: bool = True) -> l
     ]
     if all(run.itl_p99_s is not None for run in frontier.runs):
         found += ["", "p99 ITL of all requests:", *words(frontier, ITL_P99, terms)]
-    found += ["", *text.table(table(frontier), range(1, len(table(frontier)[0]))), "", *_notes(frontier)]
-    found += ["", *variance_lines(frontier, terms)]
+    rows = _without_empty(table(frontier))
+    found += ["", *text.table(rows, range(1, len(rows[0]))), "", *_notes(frontier)]
+    found += ["", *variance_lines(frontier, terms), *twin_lines(frontier)]
     if whole_map:
         cells = winner_map.winner_map(frontier, terms=terms)
         found += ["", *winner_map.lines(cells, frontier.promise)]
@@ -103,6 +106,37 @@ def variance_lines(frontier: Frontier, terms: Terms = USUAL) -> list[str]:
             f" (p <= {REFUTED_AT:g})"
         )
     return [said, *text.table(rows, (2, 3, 4))]
+
+
+def twin_lines(frontier: Frontier) -> list[str]:
+    """What two ways of the same servers, started again, leave open: a line for each twin.
+
+    Student's t over the log-ratios of all rates and rounds together; the true ratio is 1 if turns are fair.
+    """
+    found = []
+    for twin in filter(lambda arm: arm.endswith(AGAIN), frontier.arms):
+        own = twin.removesuffix(AGAIN)
+        pair = Pair.of(frontier, goodput(frontier), twin, own, own_spread=True)
+        logs = tuple(log for point in pair.pooled.points for log in point)
+        if not logs:
+            continue
+        band = Pooled((logs,)).band(0)
+        said = f"{twin} against {own}, goodput of {len(logs)} pairs: {math.exp(band.mean):.3f} times"
+        if not band.limited:
+            found.append(f"{said}; one pair has no band")
+            continue
+        fair = band.low <= 0 <= band.high
+        found.append(
+            f"{said} [{math.exp(band.low):.3f}, {math.exp(band.high):.3f}]:"
+            f" {'no difference is seen' if fair else 'turns do not treat them alike'}"
+        )
+    return found
+
+
+def _without_empty(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The rows without the columns in which nothing is known."""
+    kept = [n for n in range(len(rows[0])) if any(row[n] != NONE for row in rows[1:])]
+    return [tuple(row[n] for n in kept) for row in rows]
 
 
 def _key(point: Point) -> tuple[str, float]:

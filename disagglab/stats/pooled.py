@@ -5,7 +5,7 @@ log-ratios of all points have the same variance, whatever their means. It is loo
 where that speaks against it, or cannot be made, each point is left with a variance of its own.
 
 A look is no proof: variances that differ are not always found out. Simulated, three rounds at each of five
-points, one of them 3 times as noisy as the others: its band of nominally 95 % holds the truth in 83 % of the
+points, one of them 3 times as noisy as the others: its band of nominally 95 % holds the truth in 84 % of the
 sets; with one variance whatever the look says in 71 %; with its own always in 95 %, and is then 1.5 times as
 wide where all are equal. Equal variances: 93, 95 and 95 %. ``own`` asks for the last
 (selftest/stats/test_pooled.py).

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from disagglab.results.footprint import Footprint
 from disagglab.results.frontier import Frontier
-from disagglab.results.frontier_text import COLUMNS, lines, table, variance_lines
+from disagglab.results.frontier_text import COLUMNS, lines, table, twin_lines, variance_lines
 from disagglab.results.price import Price
 from disagglab.results.standing import Terms
-from selftest.results.rated import frontier, rated
+from selftest.results.rated import FOOTPRINTS, frontier, rated
 
 MADE = frontier(
     {
@@ -52,6 +52,14 @@ def test_per_gpu_on_cpus_is_a_dash() -> None:
     assert (found["/GPU"], found["/decode GPU"], found["/node"]) == ("-", "-", "11")
 
 
+def test_a_column_of_dashes_is_not_printed() -> None:
+    cpus = dict.fromkeys(FOOTPRINTS, Footprint(2, 0, 0, 0, ("a",), ("b",)))
+    with_gpus, without = ("\n".join(lines(replace(MADE, footprints=one))) for one in (FOOTPRINTS, cpus))
+    assert "/decode GPU  prompt" in with_gpus
+    assert "/decode GPU  prompt" not in without
+    assert "tokens/s  /node  /user" in without
+
+
 def test_all_that_is_said() -> None:
     """The promise, the winner, the notes, the map, and the runs that do not count."""
     said = "\n".join(lines(replace(MADE, left_out=("single at 1/s, round 0: no proof",))))
@@ -75,3 +83,26 @@ def test_the_assumption_of_the_bands_is_shown() -> None:
     assert variance_lines(MADE, Terms(own_spread=True))[2].endswith("of each rate alone")
     once = replace(MADE, runs=tuple(run for run in MADE.runs if run.round == 0))
     assert variance_lines(once)[2].endswith("none: one round")
+
+
+def with_twin(scale: float) -> Frontier:
+    """The replicas and their twin, which takes ``scale`` times as long, give or take 1 %."""
+    own = [run for run in MADE.runs if run.arm == "replicated"]
+    noise = {0: 1.01, 1: 1.0, 2: 0.99}
+    twin = [
+        replace(run, arm="replicated-again", duration_s=run.duration_s * scale * noise[run.round])
+        for run in own
+    ]
+    places = {**FOOTPRINTS, "replicated-again": FOOTPRINTS["replicated"]}
+    return replace(MADE, footprints=places, runs=(*own, *twin))
+
+
+def test_twins_tell_whether_turns_are_fair() -> None:
+    """Six pairs at two rates; a twin that is a tenth slower is the negative control."""
+    (fair,) = twin_lines(with_twin(1.0))
+    assert fair.startswith("replicated-again against replicated, goodput of 6 pairs: 1.000 times [0.99")
+    assert fair.endswith("no difference is seen")
+    (unfair,) = twin_lines(with_twin(1.1))
+    assert "0.909 times" in unfair
+    assert unfair.endswith("turns do not treat them alike")
+    assert twin_lines(MADE) == []
