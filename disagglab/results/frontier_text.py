@@ -72,12 +72,10 @@ def table(frontier: Frontier) -> list[tuple[str, ...]]:
 
 
 def variance_lines(frontier: Frontier, terms: Terms = USUAL) -> list[str]:
-    """What the bands assume, pair by pair: the spread of a round's log-ratio of goodput, and whether one
-    variance for all rates stands.
+    """What the bands assume, pair by pair: how many times the binomial deviation a round's log-ratio of
+    goodput has (1: requests are good independently of each other), and whether that stands for all rates.
     """
-    rows = [
-        ("way", "other way", "deviation of a round", "degrees of freedom", "p of equal variances", "band")
-    ]
+    rows = [("way", "other way", "times binomial", "degrees of freedom", "p of equal variances", "band")]
     seen = set()
     for (arm, rival), pair in pairs(frontier, terms=terms).items():
         if (rival, arm) in seen or not pair.place:
@@ -89,12 +87,12 @@ def variance_lines(frontier: Frontier, terms: Terms = USUAL) -> list[str]:
             (
                 arm,
                 rival,
-                NONE if deviation is None else f"{100 * deviation:.2g} %",
+                NONE if deviation is None else f"{deviation:.2g}",
                 str(pooled.freedom),
                 NONE if p is None else f"{p:.2g}",
                 "none: one round"
-                if not pooled.freedom
-                else "one variance for all rates"
+                if all(len(point) == 1 for point in pooled.points)
+                else "of all rates together"
                 if pooled.equal
                 else "of each rate alone",
             )
@@ -102,8 +100,8 @@ def variance_lines(frontier: Frontier, terms: Terms = USUAL) -> list[str]:
     said = "bands of goodput: of each rate's own rounds, as asked for"
     if not terms.own_spread:
         said = (
-            "bands of goodput: one variance for all rates of a pair, unless Bartlett's test speaks against it"
-            f" (p <= {REFUTED_AT:g})"
+            "bands of goodput: one multiple of the binomial variance for all rates of a pair, unless"
+            f" Bartlett's test speaks against it (p <= {REFUTED_AT:g})"
         )
     return [said, *text.table(rows, (2, 3, 4))]
 

@@ -9,7 +9,7 @@ from disagglab.results.dominance import leaders, stretches, words
 from disagglab.results.frontier import Frontier
 from disagglab.results.promise import Promise
 from disagglab.results.standing import ITL_P99, Place, standings
-from selftest.results.rated import frontier
+from selftest.results.rated import MANY, frontier, rated
 
 NOISE = (1.01, 1.0, 0.99)
 
@@ -25,7 +25,8 @@ def made(disaggregated: Sequence[float], rates: Sequence[float] = (1.0, 3.0, 6.0
         {
             "replicated": {rate: [10.0] * 3 for rate in rates},
             "disaggregated": {rate: rounds(share) for rate, share in zip(rates, disaggregated, strict=True)},
-        }
+        },
+        MANY,
     )
 
 
@@ -71,10 +72,19 @@ def test_one_round_tells_nothing_apart() -> None:
 
 
 def test_a_win_of_little_use_is_said() -> None:
-    """Every request misses a TTFT of 0.1 s: the ratios stand, and so does that nothing is good."""
-    said = words(MADE.promising(Promise(ttft_s=0.1)))
-    assert "as few as 0 % of its requests are good" in said[1]
+    """12, 13 and 11 of 20 against 3, 4 and 2: three times as many, and 60 % of those sent."""
+    good = {"replicated": (3, 4, 2), "disaggregated": (12, 13, 11)}
+    runs = tuple(rated(arm, 1.0, n, good=k) for arm, rounds in good.items() for n, k in enumerate(rounds))
+    (said,) = words(replace(MADE, runs=runs))
+    assert "disaggregated, 3" in said
+    assert said.endswith("as few as 60 % of its requests are good")
     assert "as few as" not in words(MADE)[1]
+
+
+def test_nothing_good_is_nothing_to_tell_apart() -> None:
+    """Every request misses a TTFT of 0.1 s, however long the runs took."""
+    (said,) = words(MADE.promising(Promise(ttft_s=0.1)))
+    assert "not told apart" in said
 
 
 def test_another_figure_has_no_promise() -> None:

@@ -9,13 +9,14 @@ from disagglab.results.frontier import Frontier
 from disagglab.results.frontier_text import COLUMNS, lines, table, twin_lines, variance_lines
 from disagglab.results.price import Price
 from disagglab.results.standing import Terms
-from selftest.results.rated import FOOTPRINTS, frontier, rated
+from selftest.results.rated import FOOTPRINTS, MANY, frontier, rated
 
 MADE = frontier(
     {
         "replicated": {1.0: [10, 11, 12], 2.0: [10, 11, 12]},
         "disaggregated": {1.0: [5, 5.6, 6], 2.0: [10, 11.2, 12]},
-    }
+    },
+    MANY,
 )
 
 
@@ -73,14 +74,29 @@ def test_all_that_is_said() -> None:
     assert "who is ahead, by promise" not in "\n".join(lines(MADE, whole_map=False))
 
 
+COUNTED = {
+    "replicated": {1.0: (18, 16, 17), 2.0: (12, 10, 14)},
+    "disaggregated": {1.0: (19, 18, 20), 2.0: (15, 16, 13)},
+}
+
+
 def test_the_assumption_of_the_bands_is_shown() -> None:
-    """A pair stands once; with its spread, and whether one variance is taken for all rates."""
-    head, columns, only = variance_lines(MADE)
+    """A pair stands once, with its spread and whether that of all rates is taken. Where all requests are
+    good nothing tells of it.
+    """
+    runs = tuple(
+        rated(arm, rate, number, good=good)
+        for arm, rates in COUNTED.items()
+        for rate, rounds in rates.items()
+        for number, good in enumerate(rounds)
+    )
+    head, columns, only = variance_lines(replace(MADE, runs=runs))
     assert "Bartlett" in head
     assert columns.split("  ")[0] == "way"
     assert only.startswith("replicated  disaggregated")
-    assert only.endswith("one variance for all rates")
-    assert variance_lines(MADE, Terms(own_spread=True))[2].endswith("of each rate alone")
+    assert only.endswith("of all rates together")
+    assert variance_lines(MADE)[2].endswith("of each rate alone")
+    assert variance_lines(MADE, Terms(own_spread=True))[0].endswith("as asked for")
     once = replace(MADE, runs=tuple(run for run in MADE.runs if run.round == 0))
     assert variance_lines(once)[2].endswith("none: one round")
 

@@ -9,7 +9,7 @@ import pytest
 from disagglab.results.promise import NOTHING, Promise
 from disagglab.results.rated_run import RatedRun
 from disagglab.results.winner_map import FACTORS, axis_of, grid, lines, winner_map
-from selftest.results.rated import frontier, rated
+from selftest.results.rated import MANY, frontier, rated
 
 # Replicas answer with a TTFT of 0.5 s and a TPOT of 0.15 s, disaggregated serving with 1.5 s and 0.05 s: the
 # first keep what is tight on TTFT and relaxed on TPOT, the second the reverse; both what is relaxed on both.
@@ -19,8 +19,8 @@ NOISE = (9.9, 10.0, 10.1)
 def runs(arm: str, ttft_s: float, tpot_s: float) -> tuple[RatedRun, ...]:
     return tuple(
         replace(
-            rated(arm, rate, number, duration_s=duration_s, tpot_s=tpot_s),
-            ttft_s=(ttft_s,) * 20,
+            rated(arm, rate, number, duration_s=duration_s, tpot_s=tpot_s, sent=MANY),
+            ttft_s=(ttft_s,) * MANY,
         )
         for rate in (1.0, 2.0)
         for number, duration_s in enumerate(NOISE if arm == "replicated" else (10.0,) * 3)
