@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from disagglab.config import way
-from disagglab.config.arms import DISAGGREGATED, REPLICATED, SINGLE, twin_of
 from disagglab.config.schema import Lab, NodeSection, WaySection
 
 
@@ -67,16 +66,6 @@ class Footprint:
     def apart(self) -> bool:
         """Whether the roles have nodes of their own."""
         return self.prefill != self.decode
-
-
-def footprints(lab: Lab, ways: Sequence[WaySection] = ()) -> dict[str, Footprint]:
-    """By arm: the kinds of the lab's own settings, then these ways, each followed by its twin."""
-    found: dict[str, Footprint] = {}
-    every: tuple[WaySection | str, ...] = (SINGLE, REPLICATED, DISAGGREGATED, *ways)
-    for one in every:
-        arm = one if isinstance(one, str) else one.arm
-        found[arm] = found[twin_of(arm)] = Footprint.of_way(lab, one)
-    return found
 
 
 def _gpus(nodes: Iterable[NodeSection]) -> int:

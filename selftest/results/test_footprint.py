@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import NodeSection, RoleSection, WaySection
-from disagglab.results.footprint import Footprint, footprints
+from disagglab.results.footprint import Footprint
 
 
 def node(name: str, *gpus: int, host: str = "local") -> NodeSection:
@@ -74,7 +72,3 @@ def test_a_way_with_roles_of_its_own() -> None:
     )
     found = Footprint.of_way(FOUR, own)
     assert found == Footprint(2, 2, 1, 1, (first,), (last,))
-    places = footprints(FOUR, [own])
-    assert list(places)[-2:] == ["disaggregated@pair", "disaggregated@pair-again"]
-    assert places["disaggregated@pair"] == places["disaggregated@pair-again"] == found
-    assert places["single-again"] == replace(places["single"])

@@ -61,7 +61,10 @@ def test_the_report_has_numbers_and_figures(tmp_path: Path) -> None:
         "Tokens/s per user against tokens/s for the hardware",
         "Who is ahead, by load and promise",
     ]
-    assert all(plot.render(one).startswith("<svg") for one in store.plots)
+    drawn = [plot.render(one) for one in store.plots]
+    assert all(one.startswith("<svg") for one in drawn)
+    assert "replicated" in drawn[0]
+    assert "rounds" not in drawn[0].replace("are rounds", ""), "the key names the lines alone"
     assert "disaggregated, 2.00 times the goodput of replicated" in store.plots[0].caption
 
 
