@@ -9,7 +9,16 @@ from disagglab.units import seconds, share
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("90", 90), ("90s", 90), ("10m", 600), ("10 min", 600), ("1.5h", 5400), (" 2m ", 120), ("0s", 0)],
+    [
+        ("50ms", 0.05),
+        ("90", 90),
+        ("90s", 90),
+        ("10m", 600),
+        ("10 min", 600),
+        ("1.5h", 5400),
+        (" 2m ", 120),
+        ("0s", 0),
+    ],
 )
 def test_times(text: str, value: float) -> None:
     assert seconds(text) == value

@@ -19,8 +19,8 @@ def add(commands: command.Commands) -> None:
         "which way wins at which load and promise",
         "Print the frontier of a finished session: which way is ahead at which offered rate and by how much,"
         " a row for each way and rate, and who wins for limits around the promise. Computed from"
-        " frontier.json in the session's folder, so another promise or price needs no new run. Limits that are"
-        " given take the place of all of the session's.",
+        " frontier.json of the session, so another promise or price needs no new run. Limits that are given"
+        " take the place of all of the session's.",
         [
             "disagglab frontier reports/latest",
             "disagglab frontier reports/latest --ttft 1s --tpot 50ms",
@@ -32,6 +32,9 @@ def add(commands: command.Commands) -> None:
     asked.add_argument("--tpot", metavar="TIME", help="longest time per output token")
     asked.add_argument("--itl", metavar="TIME", help="longest gap, of 99%% of a request's gaps")
     asked.add_argument("--margin", metavar="SHARE", help="differences below it count as none (default 5%%)")
+    asked.add_argument(
+        "--own-spread", action="store_true", help="bands of each rate's own rounds: wider, and assume less"
+    )
     asked.add_argument("--price", metavar="PRICE", help="2.5EUR/gpu-hour or 8USD/node-hour")
 
 
@@ -43,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     from disagglab.results import frontier_file, frontier_text
     from disagglab.results.price import Price
     from disagglab.results.promise import Promise
-    from disagglab.results.standing import MARGIN
+    from disagglab.results.standing import MARGIN, Terms
     from disagglab.units import seconds, share
 
     given = {name: getattr(arguments, name) for name in LIMITS if getattr(arguments, name) is not None}
@@ -65,8 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     found = frontier_file.read(arguments.folder)
     if limits:
         found = found.promising(Promise(**{LIMITS[name]: value for name, value in limits.items()}))
+    terms = Terms(margin, arguments.own_spread)
     try:
-        shown = frontier_text.lines(replace(found, price=price or found.price), margin)
+        shown = frontier_text.lines(replace(found, price=price or found.price), terms)
     except InvalidRun as error:
         path = str(arguments.folder / frontier_file.NAME)
         raise ConfigError([Problem(path, "runs", str(error), frontier_file.MEND)]) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from disagglab import text
 from disagglab.results.frontier import Frontier
-from disagglab.results.standing import MARGIN, Figure, Place, Standing, goodput, standings
+from disagglab.results.standing import USUAL, Figure, Place, Standing, Terms, goodput, standings
 
 USEFUL = 0.9  # share of good requests below which a way that is ahead keeps no promise either
 
@@ -66,18 +66,18 @@ def stretches(found: Iterable[Standing]) -> tuple[Stretch, ...]:
     )
 
 
-def words(frontier: Frontier, figure: Figure | None = None, margin: float = MARGIN) -> list[str]:
+def words(frontier: Frontier, figure: Figure | None = None, terms: Terms = USUAL) -> list[str]:
     """One line a stretch: rates, promise, winner, how many times the figure of the best other way, limits.
 
     Raises:
         InvalidRun: see :func:`.standing.standings`.
     """
     asked = figure or goodput(frontier)
-    found = standings(frontier, asked, margin)
+    found = standings(frontier, asked, terms)
     if not found:
         return ["nothing to compare: fewer than two kinds of ways have runs at the same rate"]
     under = f" at {asked.under}" if asked.under else ""
-    return [f"{one.at}{under}: {_said(one, asked, margin)}" for one in stretches(found)]
+    return [f"{one.at}{under}: {_said(one, asked, terms.margin)}" for one in stretches(found)]
 
 
 def _said(stretch: Stretch, figure: Figure, margin: float) -> str:

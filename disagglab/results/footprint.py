@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from disagglab.config.schema import NodeSection
+from disagglab.config import way
+from disagglab.config.schema import Lab, NodeSection, WaySection
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,28 @@ class Footprint:
             tuple(node.name for node in prefill),
             tuple(node.name for node in decode),
         )
+
+    @classmethod
+    def of_way(cls, lab: Lab, one: WaySection | str) -> Footprint:
+        """Of a way of a lab, or of a kind in the lab's own settings. Of a sharded way ``prefill`` and
+        ``decode`` name its server, one a host, as its runs do.
+
+        Raises:
+            ValidationError: see :func:`disagglab.config.way.transport_of`.
+        """
+        kind = one if isinstance(one, str) else one.kind
+        if isinstance(one, str):
+            changed = way.sharded(lab) if kind == way.SHARDED else lab
+        else:
+            changed = way.changed(lab, one)
+        match kind:
+            case "single":
+                return cls.of(changed.prefill[:1])
+            case "disaggregated":
+                return cls.of_roles(changed.prefill, changed.decode)
+            case "sharded":
+                return replace(cls.of(changed.nodes), nodes=len(lab.nodes))
+        return cls.of(changed.nodes)
 
     @property
     def apart(self) -> bool:

@@ -113,6 +113,13 @@ class Frontier:
         """Every point, by arm and then by rate."""
         return tuple(self._point(arm, rate) for arm in self.arms for rate in self.rates if self.at(arm, rate))
 
+    @property
+    def goodput_per_s(self) -> dict[tuple[str, float], tuple[float, ...]]:
+        """Good requests per second of each round, by arm and offered rate, 1/s."""
+        return {
+            key: tuple(run.good_per_s(self.promise) for run in runs) for key, runs in self._by_point.items()
+        }
+
     def promising(self, promise: Promise) -> Frontier:
         """The same runs under another promise."""
         return replace(self, promise=promise)

@@ -7,22 +7,23 @@ from collections.abc import Callable, Mapping
 from disagglab.results import winner_map
 from disagglab.results.dominance import words
 from disagglab.results.frontier import Frontier, pareto
-from disagglab.results.plot import PAIRED, PAIRED_UP
+from disagglab.results.plot import ROUNDS, ROUNDS_UP, WINNERS
 from disagglab.results.promise import KINDS
 from disagglab.results.rated_run import RatedRun
 from disagglab.results.recorder import Recorder
-from disagglab.results.standing import MARGIN
+from disagglab.results.standing import USUAL, Terms
 
+NOBODY = "no way is ahead"
 Series = Mapping[str, tuple[list[float], list[float]]]
 
 
-def record(recorder: Recorder, frontier: Frontier, margin: float = MARGIN) -> None:
+def record(recorder: Recorder, frontier: Frontier, terms: Terms = USUAL) -> None:
     """Numbers of every point, and the figures: goodput, p99 ITL, tokens/s, winners.
 
     Raises:
         InvalidRun: see :func:`.standing.standings`.
     """
-    said = ". ".join(words(frontier, margin=margin))
+    said = ". ".join(words(frontier, terms=terms))
     for point in frontier.points():
         runs = frontier.at(point.arm, point.rate_per_s)
         recorder.numbers(
@@ -39,7 +40,7 @@ def record(recorder: Recorder, frontier: Frontier, margin: float = MARGIN) -> No
         "offered requests/s",
         "good requests/s",
         by_rate(frontier, lambda run: run.good_per_s(frontier.promise)),
-        PAIRED,
+        ROUNDS,
         f"Good: {frontier.promise}. Points are rounds, lines their means. {said}.",
     )
     itl = by_rate(frontier, lambda run: run.itl_p99_s)
@@ -49,7 +50,7 @@ def record(recorder: Recorder, frontier: Frontier, margin: float = MARGIN) -> No
             "offered requests/s",
             "p99 ITL, s",
             itl,
-            PAIRED_UP,
+            ROUNDS_UP,
             "Points are rounds, lines their means; the y axis is logarithmic. A p99 can sit on a cliff: see"
             " the share of gaps above a limit (disagglab frontier).",
         )
@@ -59,25 +60,25 @@ def record(recorder: Recorder, frontier: Frontier, margin: float = MARGIN) -> No
         "output tokens/s per user (1 / median TPOT)",
         f"output tokens/s {_per(frontier)}",
         tokens(frontier),
-        PAIRED,
+        ROUNDS,
         "A line joins the rates of an arm; points are rounds."
         f" Beaten by no other way in both: {best or 'none'}.",
     )
-    winners = winners_by_limit(frontier, margin)
+    winners = winners_by_limit(frontier, terms)
     if winners:
         recorder.plot(
             "Who is ahead, by load and promise",
             "offered requests/s",
             f"limit on {KINDS[winner_map.axis_of(frontier.promise) or 'tpot_s']}, s",
             winners,
-            "points",
+            WINNERS,
             f"At {frontier.promise} with that limit changed: the way that is ahead of all other kinds; each"
             " mark is one look, so of many some will be wrong.",
         )
 
 
 def by_rate(frontier: Frontier, of: Callable[[RatedRun], float | None]) -> Series:
-    """For the style PAIRED: rounds and means of each arm by rate; an arm that has no figure is left out."""
+    """For the style ROUNDS: rounds and means of each arm by rate; an arm that has no figure is left out."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for arm in frontier.arms:
         rounds: tuple[list[float], list[float]] = ([], [])
@@ -95,7 +96,7 @@ def by_rate(frontier: Frontier, of: Callable[[RatedRun], float | None]) -> Serie
 
 
 def tokens(frontier: Frontier) -> Series:
-    """For the style PAIRED: tokens/s per user and per GPU (else per node), an arm by ascending rate."""
+    """For the style ROUNDS: tokens/s per user and per GPU (else per node), an arm by ascending rate."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for arm in frontier.arms:
         place = frontier.footprints[arm]
@@ -113,18 +114,20 @@ def tokens(frontier: Frontier) -> Series:
     return found
 
 
-def winners_by_limit(frontier: Frontier, margin: float = MARGIN) -> Series:
-    """A series an answer, its points the rates and limits; empty where the promise has no second limit."""
+def winners_by_limit(frontier: Frontier, terms: Terms = USUAL) -> Series:
+    """For the style WINNERS: a series an answer, its points the rates and limits; empty where the promise has
+    no second limit.
+    """
     axis = winner_map.axis_of(frontier.promise)
     if axis is None:
         return {}
     rows = winner_map.grid(frontier.promise)
     own = next(row for row in rows if row[0].ttft_s == frontier.promise.ttft_s)
-    (cells,) = winner_map.winner_map(frontier, [own], margin)
-    found: dict[str, tuple[list[float], list[float]]] = {}
+    (cells,) = winner_map.winner_map(frontier, [own], terms)
+    found: dict[str, tuple[list[float], list[float]]] = {NOBODY: ([], [])}
     for cell in cells:
         for rate in frontier.rates:
-            name = cell.winner_at(rate) or "no way is ahead"
+            name = cell.winner_at(rate) or NOBODY
             xs, ys = found.setdefault(name, ([], []))
             xs.append(rate)
             ys.append(getattr(cell.promise, axis))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from disagglab import text
+from disagglab.config.arms import AGAIN
 from disagglab.results import winner_map
 from disagglab.results.dominance import words
 from disagglab.results.frontier import Frontier, Point, pareto
 from disagglab.results.promise import limit_text
-from disagglab.results.standing import ITL_P99, MARGIN, pairs
-from disagglab.stats.pooled import REFUTED_AT
+from disagglab.results.standing import ITL_P99, USUAL, Pair, Terms, goodput, pairs
+from disagglab.stats.pooled import REFUTED_AT, Pooled
 
 NONE = "-"
 COLUMNS = (
@@ -22,7 +24,7 @@ JOULES = ("J/token", "prefill J/token", "decode J/token")
 KILO = 1000
 
 
-def lines(frontier: Frontier, margin: float = MARGIN, whole_map: bool = True) -> list[str]:
+def lines(frontier: Frontier, terms: Terms = USUAL, whole_map: bool = True) -> list[str]:
     """All that is said of a frontier.
 
     Args:
@@ -35,14 +37,15 @@ def lines(frontier: Frontier, margin: float = MARGIN, whole_map: bool = True) ->
         f"{frontier.workload}{f' ({frontier.stream})' if frontier.stream else ''}: good is a request with"
         f" {frontier.promise}",
         "",
-        *words(frontier, margin=margin),
+        *words(frontier, terms=terms),
     ]
     if all(run.itl_p99_s is not None for run in frontier.runs):
-        found += ["", "p99 ITL of all requests:", *words(frontier, ITL_P99, margin)]
-    found += ["", *text.table(table(frontier), range(1, len(table(frontier)[0]))), "", *_notes(frontier)]
-    found += ["", *variance_lines(frontier)]
+        found += ["", "p99 ITL of all requests:", *words(frontier, ITL_P99, terms)]
+    rows = _without_empty(table(frontier))
+    found += ["", *text.table(rows, range(1, len(rows[0]))), "", *_notes(frontier)]
+    found += ["", *variance_lines(frontier, terms), *twin_lines(frontier)]
     if whole_map:
-        cells = winner_map.winner_map(frontier, margin=margin)
+        cells = winner_map.winner_map(frontier, terms=terms)
         found += ["", *winner_map.lines(cells, frontier.promise)]
     return [*found, *(f"left out: {line}" for line in frontier.left_out)]
 
@@ -68,15 +71,13 @@ def table(frontier: Frontier) -> list[tuple[str, ...]]:
     return [head, *rows]
 
 
-def variance_lines(frontier: Frontier) -> list[str]:
-    """What the bands assume, pair by pair: the spread of a round's log-ratio of goodput, and whether one
-    variance for all rates stands.
+def variance_lines(frontier: Frontier, terms: Terms = USUAL) -> list[str]:
+    """What the bands assume, pair by pair: how many times the binomial deviation a round's log-ratio of
+    goodput has (1: requests are good independently of each other), and whether that stands for all rates.
     """
-    rows = [
-        ("way", "other way", "deviation of a round", "degrees of freedom", "p of equal variances", "band")
-    ]
+    rows = [("way", "other way", "times binomial", "degrees of freedom", "p of equal variances", "band")]
     seen = set()
-    for (arm, rival), pair in pairs(frontier).items():
+    for (arm, rival), pair in pairs(frontier, terms=terms).items():
         if (rival, arm) in seen or not pair.place:
             continue
         seen.add((arm, rival))
@@ -86,21 +87,54 @@ def variance_lines(frontier: Frontier) -> list[str]:
             (
                 arm,
                 rival,
-                NONE if deviation is None else f"{100 * deviation:.2g} %",
+                NONE if deviation is None else f"{deviation:.2g}",
                 str(pooled.freedom),
                 NONE if p is None else f"{p:.2g}",
                 "none: one round"
-                if not pooled.freedom
-                else "one variance for all rates"
+                if all(len(point) == 1 for point in pooled.points)
+                else "of all rates together"
                 if pooled.equal
                 else "of each rate alone",
             )
         )
-    said = (
-        f"bands of goodput: one variance for all rates of a pair, unless Bartlett's test refutes it"
-        f" (p <= {REFUTED_AT:g})"
-    )
+    said = "bands of goodput: of each rate's own rounds, as asked for"
+    if not terms.own_spread:
+        said = (
+            "bands of goodput: one multiple of the binomial variance for all rates of a pair, unless"
+            f" Bartlett's test speaks against it (p <= {REFUTED_AT:g})"
+        )
     return [said, *text.table(rows, (2, 3, 4))]
+
+
+def twin_lines(frontier: Frontier) -> list[str]:
+    """What two ways of the same servers, started again, leave open: a line for each twin.
+
+    Student's t over the log-ratios of all rates and rounds together; the true ratio is 1 if turns are fair.
+    """
+    found = []
+    for twin in filter(lambda arm: arm.endswith(AGAIN), frontier.arms):
+        own = twin.removesuffix(AGAIN)
+        pair = Pair.of(frontier, goodput(frontier), twin, own, own_spread=True)
+        logs = tuple(log for point in pair.pooled.points for log in point)
+        if not logs:
+            continue
+        band = Pooled((logs,)).band(0)
+        said = f"{twin} against {own}, goodput of {len(logs)} pairs: {math.exp(band.mean):.3f} times"
+        if not band.limited:
+            found.append(f"{said}; one pair has no band")
+            continue
+        fair = band.low <= 0 <= band.high
+        found.append(
+            f"{said} [{math.exp(band.low):.3f}, {math.exp(band.high):.3f}]:"
+            f" {'no difference is seen' if fair else 'turns do not treat them alike'}"
+        )
+    return found
+
+
+def _without_empty(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The rows without the columns in which nothing is known."""
+    kept = [n for n in range(len(rows[0])) if any(row[n] != NONE for row in rows[1:])]
+    return [tuple(row[n] for n in kept) for row in rows]
 
 
 def _key(point: Point) -> tuple[str, float]:

@@ -22,7 +22,9 @@ STYLES = {
 }
 LOGARITHMIC = {"curves", "map"}  # both axes
 PAIRED = "points and their lines"  # in turns, in one colour; an odd last series is a level
-PAIRED_UP = "points and their lines, y logarithmic"
+ROUNDS = "rounds and their means"  # the same, and the key names the lines alone
+ROUNDS_UP = "rounds and their means, y logarithmic"
+WINNERS = "marks beside grey ones"  # the first series is grey
 MARKER_SIZE = 4
 
 
@@ -45,7 +47,12 @@ def render(plot: Plot) -> str:
             if plot.style == "bars":
                 width = 0.8 / len(plot.series)
                 axes.bar([x + number * width for x in xs], ys, width, label=label)
-            elif plot.style in (PAIRED, PAIRED_UP):
+            elif plot.style == WINNERS:
+                style = POINTS | {"color": f"C{number - 1}" if number else "0.8"}
+                axes.plot(xs, ys, label=label, markersize=MARKER_SIZE, **style)  # type: ignore[arg-type]
+            elif plot.style in (PAIRED, ROUNDS, ROUNDS_UP):
+                named = plot.style == PAIRED or number % 2
+                label = label if named else f"_{label}"  # matplotlib leaves it out of the key
                 style = (POINTS, BARE)[number % 2] | {"color": f"C{number // 2}"}
                 if len(plot.series) % 2 and number == len(plot.series) - 1:
                     style = LEVEL
@@ -61,9 +68,10 @@ def render(plot: Plot) -> str:
             axes.set_yscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_major_formatter("{x:g}")
-        elif plot.style == PAIRED_UP:
+        elif plot.style == ROUNDS_UP:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         else:
             axes.set_ylim(bottom=0)
         if plot.ticks:

@@ -6,17 +6,30 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 
 from disagglab.config.arms import AGAIN
 from disagglab.errors import InvalidRun
 from disagglab.results.frontier import Frontier
 from disagglab.results.rated_run import RatedRun
+from disagglab.stats import counts
 from disagglab.stats.metric import Direction
-from disagglab.stats.pooled import Pooled
+from disagglab.stats.pooled import Expected, Pooled
 from disagglab.stats.rivals import against_best
 
-MARGIN = 0.05  # differences below it count as none
+MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On which ways are told apart. ``margin``: differences below it count as none. ``own_spread``: the band
+    of a rate is made of its own rounds alone, see :mod:`disagglab.stats.pooled`.
+    """
+
+    margin: float = MARGIN
+    own_spread: bool = False
+
+
+USUAL = Terms()
 
 
 class Place(StrEnum):
@@ -31,13 +44,14 @@ class Place(StrEnum):
 @dataclass(frozen=True)
 class Figure:
     """What is compared: a figure of a run, positive; None where the run does not have it. ``under``: the
-    promise that it depends on, in words.
+    promise that it depends on, in words. ``counted``: the requests of a run that it counts, where it does.
     """
 
     name: str
     better: Direction
     of: Callable[[RatedRun], float | None]
     under: str = ""
+    counted: Callable[[RatedRun], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,13 @@ class Standing:
 
 def goodput(frontier: Frontier) -> Figure:
     """Good requests per second under the frontier's promise."""
+    promise = frontier.promise
     return Figure(
-        "goodput", "higher", lambda run: run.comparable_per_s(frontier.promise), str(frontier.promise)
+        "goodput",
+        "higher",
+        lambda run: run.comparable_per_s(promise),
+        str(promise),
+        lambda run: run.good(promise),
     )
 
 
@@ -83,9 +102,7 @@ def place_of(low: float, high: float, margin: float) -> Place:
     return Place.BEHIND if high < 0 else Place.OPEN
 
 
-def standings(
-    frontier: Frontier, figure: Figure | None = None, margin: float = MARGIN
-) -> tuple[Standing, ...]:
+def standings(frontier: Frontier, figure: Figure | None = None, terms: Terms = USUAL) -> tuple[Standing, ...]:
     """Every arm but the twins at every rate at which it and a rival have common rounds, by rate.
 
     Args:
@@ -94,8 +111,8 @@ def standings(
     Raises:
         InvalidRun: if a figure is not positive and finite.
     """
-    met = pairs(frontier, figure)
-    return tuple(found for rate in frontier.rates for found in _at(frontier, rate, met, margin))
+    met = pairs(frontier, figure, terms)
+    return tuple(found for rate in frontier.rates for found in _at(frontier, rate, met, terms.margin))
 
 
 @dataclass(frozen=True)
@@ -108,20 +125,28 @@ class Pair:
     place: Mapping[float, int]
 
     @classmethod
-    def of(cls, frontier: Frontier, figure: Figure, arm: str, rival: str) -> Pair:
-        found: dict[float, tuple[float, ...]] = {}
+    def of(cls, frontier: Frontier, figure: Figure, arm: str, rival: str, own_spread: bool) -> Pair:
+        points: dict[float, tuple[float, ...]] = {}
+        expected: list[Expected] = []
         for rate in frontier.rates:
             ours, theirs = (
-                {run.round: value for run in frontier.at(one, rate) if (value := figure.of(run)) is not None}
+                {run.round: run for run in frontier.at(one, rate) if figure.of(run) is not None}
                 for one in (arm, rival)
             )
             common = sorted(ours.keys() & theirs.keys())
-            if common:
-                found[rate] = tuple(map(partial(_better_log, figure, ours, theirs), common))
-        return cls(Pooled(tuple(found.values())), {rate: place for place, rate in enumerate(found)})
+            if not common:
+                continue
+            points[rate] = tuple(_better_log(figure, ours[n], theirs[n]) for n in common)
+            if figure.counted is not None:
+                of, sides = figure.counted, (ours, theirs)
+                expected.append(counts.expected(*([(of(s[n]), s[n].sent) for n in common] for s in sides)))
+        pooled = Pooled(tuple(points.values()), own_spread, tuple(expected))
+        return cls(pooled, {rate: place for place, rate in enumerate(points)})
 
 
-def pairs(frontier: Frontier, figure: Figure | None = None) -> dict[tuple[str, str], Pair]:
+def pairs(
+    frontier: Frontier, figure: Figure | None = None, terms: Terms = USUAL
+) -> dict[tuple[str, str], Pair]:
     """Every arm but the twins with each of its rivals. ``figure``: goodput if it is None.
 
     Raises:
@@ -130,14 +155,16 @@ def pairs(frontier: Frontier, figure: Figure | None = None) -> dict[tuple[str, s
     asked = figure or goodput(frontier)
     arms = [arm for arm in frontier.arms if not arm.endswith(AGAIN)]
     return {
-        (arm, rival): Pair.of(frontier, asked, arm, rival) for arm in arms for rival in frontier.rivals(arm)
+        (arm, rival): Pair.of(frontier, asked, arm, rival, terms.own_spread)
+        for arm in arms
+        for rival in frontier.rivals(arm)
     }
 
 
-def _better_log(figure: Figure, ours: Mapping[int, float], theirs: Mapping[int, float], number: int) -> float:
-    own, other = ours[number], theirs[number]
+def _better_log(figure: Figure, ours: RatedRun, theirs: RatedRun) -> float:
+    own, other = (figure.of(run) or 0.0 for run in (ours, theirs))
     if not all(math.isfinite(value) and value > 0 for value in (own, other)):
-        raise InvalidRun(f"{figure.name} of round {number} must be positive and finite: {own}, {other}")
+        raise InvalidRun(f"{figure.name} of round {ours.round} must be positive and finite: {own}, {other}")
     log = math.log(own / other)
     return log if figure.better == "higher" else -log
 

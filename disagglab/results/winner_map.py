@@ -9,7 +9,7 @@ from disagglab import text
 from disagglab.results.dominance import Stretch, stretches
 from disagglab.results.frontier import Frontier
 from disagglab.results.promise import KINDS, Promise, limit_text
-from disagglab.results.standing import MARGIN, Place, standings
+from disagglab.results.standing import USUAL, Place, Terms, standings
 
 FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)  # on the limits of the promise, about a square root of two apart
 NOBODY = "-"
@@ -56,7 +56,7 @@ def grid(promise: Promise, factors: Sequence[float] = FACTORS) -> list[list[Prom
 
 
 def winner_map(
-    frontier: Frontier, promises: Sequence[Sequence[Promise]] | None = None, margin: float = MARGIN
+    frontier: Frontier, promises: Sequence[Sequence[Promise]] | None = None, terms: Terms = USUAL
 ) -> list[list[Cell]]:
     """A cell for each promise of :func:`grid`, or of the rows that are given.
 
@@ -64,8 +64,7 @@ def winner_map(
     """
     rows = promises or grid(frontier.promise)
     return [
-        [Cell(one, stretches(standings(frontier.promising(one), margin=margin))) for one in row]
-        for row in rows
+        [Cell(one, stretches(standings(frontier.promising(one), terms=terms))) for one in row] for row in rows
     ]
 
 

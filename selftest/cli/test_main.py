@@ -20,6 +20,8 @@ import pytest
 from disagglab.cli import command
 from disagglab.cli.main import COMMANDS, main, parser
 from disagglab.paths import ROOT
+from disagglab.results import frontier_file
+from selftest.results.rated import frontier as made_frontier
 
 LIMIT_S = 120.0
 HEAVY = ("paramiko", "pytest", "testinfra")
@@ -110,16 +112,18 @@ def loaded(tmp_path: Path, watched: tuple[str, ...], *argv: str, before: str = "
     return found
 
 
-@pytest.mark.parametrize("name", ["kv", "gate", "predict", "history", "labs", "completion"])
+@pytest.mark.parametrize("name", ["kv", "gate", "frontier", "predict", "history", "labs", "completion"])
 def test_reading_and_arithmetic_load_no_ssh_and_no_pytest(name: str, tmp_path: Path) -> None:
     """Nor does history, which reads finished sessions; kv loads no package for arrays either."""
     (tmp_path / "pairs.json").write_text(json.dumps(GATE))
+    frontier_file.write(made_frontier({"single": {1.0: [10.0]}, "replicated": {1.0: [5.0]}}), tmp_path)
     (tmp_path / "reports").mkdir()
     (tmp_path / "reports" / "reference").symlink_to(ROOT / "reports" / "reference")
     reports = "--reports", str(tmp_path / "reports"), "--html", str(tmp_path / "history.html")
     argv = {
         "kv": ["gpt2", "--link", "100Gbps"],
         "gate": [str(tmp_path / "pairs.json")],
+        "frontier": [str(tmp_path)],
         "predict": ["--lab", "spark", "--load", "0.5"],
         "history": [*reports, "--lab", "two-h200", "--metric", "ttft_p50", "--across-fingerprints"],
         "labs": [],

@@ -25,6 +25,7 @@ from disagglab.experiments.comparison import (
     verdict_rows,
 )
 from disagglab.experiments.rounds import WARM_UP_ROUND
+from disagglab.hosts import energy
 from disagglab.measure import ledger
 from disagglab.measure import run as one_run
 from disagglab.results import metrics
@@ -299,11 +300,30 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ledger, "settle", lambda *_: None)
     monkeypatch.setattr(ledger, "prove", refuse)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", require_alive=lambda: None)
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
     none: Any = None
     measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid == "counters do not add up"
     assert measured.ttft_s == whole.ttft_s
+
+
+def test_a_run_has_the_energy_of_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the counters of the nodes with GPUs rose by while the engine ran."""
+    whole = run(SINGLE, LAB.workload("chat"), 0)
+    counters = iter([{"a": 100.0, "b": 50.0}, {"a": 130.0, "b": 55.5}])
+    monkeypatch.setattr(energy, "of_nodes", lambda _: next(counters))
+    monkeypatch.setattr(ledger, "read", lambda _: Reading({}, {}))
+    monkeypatch.setattr(ledger, "settle", lambda *_: Reading({}, {}))
+    book = replace(Ledger({}, {}, {}, 0, 0, 0.0, 0, 0, 0, 0, 0, 0), served_s=sum(whole.e2e_s))
+    monkeypatch.setattr(ledger, "prove", lambda *_: book)
+    engine: Any = SimpleNamespace(run=lambda *_: whole)
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
+    none: Any = None
+    measured = one_run.measure(engine, topology, whole.workload, 1, 0, none)
+    assert measured.invalid is None
+    assert measured.energy_j == {"a": 30.0, "b": 5.5}
+    monkeypatch.setattr(energy, "of_nodes", lambda _: {})
+    assert one_run.measure(engine, topology, whole.workload, 1, 0, none).energy_j is None
 
 
 def test_a_run_that_the_servers_did_not_see_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +335,7 @@ def test_a_run_that_the_servers_did_not_see_is_invalid(monkeypatch: pytest.Monke
     monkeypatch.setattr(ledger, "read", lambda _: readings[0])
     monkeypatch.setattr(ledger, "settle", lambda *_: readings[1])
     engine: Any = SimpleNamespace(run=lambda *_: whole)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", require_alive=lambda: None)
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
     none: Any = None
     for served_s, valid in ((spent, True), (spent / 2, False)):
         book = replace(Ledger({}, {}, {}, 0, 0, 0.0, 0, 0, 0, 0, 0, 0), served_s=served_s)
@@ -469,7 +489,7 @@ def test_an_invalid_run_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ledger, "read", lambda _: None)
     monkeypatch.setattr(ledger, "settle", lambda *_: None)
     engine: Any = SimpleNamespace(run=lambda *_: over)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", require_alive=lambda: None)
+    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
     none: Any = None
     measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid is not None

@@ -110,9 +110,22 @@ def test_a_run_read_back_is_the_run_that_was_stored(tmp_path: Path) -> None:
     before = replace(
         run(DISAGGREGATED, LAB.workload(NAMES[0]), 2), readings=(readings[0], readings[1]), invalid="why"
     )
+    before = replace(before, energy_j={"a": 1 / 3})
     store = Store.create(tmp_path, "run")
     store.add_run(before)
     (path,) = (store.folder / "runs").glob("*.json")
+    assert resume.read_run(path) == before
+
+
+def test_a_run_of_an_earlier_version_has_no_energy(tmp_path: Path) -> None:
+    """Its file lacks the key; all else is read."""
+    before = run(DISAGGREGATED, LAB.workload(NAMES[0]), 2)
+    store = Store.create(tmp_path, "run")
+    store.add_run(before)
+    (path,) = (store.folder / "runs").glob("*.json")
+    raw = json.loads(path.read_text())
+    assert raw.pop("energy_j") is None
+    path.write_text(json.dumps(raw))
     assert resume.read_run(path) == before
 
 
