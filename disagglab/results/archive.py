@@ -181,7 +181,7 @@ def _gated(text: str) -> Iterable[tuple[str, str, str]]:
         return
     for gate in filter(lambda one: isinstance(one, Mapping), gates if isinstance(gates, list) else ()):
         figure = of_stream(str(gate.get("metric")), str(gate.get("stream") or ""))
-        for arm in filter(None, (DISAGGREGATED, gate.get("baseline"))):
+        for arm in filter(None, (gate.get("candidate") or DISAGGREGATED, gate.get("baseline"))):
             yield str(gate.get("workload")), str(arm), figure
 
 

@@ -16,8 +16,9 @@ from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.experiments import budgeted, rounds
 from disagglab.experiments.budgeted import Budget, Entrants, entrants, run_in_time
-from disagglab.experiments.comparison import Comparison, verdict_rows
+from disagglab.experiments.comparison import Comparison
 from disagglab.experiments.trials import PILOT_ROUNDS, TrialPlan
+from disagglab.experiments.verdicts import verdict_rows
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died

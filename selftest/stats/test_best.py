@@ -22,7 +22,7 @@ from disagglab.stats.verdict import Rule, Want, gate_p, judge
 RULES: tuple[Rule, ...] = ("fixed-n", "any time", "any time, order drawn")
 SEED = 11
 SESSIONS = 2000
-# three standard errors above 2.5 % of so many sessions: where the true rate is 2.5 %, 1 in 700 seeds shows more
+# Three standard errors above 2.5 % of so many sessions: where that is the rate, 1 in 700 seeds shows more.
 MOST = 0.025 + 3 * math.sqrt(0.025 * 0.975 / SESSIONS)
 
 Pairs = list[tuple[float, float]]
