@@ -81,7 +81,8 @@ def test_lower_is_the_mirror_of_higher() -> None:
             {name: paired([-one for one in row]) for name, row in logs.items()}, "lower", 0.05, rule
         )
         assert up.baseline == down.baseline == "b"
-        assert (up.verdict.outcome, up.verdict.p) == (down.verdict.outcome, pytest.approx(down.verdict.p))
+        assert up.verdict.outcome == down.verdict.outcome
+        assert up.verdict.p == pytest.approx(down.verdict.p)
         if math.isfinite(up.verdict.high) and up.verdict.low > -1:
             assert math.log1p(up.verdict.low) == pytest.approx(-math.log1p(down.verdict.high))
             assert math.log1p(up.verdict.high) == pytest.approx(-math.log1p(down.verdict.low))
