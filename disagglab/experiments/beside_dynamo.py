@@ -43,12 +43,16 @@ def compared(lab: Lab, engines: Lab, short: bool) -> Lab:
 
     Which one: the first in which several users wait for each answer, or else the first.
     """
+    own = tuple(
+        gate
+        for gate in lab.gates
+        if gate.candidate == DISAGGREGATED and gate.baseline in (None, SINGLE, REPLICATED)
+    )
+    lab = lab.model_copy(update={"gates": own})
     fitting = [one for one in lab.gated_workloads if one.tokens <= engines.model.max_model_len]
     several = [one for one in fitting if (one.concurrency or 0) > 1]
     kept = {one.name for one in ((several or fitting)[:1] if short else fitting)}
-    gates = (gate for gate in lab.gates if gate.candidate == DISAGGREGATED)
-    judged = (gate for gate in gates if gate.baseline in (None, SINGLE, REPLICATED))
-    return lab.model_copy(update={"gates": tuple(gate for gate in judged if gate.workload in kept)})
+    return lab.model_copy(update={"gates": tuple(gate for gate in own if gate.workload in kept)})
 
 
 def one_wave(workload: Workload) -> Workload:

@@ -59,6 +59,40 @@ def test_a_round_holds_the_arms_that_its_gates_compare() -> None:
     assert twin_needed([limit, TOKENS]) == "replicated-again"
 
 
+def test_a_round_against_the_best_holds_all_other_ways() -> None:
+    """Of the session's arms those of other kinds, and the candidate, which need not be the lab's own."""
+    best = TTFT.model_copy(update={"baseline": "best", "candidate": "disaggregated@tuned"})
+    session = (SINGLE, REPLICATED, DISAGGREGATED, "sharded", "disaggregated@tuned", "replicated-again")
+    others = (SINGLE, REPLICATED, "sharded")
+    assert arms_needed([best], (), session) == (*others, "disaggregated@tuned")
+    assert arms_needed([TTFT, best], (), session) == (*others, DISAGGREGATED, "disaggregated@tuned")
+    assert twin_needed([best], session) == "replicated-again"
+    assert twin_needed([best], [SINGLE, DISAGGREGATED]) == "single-again"
+
+
+def test_the_needed_rounds_against_the_best() -> None:
+    """To be better takes what the closest baseline takes alone, the others being far; to be worse than one
+    takes more than alone, because any of three could have shown it.
+    """
+    gate = TTFT.model_copy(update={"want": "better"})
+    far = (-3.0, 0.05)
+    alone, best = (
+        rounds_to_decide(gate, known, 2, "any time") for known in ([(-0.1, 0.05)], [far, (-0.1, 0.05), far])
+    )
+    assert alone == best
+    lost, lost_to_one = (
+        rounds_to_decide(gate, known, 2, "any time") for known in ([(0.1, 0.05)], [far, (0.1, 0.05), far])
+    )
+    assert lost is not None
+    assert lost_to_one is not None
+    assert lost_to_one > lost
+    close = rounds_to_decide(gate, [(-0.1, 0.05), (0.0, 0.02)], 2, "any time")
+    equal = rounds_to_decide(gate, [(0.0, 0.02)], 2, "any time")
+    assert close is not None
+    assert equal is not None
+    assert close > equal, "equivalent to the best, with both limits wider"
+
+
 def test_runs_keep_what_they_measure() -> None:
     """Only a closed loop whose gates are medians over requests has other lengths; concurrency stays held."""
     assert lengths(ONE_USER, [TTFT]) == [1, 2, 3, 4, 8]
