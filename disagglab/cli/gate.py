@@ -23,7 +23,8 @@ def add(commands: command.Commands) -> None:
         "verdict on pairs of figures",
         "Print a verdict on pairs of figures (baseline, candidate) as JSON."
         ' With "sequential": true in the file'
-        " pairs may be appended and judged again until something is decided.",
+        " pairs may be appended and judged again until something is decided. With candidate and baselines in"
+        " the place of pairs the candidate is judged against the best of them.",
         ["disagglab gate pairs.json", EXAMPLE],
     )
     asked.add_argument(

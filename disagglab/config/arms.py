@@ -66,7 +66,12 @@ def baselines(gate: GateSection, measured: Iterable[str]) -> tuple[str, ...]:
     """
     if gate.baseline != BEST:
         return (gate.baseline,) if gate.baseline else ()
-    others = {*KINDS} - {kind_of(gate.candidate)}
+    return rivals(gate.candidate, measured)
+
+
+def rivals(candidate: str, measured: Iterable[str]) -> tuple[str, ...]:
+    """The arms among which the best is, for a candidate; see :func:`baselines`."""
+    others = {*KINDS} - {kind_of(candidate)}
     return tuple(arm for arm in measured if kind_of(arm) in others and not arm.endswith(AGAIN))
 
 

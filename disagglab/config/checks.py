@@ -80,7 +80,11 @@ def contradictions(parts: dict[str, Any], file: str, unread: Collection[str] = (
 def _side_problems(
     gate: GateSection, where: str, arms: Collection[str], whole: bool, file: str
 ) -> Iterator[Problem]:
-    """What is wrong with candidate and baseline of a gate. ``whole``: whether ``arms`` are all of the lab's."""
+    """What is wrong with candidate and baseline of a gate.
+
+    Args:
+        whole: whether ``arms`` are all of the lab's; else what is not among them may be right.
+    """
     for key, name, words in (("candidate", gate.candidate, ()), ("baseline", gate.baseline, (BEST,))):
         known = (*arms, *words)
         if name is None or name in known or not whole:

@@ -15,7 +15,8 @@ import dataclasses
 
 from disagglab.config.schema import Lab
 from disagglab.config.workload import Workload
-from disagglab.experiments.comparison import Comparison, pair_rows, verdict_rows
+from disagglab.experiments.comparison import Comparison
+from disagglab.experiments.verdicts import pair_rows, verdict_rows
 from disagglab.results.arm import MARK, Arm
 from disagglab.results.gate import State
 from disagglab.results.records import VerdictRow
@@ -37,14 +38,21 @@ PAIRS = (
 
 
 def compared(lab: Lab, engines: Lab, short: bool) -> Lab:
-    """The lab with the gates whose requests fit into these engines; in short form those of one workload.
+    """The lab with the gates of its own arms whose requests fit into these engines; in short form those of
+    one workload. Ways have other engines, so their gates, and those against the best, are not for here.
 
     Which one: the first in which several users wait for each answer, or else the first.
     """
+    own = tuple(
+        gate
+        for gate in lab.gates
+        if gate.candidate == DISAGGREGATED and gate.baseline in (None, SINGLE, REPLICATED)
+    )
+    lab = lab.model_copy(update={"gates": own})
     fitting = [one for one in lab.gated_workloads if one.tokens <= engines.model.max_model_len]
     several = [one for one in fitting if (one.concurrency or 0) > 1]
     kept = {one.name for one in ((several or fitting)[:1] if short else fitting)}
-    return lab.model_copy(update={"gates": tuple(gate for gate in lab.gates if gate.workload in kept)})
+    return lab.model_copy(update={"gates": tuple(gate for gate in own if gate.workload in kept)})
 
 
 def one_wave(workload: Workload) -> Workload:

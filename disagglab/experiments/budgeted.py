@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from disagglab.config.arms import AGAIN, OWN, SINGLE_AGAIN, twin_of
+from disagglab.config.arms import AGAIN, OWN, SINGLE_AGAIN, twin_of, twinned
 from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
 from disagglab.experiments import run_length, trials
@@ -48,7 +48,7 @@ class Entrants:
 
     def needed(self, workload: str) -> tuple[str, ...]:
         """The arms that judge the gates of a workload."""
-        return trials.arms_needed(self.gates(workload), self.ways)
+        return trials.arms_needed(self.gates(workload), self.ways, tuple(self.arms))
 
     def of_round(self, workload: str, number: int) -> tuple[str, ...]:
         """The arms of a round: those that the gates need, and in every third round the twin of the baseline,
@@ -56,18 +56,19 @@ class Entrants:
         """
         wanted = {*self.needed(workload)}
         if number % TWIN_EVERY == 1:
-            wanted.add(trials.twin_needed(self.gates(workload)) or "")
+            wanted.add(trials.twin_needed(self.gates(workload), tuple(self.arms)) or "")
         return tuple(name for name in self.arms if name in wanted)
 
 
 def entrants(topologies: Sequence[Topology], judged: Lab) -> Entrants:
     """Who takes part, of the arms that are kept. Where the twin of single is among them, every baseline of a
-    gate gets one.
+    gate gets one; of several from which the best is picked one does, see
+    :func:`disagglab.config.arms.twinned`.
     """
     arms = {topology.name: topology for topology in topologies if topology.name != SINGLE_AGAIN}
     if any(topology.name == SINGLE_AGAIN for topology in topologies):
-        baselines = dict.fromkeys(gate.baseline for gate in judged.gates if gate.baseline)
-        twins = {twin_of(name): replace(arms[name], name=twin_of(name)) for name in baselines}
+        found = dict.fromkeys(twinned(gate, arms) for gate in judged.gates)
+        twins = {twin_of(name): replace(arms[name], name=twin_of(name)) for name in found if name}
         arms |= twins
     ways = tuple(name for name in arms if name not in OWN and not name.endswith(AGAIN))
     return Entrants(arms, judged, ways)

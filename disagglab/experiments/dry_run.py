@@ -174,11 +174,17 @@ def _load(hosts: RecordingHosts, lab: Lab, stage: Started, tokenizer: Path | Non
     hosts.heading(f"jobs of the load engine in each round: {stage.what}")
     sheet = hosts.sheets[lab.controller.host]
     for workload in lab.gated_workloads:
-        needed = arms_needed([gate for gate in lab.gates if gate.workload == workload.name])
+        gates = [gate for gate in lab.gates if gate.workload == workload.name]
+        arms = dict.fromkeys((*TOPOLOGIES, *(topology.name for topology in stage.topologies)))
+        needed = arms_needed(gates, arms=list(arms))
         traces = Path("TRACES", f"{workload.name}.SEED.{workload.total_requests}.jsonl")
         for topology in stage.topologies:
             options = bench_options(topology, workload, traces, tokenizer or Path("MODEL"), "SALT")
-            only = "" if topology.kind in needed else " (with --rounds N: no gate compares it)"
+            only = (
+                ""
+                if {topology.kind, topology.name} & {*needed}
+                else " (with --rounds N: no gate compares it)"
+            )
             sheet.note(f"{workload.name} on {topology.name}{only}")
             sheet.command(f"PYTHONHASHSEED={HASH_SEED} vllm bench serve {shlex.join(options)}")
 

@@ -12,7 +12,8 @@ from disagglab.config.labs import parse_lab
 from disagglab.config.schema import GateSection, Lab
 from disagglab.errors import ConfigError, Problem
 from disagglab.experiments import trials
-from disagglab.experiments.comparison import Comparison, gate_pairs
+from disagglab.experiments.comparison import Comparison
+from disagglab.experiments.match import match_of
 from disagglab.experiments.pair_spread import cost_of_a_run, pair_spread
 from disagglab.results import resume
 from disagglab.stats.rule import FIXED, MOST_ROUNDS, ORDER_DRAWN, Rule
@@ -64,14 +65,18 @@ def gates(lab: Lab, comparison: Comparison) -> Iterator[Foresight]:
     """What is known of each gate that was measured in two rounds at least."""
     for gate in lab.gates:
         own = [run for run in comparison.runs if run.workload.name == gate.workload and run.round >= 0]
-        arms = trials.arms_needed([gate])
+        arms = trials.arms_needed([gate], arms=comparison.arms(gate.workload, counted=False))
+        match = match_of(comparison, gate)
         if any(not comparison.valid(gate.workload, arm) for arm in arms):
             continue
-        found = pair_spread(comparison, gate, list(dict.fromkeys(run.topology for run in own)))
+        if not match.whole:
+            continue
+        seen = list(dict.fromkeys(run.topology for run in own))
+        found = pair_spread(comparison, match, match.judge(ORDER_DRAWN).baseline, seen)
         if found is not None:
             length = own[-1].workload.run_requests
             cost = (cost_of_a_run(comparison, gate.workload, arm).of(length) for arm in arms)
-            yield Foresight(gate, len(gate_pairs(comparison, gate)), found.sd, sum(cost))
+            yield Foresight(gate, match.rounds, found.sd, sum(cost))
 
 
 def lines(folder: Path, difference: float, budget_s: float | None = None) -> list[str]:

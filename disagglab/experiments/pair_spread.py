@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagglab.config.arms import DISAGGREGATED
 from disagglab.config.schema import GateSection
 from disagglab.errors import InvalidRun
-from disagglab.experiments.comparison import Comparison, gate_pairs
+from disagglab.experiments.comparison import Comparison
+from disagglab.experiments.match import Match
 from disagglab.stats import sequential
 from disagglab.stats.components import RunCost, Spread, spread, upper_sd
 from disagglab.stats.rule import ANY_TIME, Rule
@@ -53,14 +53,15 @@ class PairSpread:
         return upper_sd(self.sd, self.freedom, CONFIDENCE_OF_PLANS) * wider
 
 
-def pair_spread(comparison: Comparison, gate: GateSection, arms: Sequence[str]) -> PairSpread | None:
-    """The spread of a gate's pairs; None where nothing tells.
+def pair_spread(
+    comparison: Comparison, match: Match, baseline: str, arms: Sequence[str]
+) -> PairSpread | None:
+    """The spread of a gate's pairs with one of its baselines; None where nothing tells.
 
     Of few pairs it is taken from all arms of the workload, which together know it better.
     """
-    pairs = gate_pairs(comparison, gate)
-    ratios = [math.log(candidate / baseline) for baseline, candidate in pairs]
-    found = spread_of_arms(comparison, gate, arms) if gate.baseline else None
+    ratios = [math.log(candidate / value) for value, candidate in match.pairs[baseline]]
+    found = spread_of_arms(comparison, match.gate, arms) if match.gate.baseline else None
     if len(ratios) >= OWN_PAIRS or (found is None and len(ratios) > 1):
         return PairSpread(statistics.stdev(ratios), len(ratios) - 1, sequential.inflation(ratios))
     return PairSpread(found.of_a_pair, found.freedom) if found else None
@@ -70,7 +71,7 @@ def spread_of_arms(comparison: Comparison, gate: GateSection, arms: Sequence[str
     """Of all arms that were measured in the same rounds as the candidate."""
     table = []
     for arm in arms:
-        pairs = comparison.pairs(gate.workload, DISAGGREGATED, arm, gate.metric, gate.stream)
+        pairs = comparison.pairs(gate.workload, gate.candidate, arm, gate.metric, gate.stream)
         table.append([value for _, value in pairs])
     longest = max(map(len, table), default=0)
     whole = [row for row in table if len(row) == longest]

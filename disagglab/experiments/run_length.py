@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disagglab.config.arms import DISAGGREGATED
 from disagglab.config.schema import GateSection
 from disagglab.config.workload import Workload
 from disagglab.experiments.comparison import Comparison
@@ -74,7 +73,7 @@ def length_of(
     found = spread_of_arms(alike, judged[0], arms)
     if inside is None or found is None or found.freedom < ROUNDS_OF_A_LENGTH - 1:
         return short
-    cost = cost_of_a_run(alike, workload.name, DISAGGREGATED)
+    cost = cost_of_a_run(alike, workload.name, judged[0].candidate)
     best = best_length(
         found,
         inside,

@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from disagglab import text
-from disagglab.config.arms import DISAGGREGATED, twin_of
+from disagglab.config.arms import baselines, twin_of, twinned
 from disagglab.config.schema import GateSection, Lab
 from disagglab.config.workload import Workload
-from disagglab.experiments.comparison import LIMIT, Comparison, gate_pairs, rule_of, verdict_rows
+from disagglab.experiments.comparison import Comparison
+from disagglab.experiments.match import Match, is_row_of, match_of, rule_of
 from disagglab.experiments.pair_spread import cost_of_a_run, pair_spread
+from disagglab.experiments.verdicts import verdict_rows
 from disagglab.results.records import VerdictRow
 from disagglab.stats.metric import METRICS
 from disagglab.stats.rule import MOST_ROUNDS, ORDER_DRAWN, Rule, multiplier, quantile
@@ -158,15 +160,26 @@ def _outlook(share: Share, one: Outlook) -> tuple[str, ...]:
     )
 
 
-def arms_needed(gates: Sequence[GateSection], ways: Sequence[str] = ()) -> tuple[str, ...]:
-    """The arms of a round that judges these gates, baselines first; ways stand beside the candidate."""
-    baselines = dict.fromkeys(gate.baseline for gate in gates if gate.baseline)
-    return (*baselines, DISAGGREGATED, *ways)
+def arms_needed(
+    gates: Sequence[GateSection], ways: Sequence[str] = (), arms: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """The arms of a round that judges these gates, baselines first; ways stand beside the candidate.
+
+    Args:
+        arms: all of the session, among which a gate against the best has its baselines.
+    """
+    against = (arm for gate in gates for arm in baselines(gate, arms))
+    return tuple(dict.fromkeys((*against, *(gate.candidate for gate in gates), *ways)))
 
 
-def twin_needed(gates: Sequence[GateSection]) -> str | None:
-    """The arm whose only difference from the gates' baseline is noise; None without a baseline."""
-    return next((twin_of(gate.baseline) for gate in gates if gate.baseline), None)
+def twin_needed(gates: Sequence[GateSection], arms: Sequence[str] = ()) -> str | None:
+    """The arm whose only difference from the gates' baseline is noise; None without a baseline.
+
+    Args:
+        arms: see :func:`arms_needed`.
+    """
+    found = (twinned(gate, arms) for gate in gates)
+    return next((twin_of(arm) for arm in found if arm), None)
 
 
 def outlook(
@@ -183,33 +196,50 @@ def outlook(
         arms: all of the workload, which tell the spread together while pairs are few.
         alpha: that a decision takes.
     """
-    pairs = gate_pairs(comparison, gate)
+    match = match_of(comparison, gate)
     rule = rule_of(gate, rule)
-    found = pair_spread(comparison, gate, arms)
+    if not match.whole:
+        return Outlook(gate, rule, match.rounds, None, is_open, None)
+    spreads = {name: pair_spread(comparison, match, name, arms) for name in match.pairs}
+    known = [(_mean(match, name), found.careful(rule)) for name, found in spreads.items() if found]
     needed = None
-    if found is not None and pairs:
-        mean = statistics.fmean(math.log(candidate / baseline) for baseline, candidate in pairs)
-        needed = rounds_to_decide(gate, mean, found.careful(rule), len(pairs), rule, alpha)
-    return Outlook(gate, rule, len(pairs), found.sd if found else None, is_open, needed)
+    if len(known) == len(spreads):
+        needed = rounds_to_decide(gate, known, match.rounds, rule, alpha)
+    picked = spreads[match.judge(rule).baseline]
+    return Outlook(gate, rule, match.rounds, picked.sd if picked else None, is_open, needed)
+
+
+def _mean(match: Match, baseline: str) -> float:
+    return statistics.fmean(math.log(candidate / value) for value, candidate in match.pairs[baseline])
 
 
 def rounds_to_decide(
-    gate: GateSection, mean: float, sd: float, rounds: int, rule: Rule, alpha: float = ALPHA
+    gate: GateSection,
+    known: Sequence[tuple[float, float]],
+    rounds: int,
+    rule: Rule,
+    alpha: float = ALPHA,
 ) -> int | None:
     """Rounds in all after which a gate would be decided: its interval would exclude no difference, lie within
     the margin or, where not to be worse is enough, stay within the margin on the bad side.
 
     Args:
-        mean, sd: of the log-ratios of its pairs, which are taken to stay as they are.
+        known: mean and standard deviation of the log-ratios with each baseline, which are taken to stay as
+            they are; of several the best counts, see :mod:`disagglab.stats.best`.
     """
     bound = math.log1p(gate.margin)
-    badness = mean if METRICS[gate.metric].better == "lower" else -mean
+    turned = 1 if METRICS[gate.metric].better == "lower" else -1
+    means, deviations = [turned * mean for mean, _ in known], [sd for _, sd in known]
 
     def decides(total: int) -> bool:
-        errors = multiplier(total, alpha, rule)
-        half = errors * sd / math.sqrt(total) if errors < math.inf else math.inf
-        met = gate.want == "not worse" and badness + half <= bound
-        return met or abs(mean) > half or abs(mean) + half <= bound
+        bad, good = (
+            [errors * sd / math.sqrt(total) if errors < math.inf else math.inf for sd in deviations]
+            for errors in (multiplier(total, level, rule) for level in (alpha, alpha / len(known)))
+        )
+        high = max(mean + half for mean, half in zip(means, bad, strict=True))
+        low = max(mean - half for mean, half in zip(means, good, strict=True))
+        met = gate.want == "not worse" and high <= bound
+        return met or high < 0 or low > 0 or (-bound <= low and high <= bound)
 
     return next((total for total in range(max(2, rounds), MOST_ROUNDS + 1) if decides(total)), None)
 
@@ -234,15 +264,10 @@ def plan(
         arms: of a round, by workload. One of which an arm has no valid run yet gets no rounds: what broke it
             would break them as well.
     """
-    measured = lab.model_copy(
-        update={"gates": tuple(gate for gate in lab.gates if gate_pairs(comparison, gate))}
-    )
-    rows = {
-        (row.workload, row.metric, row.baseline): row
-        for row in verdict_rows(comparison, measured, rule)
-        if row.gate.of_a_gate
-    }
-    still = [gate for gate in lab.gates if _is_open(rows, gate)]
+    measured = tuple(gate for gate in lab.gates if match_of(comparison, gate).whole)
+    rows = verdict_rows(comparison, lab.model_copy(update={"gates": measured}), rule)
+    decided = [gate for gate, row in zip(measured, rows, strict=False) if not row.open]
+    still = [gate for gate in lab.gates if gate not in decided]
     alpha = ALPHA / max(1, len(still))  # Holm's step for the first of those that are open
     shares = []
     for workload in workloads:
@@ -261,23 +286,27 @@ def plan(
     return TrialPlan(budget_s, left_s, tuple(divided(shares, left_s)))
 
 
-def _is_open(rows: Mapping[tuple[str, str, str], VerdictRow], gate: GateSection) -> bool:
-    row = rows.get((gate.workload, gate.figure, gate.baseline or LIMIT))
-    return row is None or row.open
-
-
 def with_outlook(rows: Sequence[VerdictRow], found: TrialPlan) -> list[VerdictRow]:
     """The rows, with the minutes that open gates would take, by a plan of what was measured."""
-    minutes: dict[tuple[str, str, str], int] = {}
-    for share in found.shares:
-        for one in share.outlooks:
-            if one.open and one.needed:
-                seconds = max(1, one.needed - share.done) * share.round_s
-                key = (one.gate.workload, one.gate.figure, one.gate.baseline or LIMIT)
-                minutes[key] = max(1, round(seconds / 60))
+    minutes = [
+        (one.gate, max(1, round(max(1, one.needed - share.done) * share.round_s / 60)))
+        for share in found.shares
+        for one in share.outlooks
+        if one.open and one.needed
+    ]
+
+    def more(row: VerdictRow) -> int | None:
+        found = (
+            left
+            for gate, left in minutes
+            if (gate.workload, gate.figure) == (row.workload, row.metric)
+            and is_row_of(gate, row.candidate, row.baseline)
+        )
+        return next(found, None) if row.gate.of_a_gate else None
+
     return [
-        dataclasses.replace(row, gate=dataclasses.replace(row.gate, minutes=more, underpowered=False))
-        if row.gate.of_a_gate and (more := minutes.get((row.workload, row.metric, row.baseline)))
+        dataclasses.replace(row, gate=dataclasses.replace(row.gate, minutes=left, underpowered=False))
+        if (left := more(row))
         else row
         for row in rows
     ]

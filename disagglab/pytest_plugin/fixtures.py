@@ -20,11 +20,9 @@ from disagglab.experiments.comparison import (
     Comparison,
     figure_rows,
     run_rounds,
-    undecided_workloads,
-    verdict_rows,
-    way_rows,
 )
 from disagglab.experiments.trials import TrialPlan, with_outlook
+from disagglab.experiments.verdicts import undecided_workloads, verdict_rows, way_rows
 from disagglab.hosts import identity
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model, find

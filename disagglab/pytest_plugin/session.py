@@ -11,7 +11,7 @@ from typing import TextIO
 import pytest
 
 from disagglab.config.arms import Arms
-from disagglab.config.schema import Lab, WaySection
+from disagglab.config.schema import GateSection, Lab, WaySection
 from disagglab.experiments.comparison import Comparison
 from disagglab.hosts.hosts import Hosts
 from disagglab.measure.bench import LOAD
@@ -82,6 +82,10 @@ class Session:
         reason = self.arms.skip_reason(*wanted)
         if reason:
             pytest.skip(reason)
+
+    def require_gate(self, gate: GateSection) -> None:
+        """Skip the test that asks where an arm that a gate needs is not in the comparison."""
+        self.require_arms(*self.arms.lacking(gate))
 
     def progress(self, what: str, usual_s: float | None = None) -> ProgressLine:
         """A progress line on the terminal; ``usual_s``: how long that takes mostly, shown beside the time."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from disagglab import jsonfile
-from disagglab.config.arms import DISAGGREGATED
+from disagglab.config.arms import BEST, DISAGGREGATED, rivals
 from disagglab.errors import ConfigError, Problem
 from disagglab.results import fingerprint, speed
 from disagglab.results.records import FigureRow
@@ -155,7 +155,7 @@ def _run(run_id: str, path: Path, meta: Mapping[str, Any], figures: Sequence[Fig
         commit=str(meta.get("commit", NOT_RECORDED)),
         command=str(meta.get("command", NOT_RECORDED)),
         lab_file=_lab_hash(text) if isinstance(text, str) else NOT_RECORDED,
-        gated=frozenset(_gated(text)) if isinstance(text, str) else frozenset(),
+        gated=frozenset(_gated(text, meta.get("arms"))) if isinstance(text, str) else frozenset(),
         key=fingerprint.label(facts),
         complete=fingerprint.complete(facts),
         fingerprint=dict(_flat({key: value for key, value in facts.items() if key != fingerprint.KEY})),
@@ -173,15 +173,22 @@ def _lab_hash(text: str) -> str:
     return hashlib.sha256(said.encode(errors="replace")).hexdigest()[:LAB_FILE_DIGITS]
 
 
-def _gated(text: str) -> Iterable[tuple[str, str, str]]:
-    """What the gates of a lab file of any version compare; a gate that names no figure compares none."""
+def _gated(text: str, measured: Any) -> Iterable[tuple[str, str, str]]:
+    """What the gates of a lab file of any version compare; a gate that names no figure compares none.
+
+    Args:
+        measured: the arms of the session, all other ways of which a gate against the best compares.
+    """
+    arms = [str(arm) for arm in measured] if isinstance(measured, list) else []
     try:
         gates = tomllib.loads(text).get("gate")
     except ValueError:
         return
     for gate in filter(lambda one: isinstance(one, Mapping), gates if isinstance(gates, list) else ()):
         figure = of_stream(str(gate.get("metric")), str(gate.get("stream") or ""))
-        for arm in filter(None, (DISAGGREGATED, gate.get("baseline"))):
+        candidate, baseline = str(gate.get("candidate") or DISAGGREGATED), gate.get("baseline")
+        against = rivals(candidate, arms) if baseline == BEST else (baseline,)
+        for arm in filter(None, (candidate, *against)):
             yield str(gate.get("workload")), str(arm), figure
 
 

@@ -15,7 +15,7 @@ import jinja2
 from markdown_it import MarkdownIt
 
 from disagglab import text
-from disagglab.config.arms import CODE, DISAGGREGATED, SINGLE, SINGLE_AGAIN, Arms
+from disagglab.config.arms import CODE, SINGLE, SINGLE_AGAIN, Arms
 from disagglab.config.schema import Lab
 from disagglab.results import fingerprint, plot, seconds, speed
 from disagglab.results.gate import NOT_ENFORCED
@@ -134,7 +134,8 @@ def floor_text(v: VerdictRow) -> str:
 def effect_text(v: VerdictRow) -> str:
     """The effect and its interval; where so few rounds give none, that."""
     if math.isinf(v.high):
-        return f"{text.percent(v.effect)} [no limits yet]"
+        low = f"{text.percent(v.low)}, no upper limit yet" if v.low > -1 else "no limits yet"
+        return f"{text.percent(v.effect)} [{low}]"
     return text.interval(v.effect, v.low, v.high)
 
 
@@ -171,10 +172,10 @@ def not_judged(lab: Lab, arms: Arms) -> list[dict[str, str]]:
         {
             "workload": gate.workload,
             "metric": gate.figure,
-            "candidate": DISAGGREGATED,
+            "candidate": gate.candidate,
             "baseline": gate.baseline or "",
             "verdict": "not judged",
-            "gate": f"{CODE}: {gate.baseline}{'' if gate.enforce else NOT_ENFORCED}",
+            "gate": f"{CODE}: {', '.join(arms.lacking(gate))}{'' if gate.enforce else NOT_ENFORCED}",
         }
         for gate in arms.not_judged(lab)
     ]

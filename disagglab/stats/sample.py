@@ -1,4 +1,4 @@
-"""The sample that a verdict is made of: log-ratios of pairs of runs, one a round, in the order of measuring."""
+"""The sample that a verdict is made of: log-ratios of pairs of runs, one a round, in their order."""
 
 from __future__ import annotations
 

@@ -70,6 +70,46 @@ def test_a_gate_that_lacks_a_side_is_not_judged() -> None:
     assert not Arms().not_judged(LAB)
 
 
+BEST = LAB.gates[0].model_copy(update={"baseline": "best"})
+OF_TUNED = BEST.model_copy(update={"candidate": "disaggregated@tuned"})
+
+
+def test_the_best_is_that_of_the_arms_of_other_kinds() -> None:
+    """Any one of them is enough; with none the gate lacks those that were left out."""
+    session = (*arms.OWN, "disaggregated@tuned", "replicated@tuned", "sharded")
+    others = ("single", "replicated", "replicated@tuned", "sharded")
+    assert arms.baselines(BEST, session) == arms.baselines(OF_TUNED, session) == others
+    assert arms.baselines(LAB.gates[0], session) == ("replicated",)
+    assert arms.twinned(BEST, session) == "replicated"
+    assert arms.twinned(BEST, ("sharded", "disaggregated", "single")) == "sharded"
+    alone = Arms(("disaggregated", "disaggregated@tuned"), ("single", "replicated", TWIN))
+    assert alone.lacking(BEST) == ("single", "replicated")
+    assert Arms(("single", "disaggregated"), ("replicated", TWIN)).judges(BEST)
+
+
+def test_a_gate_of_a_way_wants_the_way() -> None:
+    """It is judged where --way asks for it; the reason of a skipped test tells that from --without."""
+    assert Arms().lacking(OF_TUNED) == ("disaggregated@tuned",)
+    assert Arms().skip_reason(*Arms().lacking(OF_TUNED)) == (
+        "ARM-LEFT-OUT: disaggregated@tuned without its --way"
+    )
+    both = Arms(("replicated", "disaggregated"), ("single", TWIN)).skip_reason("single", "sharded")
+    assert both == "ARM-LEFT-OUT: single by --arm or --without, sharded without its --way"
+
+
+def test_disaggregated_may_go_where_it_is_no_candidate() -> None:
+    """Also where the gates that want it lack their baseline; it is kept for one gate of several."""
+    way = "disaggregated@tuned"
+    lab = LAB.model_copy(update={"gates": (OF_TUNED,)})
+    kept = ("single", "replicated", TWIN, way)
+    assert arms.chosen(lab, (), ("disaggregated",), [way]).kept == kept
+    named = LAB.model_copy(update={"gates": (OF_TUNED, LAB.gates[0])})
+    without = ("disaggregated", "replicated")
+    assert arms.chosen(named, (), without, [way]).kept == ("single", TWIN, way)
+    with pytest.raises(ConfigError, match="candidate of 1 of 2 gates"):
+        arms.chosen(named, (), ("disaggregated",), [way])
+
+
 def test_the_skip_reason_names_the_arm() -> None:
     """None where all wanted arms are measured."""
     without_single = Arms(("replicated", "disaggregated"), ("single", TWIN))

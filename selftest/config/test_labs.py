@@ -77,6 +77,28 @@ BROKEN = {
     ),
     "gate without a baseline": (broken(gate__0__baseline=...), "gate[0]", "limit = 0.1"),
     "gate with baseline and limit": (broken(gate__0__limit=0.5), "gate[0]", "limit = 0.1"),
+    "gate of an arm that nobody knows": (
+        broken(gate__0__candidate="disagregated"), "gate[0].candidate", "did you mean disaggregated?",
+    ),
+    "gate against a way that nobody knows": (
+        broken(gate__0__baseline="sharded"), "gate[0].baseline", "or add its [[way]]",
+    ),
+    "gate against a misspelt way": (
+        broken(gate__0__baseline="disaggregated@pusch"), "gate[0].baseline", "did you mean disaggregated@",
+    ),
+    "gate of the best": (broken(gate__0__candidate="best"), "gate[0].candidate", "name one of single"),
+    "gate against a twin": (
+        broken(gate__0__baseline="single-again"), "gate[0].baseline", "did you mean single?",
+    ),
+    "gate of an arm against itself": (
+        broken(gate__0__candidate="replicated"), "gate[0].baseline", 'write "best"',
+    ),
+    "a transfer of replicas": (
+        broken(gate__4__candidate="replicated"), "gate[4].candidate", "name a disaggregated arm",
+    ),
+    "a transfer against the best": (
+        broken(gate__4__baseline="best", gate__4__limit=...), "gate[4].baseline", "write limit",
+    ),
     "one gate twice": (
         broken(gate__1__metric="itl_p99", gate__1__stream="steady", gate__1__baseline="replicated",
                gate__1__workload="long-prompts-into-steady-decode"), "gate[1]", "remove one",
@@ -298,6 +320,25 @@ def test_ssh_reaches_a_link_local_address_that_names_its_interface() -> None:
         parse_lab(reached({"name": "far", "address": "fe80::1"}), "my.toml")
     (problem,) = caught.value.problems
     assert (problem.key, problem.mend.endswith("fe80::1%eth0")) == ("host[0].address", True)
+
+
+def test_gates_between_ways_are_taken() -> None:
+    """A way against the best, and a transfer of one setting against another's; of a lab whose way is broken
+    in itself only that is said.
+    """
+    gates = GOOD["gate"]
+    best = {**gates[0], "candidate": "disaggregated@push", "baseline": "best"}
+    moved = {key: value for key, value in gates[4].items() if key != "limit"}
+    transfer = {**moved, "candidate": "disaggregated@push", "baseline": "disaggregated"}
+    lab = parse_lab(broken(gate=[best, transfer]), "lab.toml")
+    assert [(gate.candidate, gate.baseline) for gate in lab.gates] == [
+        ("disaggregated@push", "best"),
+        ("disaggregated@push", "disaggregated"),
+    ]
+    assert parse_lab(GOOD, "lab.toml").gates[0].candidate == "disaggregated"
+    with pytest.raises(ConfigError) as caught:
+        parse_lab(broken(gate=[best], way=[{"name": "push", "what": "w"}]), "lab.toml")
+    assert [problem.key for problem in caught.value.problems] == ["way[0].expects"]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in LABS.glob("*.toml")))

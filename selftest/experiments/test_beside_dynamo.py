@@ -123,6 +123,14 @@ def test_workloads_that_do_not_fit_the_engines_are_left_out() -> None:
     assert compared(LAB, LAB, short=False).gates == LAB.gates
 
 
+def test_gates_of_ways_are_not_for_these_engines() -> None:
+    """Neither against the best of all ways nor of a candidate with other options."""
+    best = LAB.gates[0].model_copy(update={"baseline": "best"})
+    tuned = LAB.gates[0].model_copy(update={"candidate": "disaggregated@tuned"})
+    lab = LAB.model_copy(update={"gates": (best, tuned, *LAB.gates[1:])})
+    assert compared(lab, lab, short=False).gates == LAB.gates[1:]
+
+
 def test_the_short_form_keeps_one_workload_of_several_users() -> None:
     assert {gate.workload for gate in compared(LAB, LAB, short=True).gates} == {"chat"}
     chat = LAB.workload("chat")

@@ -16,8 +16,9 @@ from disagglab.config.labs import load_lab
 from disagglab.config.workload import Workload
 from disagglab.experiments import budgeted, rounds
 from disagglab.experiments.budgeted import Budget, Entrants, entrants, run_in_time
-from disagglab.experiments.comparison import Comparison, verdict_rows
+from disagglab.experiments.comparison import Comparison
 from disagglab.experiments.trials import PILOT_ROUNDS, TrialPlan
+from disagglab.experiments.verdicts import verdict_rows
 from disagglab.results.records import Run
 from disagglab.results.run_folder import Store
 from disagglab.serving.death import Died
@@ -107,6 +108,20 @@ def test_a_round_has_the_arms_of_its_gates_and_now_and_then_the_baselines_twin()
     pair = {REPLICATED, DISAGGREGATED}
     assert rounds_of_chat == [pair, {*pair, REPLICATED_AGAIN}, pair, pair, {*pair, REPLICATED_AGAIN}]
     assert set(who.of_round("one-user", 1)) == {SINGLE, DISAGGREGATED, SINGLE_AGAIN}
+
+
+def test_a_gate_against_the_best_measures_all_other_ways() -> None:
+    """The replicas have the twin; an arm of the candidate's kind takes part as a way alone."""
+    gate = LAB.gates[0].model_copy(update={"baseline": "best"})
+    lab = LAB.model_copy(update={"gates": (gate,)})
+    names = (*TOPOLOGIES, SINGLE_AGAIN, "sharded", "replicated@tuned")
+    who = entrants([made_arm(name) for name in names], lab)
+    assert set(who.needed(gate.workload)) == {*TOPOLOGIES, "sharded", "replicated@tuned"}
+    assert set(who.arms) == {*who.needed(gate.workload), REPLICATED_AGAIN}
+    assert set(who.of_round(gate.workload, 1)) == set(who.arms)
+    own = gate.model_copy(update={"candidate": REPLICATED})
+    who = entrants([made_arm(name) for name in TOPOLOGIES], LAB.model_copy(update={"gates": (own,)}))
+    assert set(who.needed(gate.workload)) == set(TOPOLOGIES)
 
 
 def test_one_round_shows_the_spread_within_runs_and_the_others_are_short(compare: Any) -> None:

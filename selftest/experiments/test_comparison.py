@@ -21,10 +21,14 @@ from disagglab.experiments.comparison import (
     Comparison,
     figure_rows,
     run_rounds,
-    undecided_workloads,
-    verdict_rows,
 )
 from disagglab.experiments.rounds import WARM_UP_ROUND
+from disagglab.experiments.verdicts import (
+    undecided_workloads,
+    verdict_rows,
+    version_rows,
+    way_rows,
+)
 from disagglab.hosts import energy
 from disagglab.measure import ledger
 from disagglab.measure import run as one_run
@@ -375,7 +379,7 @@ def test_an_equal_release_is_no_regression() -> None:
 
 def verdict_rows_by_figure(found: Comparison) -> dict[tuple[str, str], tuple[str, str]]:
     """(outcome, gate) by candidate and figure."""
-    rows = comparison.version_rows(found, LAB, "0.30.0")
+    rows = version_rows(found, LAB, "0.30.0")
     assert all(row.baseline == f"{row.candidate}@0.30.0" for row in rows)
     return {(row.candidate, row.metric): (row.outcome, str(row.gate)) for row in rows}
 
@@ -389,7 +393,7 @@ def test_a_way_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
         for name, scales in ((DISAGGREGATED, (1.0, 1.0, 1.0)), (arm, (2.0, 2.1, 1.9)))
         for number, scale in enumerate(scales)
     ]
-    rows = comparison.way_rows(Comparison(runs, lab.slo), lab, [arm])
+    rows = way_rows(Comparison(runs, lab.slo), lab, [arm])
     assert {(row.workload, row.metric) for row in rows} == {(g.workload, g.figure) for g in lab.gates}
     assert {(row.candidate, row.baseline, row.gate.state) for row in rows} == {
         (arm, DISAGGREGATED, State.WAY)
@@ -399,9 +403,7 @@ def test_a_way_is_judged_against_the_labs_own_settings(lab: Lab) -> None:
     assert slower.effect == pytest.approx((2.0 * 2.1 * 1.9) ** (1 / 3) - 1)
     (same,) = [row for row in rows if row.metric == "output_tokens_per_s"]
     assert same.outcome == "equivalent"
-    alone = comparison.way_rows(
-        Comparison(runs, lab.slo), lab.model_copy(update={"gates": (lab.gates[1],)}), [arm]
-    )
+    alone = way_rows(Comparison(runs, lab.slo), lab.model_copy(update={"gates": (lab.gates[1],)}), [arm])
     assert alone[0].metric == "ttft_p50"
     assert slower.p_adjusted is not None
     assert alone[0].p_adjusted is not None

@@ -11,7 +11,8 @@ from disagglab.config.labs import load_lab
 from disagglab.config.schema import GateSection
 from disagglab.config.workload import Workload
 from disagglab.experiments import trials
-from disagglab.experiments.comparison import Comparison, verdict_rows
+from disagglab.experiments.comparison import Comparison
+from disagglab.experiments.match import match_of
 from disagglab.experiments.pair_spread import PairSpread, pair_spread
 from disagglab.experiments.run_length import lengths
 from disagglab.experiments.trials import (
@@ -25,6 +26,7 @@ from disagglab.experiments.trials import (
     twin_needed,
     with_outlook,
 )
+from disagglab.experiments.verdicts import verdict_rows
 from disagglab.results.gate import State
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE
 from disagglab.stats.rule import multiplier
@@ -57,6 +59,40 @@ def test_a_round_holds_the_arms_that_its_gates_compare() -> None:
     assert twin_needed([limit, TOKENS]) == "replicated-again"
 
 
+def test_a_round_against_the_best_holds_all_other_ways() -> None:
+    """Of the session's arms those of other kinds, and the candidate, which need not be the lab's own."""
+    best = TTFT.model_copy(update={"baseline": "best", "candidate": "disaggregated@tuned"})
+    session = (SINGLE, REPLICATED, DISAGGREGATED, "sharded", "disaggregated@tuned", "replicated-again")
+    others = (SINGLE, REPLICATED, "sharded")
+    assert arms_needed([best], (), session) == (*others, "disaggregated@tuned")
+    assert arms_needed([TTFT, best], (), session) == (*others, DISAGGREGATED, "disaggregated@tuned")
+    assert twin_needed([best], session) == "replicated-again"
+    assert twin_needed([best], [SINGLE, DISAGGREGATED]) == "single-again"
+
+
+def test_the_needed_rounds_against_the_best() -> None:
+    """To be better takes what the closest baseline takes alone, the others being far; to be worse than one
+    takes more than alone, because any of three could have shown it.
+    """
+    gate = TTFT.model_copy(update={"want": "better"})
+    far = (-3.0, 0.05)
+    alone, best = (
+        rounds_to_decide(gate, known, 2, "any time") for known in ([(-0.1, 0.05)], [far, (-0.1, 0.05), far])
+    )
+    assert alone == best
+    lost, lost_to_one = (
+        rounds_to_decide(gate, known, 2, "any time") for known in ([(0.1, 0.05)], [far, (0.1, 0.05), far])
+    )
+    assert lost is not None
+    assert lost_to_one is not None
+    assert lost_to_one > lost
+    close = rounds_to_decide(gate, [(-0.1, 0.05), (0.0, 0.02)], 2, "any time")
+    equal = rounds_to_decide(gate, [(0.0, 0.02)], 2, "any time")
+    assert close is not None
+    assert equal is not None
+    assert close > equal, "equivalent to the best, with both limits wider"
+
+
 def test_runs_keep_what_they_measure() -> None:
     """Only a closed loop whose gates are medians over requests has other lengths; concurrency stays held."""
     assert lengths(ONE_USER, [TTFT]) == [1, 2, 3, 4, 8]
@@ -76,7 +112,7 @@ def test_runs_keep_what_they_measure() -> None:
 def test_the_needed_rounds_are_the_first_that_decide(mean: float, sd: float, want: str) -> None:
     """At that many the interval excludes no difference or lies within the margin, at one less it does not."""
     gate = TTFT.model_copy(update={"want": want})
-    needed = rounds_to_decide(gate, mean, sd, 2, "any time")
+    needed = rounds_to_decide(gate, [(mean, sd)], 2, "any time")
     assert needed is not None
 
     def half(rounds: int) -> float:
@@ -95,7 +131,7 @@ def test_an_effect_at_the_margin_is_not_foreseen() -> None:
     """Neither excluded nor within it, whatever the rounds; the direction does not matter."""
     gate = TTFT.model_copy(update={"want": "better"})
     for mean in (0.0001, -0.0001):
-        assert rounds_to_decide(gate, mean, 5.0, 3, "any time") is None
+        assert rounds_to_decide(gate, [(mean, 5.0)], 3, "any time") is None
 
 
 def test_time_goes_first_to_what_is_decided_soonest() -> None:
@@ -178,7 +214,9 @@ def test_few_pairs_take_the_spread_of_all_arms() -> None:
     runs = []
     for arm, times in ((SINGLE, (1.0, 1.2)), (DISAGGREGATED, (1.1, 1.32)), ("single-again", (1.2, 1.0))):
         runs += [made_run(arm, ONE_USER, number, seconds) for number, seconds in enumerate(times)]
-    found = pair_spread(Comparison(runs, LAB.slo), TTFT, [SINGLE, DISAGGREGATED, "single-again"])
+    comparison = Comparison(runs, LAB.slo)
+    arms = [SINGLE, DISAGGREGATED, "single-again"]
+    found = pair_spread(comparison, match_of(comparison, TTFT), SINGLE, arms)
     assert found is not None
     assert found.sd > 0.1
     assert found.freedom == 2

@@ -383,6 +383,16 @@ def test_the_gated_figures_alone_are_shown(capsys: Capture, tmp_path: Path) -> N
     assert "--all" not in page
 
 
+def test_a_gate_against_the_best_shows_all_other_ways(capsys: Capture, tmp_path: Path) -> None:
+    """Of the session's arms those among which the best was, and the candidate, which the gate names."""
+    gate = '[[gate]]\nworkload = "chat"\nmetric = "ttft_p50"\nbaseline = "best"\n'
+    text = "name = 'embedded'\n" + gate + "candidate = 'disaggregated@tuned'\n"
+    arms = ["single", "sharded", "disaggregated", "single-again", "disaggregated@tuned"]
+    add_run(tmp_path, 1, *(figure(arm=arm) for arm in arms), lab_file=text, arms=arms)
+    lines, _, _ = told(capsys, tmp_path)
+    assert [line.split()[0] for line in lines[2:-3]] == ["chat:", "single", "sharded", "disaggregated@tuned"]
+
+
 @pytest.mark.parametrize("text", ["name =", "gate = 1", "[gate]\nmetric = 'x'", "gate = ['x', 1]"])
 def test_a_lab_file_without_gates_has_no_gated_figure(capsys: Capture, tmp_path: Path, text: str) -> None:
     """Neither one that is damaged; what there is otherwise is said, and shown to who names it."""

@@ -139,6 +139,15 @@ def test_what_is_left_out_stands_beside_the_verdicts(store: Store) -> None:
         assert said in page
 
 
+def test_a_gate_of_a_way_that_was_not_asked_for_is_not_judged() -> None:
+    """Its row names its own candidate, and what it lacks."""
+    lab = load_lab("embedded")
+    gate = lab.gates[0].model_copy(update={"candidate": "disaggregated@tuned", "baseline": "best"})
+    (row,) = report.not_judged(lab.model_copy(update={"gates": (gate,)}), Arms())
+    assert (row["candidate"], row["baseline"]) == ("disaggregated@tuned", "best")
+    assert row["gate"].startswith("ARM-LEFT-OUT: disaggregated@tuned")
+
+
 def test_nothing_is_said_of_arms_where_all_are_measured(store: Store) -> None:
     """The control."""
     lab = load_lab("embedded")

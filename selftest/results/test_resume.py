@@ -25,9 +25,9 @@ from disagglab.experiments.comparison import (
     Comparison,
     figure_rows,
     run_rounds,
-    verdict_rows,
 )
 from disagglab.experiments.rounds import WARM_UP_ROUND
+from disagglab.experiments.verdicts import verdict_rows
 from disagglab.experiments.warming import warm_up_of
 from disagglab.paths import ROOT
 from disagglab.results import fingerprint, resume

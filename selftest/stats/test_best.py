@@ -22,7 +22,7 @@ from disagglab.stats.verdict import Rule, Want, gate_p, judge
 RULES: tuple[Rule, ...] = ("fixed-n", "any time", "any time, order drawn")
 SEED = 11
 SESSIONS = 2000
-# three standard errors above 2.5 % of so many sessions: where the true rate is 2.5 %, 1 in 700 seeds shows more
+# Three standard errors above 2.5 % of so many sessions: where that is the rate, 1 in 700 seeds shows more.
 MOST = 0.025 + 3 * math.sqrt(0.025 * 0.975 / SESSIONS)
 
 Pairs = list[tuple[float, float]]
@@ -81,7 +81,8 @@ def test_lower_is_the_mirror_of_higher() -> None:
             {name: paired([-one for one in row]) for name, row in logs.items()}, "lower", 0.05, rule
         )
         assert up.baseline == down.baseline == "b"
-        assert (up.verdict.outcome, up.verdict.p) == (down.verdict.outcome, pytest.approx(down.verdict.p))
+        assert up.verdict.outcome == down.verdict.outcome
+        assert up.verdict.p == pytest.approx(down.verdict.p)
         if math.isfinite(up.verdict.high) and up.verdict.low > -1:
             assert math.log1p(up.verdict.low) == pytest.approx(-math.log1p(down.verdict.high))
             assert math.log1p(up.verdict.high) == pytest.approx(-math.log1p(down.verdict.low))

@@ -118,7 +118,52 @@ def test_one_round_has_no_interval(capsys: Capture, tmp_path: Path) -> None:
     assert "more rounds" in found["reason"]
 
 
+SEVERAL: dict[str, Any] = {
+    **{key: value for key, value in GOOD.items() if key != "pairs"},
+    "candidate": [120, 121, 119.5, 120.5, 122, 118],
+    "baselines": {
+        "replicated": [150, 152, 149, 151, 150, 148],
+        "sharded": [100, 101, 99, 100, 102, 98],
+    },
+}
+
+
+def test_the_best_of_several_baselines(capsys: Capture, tmp_path: Path) -> None:
+    """It is named; the effect is that of its pairs, and its p twice theirs, because of two it was picked."""
+    found = answer(capsys, tmp_path / "gate.json", SEVERAL)
+    alone = answer(capsys, tmp_path / "gate.json", GOOD)
+    assert (found["baseline"], found["among"]) == ("sharded", ["replicated", "sharded"])
+    assert (found["verdict"], found["effect"]) == ("worse", alone["effect"])
+    assert found["p"] == pytest.approx(2 * alone["p"])
+    assert found["ci"][0] < alone["ci"][0]
+    assert found["ci"][1] == alone["ci"][1]
+    assert "the best of 2 other ways (sharded, replicated)" in found["reason"]
+    assert not {"baseline", "among"} & set(alone), "a file with pairs has the answer that it had"
+
+
+def test_a_limit_that_so_few_rounds_do_not_give_is_null(capsys: Capture, tmp_path: Path) -> None:
+    """Four rounds by looks, eight baselines: better than all of them, and by how much at most is open."""
+    logs = [2.0, 2.0002, 1.9998, 2.0]
+    baselines = {str(place): [1.0 + 0.01 * place] * 4 for place in range(8)}
+    raw = SEVERAL | {"better": "higher", "candidate": logs, "baselines": baselines, "sequential": True}
+    found = answer(capsys, tmp_path / "gate.json", raw)
+    assert found["verdict"] == "better"
+    assert found["ci"][0] > 0
+    assert (found["ci"][1], found["mde"], found["underpowered"]) == (None, None, True)
+
+
 BAD: dict[str, tuple[Any, str]] = {
+    "both forms": (GOOD | SEVERAL, "pairs"),
+    "baselines without a candidate": (
+        {key: value for key, value in SEVERAL.items() if key != "candidate"},
+        "candidate",
+    ),
+    "a candidate without baselines": (SEVERAL | {"baselines": {}}, "baselines"),
+    "a baseline that lacks a round": (
+        SEVERAL | {"baselines": {"sharded": [1, 2, 3], "single": [1] * 6}},
+        "baselines.sharded",
+    ),
+    "a zero of a baseline": (SEVERAL | {"baselines": {"sharded": [0, 1, 1, 1, 1, 1]}}, "baselines.sharded"),
     "not JSON": ("{", "not JSON"),
     "a list": ([], "not an object"),
     "no pairs": ({k: v for k, v in GOOD.items() if k != "pairs"}, "pairs"),

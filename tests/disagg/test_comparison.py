@@ -35,7 +35,7 @@ def test_gated_figure_of_each_arm(
     so. A share is no time; it lies in ``extra_info`` of the times of its workload and arm, and in
     ``figures.jsonl`` like every figure.
     """
-    if gate.limit is not None and arm != DISAGGREGATED:
+    if METRICS[gate.metric].needs_transfer and arm != DISAGGREGATED:
         pytest.skip(f"NO-SUCH-FIGURE: {gate.metric} is a figure of disaggregated serving alone")
     live.require_arms(arm)
     if live.budget_s is not None and arm not in comparison.arms(gate.workload):
@@ -82,7 +82,8 @@ def test_figures_of_every_run_are_recorded(
         ]
     for gate in lab.gates:
         arms = [arm for arm in measured if arm in comparison.arms(gate.workload)]
-        arms = arms if gate.limit is None else [DISAGGREGATED]
+        if gate.limit is not None:
+            arms = [arm for arm in comparison.arms(gate.workload) if arm == gate.candidate]
         by_arm = {arm: comparison.values(gate.workload, arm, gate.metric, gate.stream) for arm in arms}
         record.plot(
             f"{gate.figure}, {gate.workload}",
@@ -144,7 +145,7 @@ def test_identical_arms_measure_the_noise(comparison: Comparison, live: Session,
 
 def test_gates_of_the_lab(comparison: Comparison, live: Session, store: Store, gate: GateSection) -> None:
     """A gate that the lab file enforces is met; another is reported. One that lacks an arm is not judged."""
-    live.require_arms(gate.baseline or DISAGGREGATED)
+    live.require_gate(gate)
     judged = live.arms.judged(live.lab).gates
     gated = [row for row in store.verdicts if row.gate.of_a_gate]
     (row,) = (row for one, row in zip(judged, gated, strict=True) if one == gate)

@@ -16,7 +16,8 @@ import pytest
 
 from disagglab.config.labs import with_release
 from disagglab.config.schema import Lab
-from disagglab.experiments.comparison import Comparison, figure_rows, run_rounds, version_rows
+from disagglab.experiments.comparison import Comparison, figure_rows, run_rounds
+from disagglab.experiments.verdicts import version_rows
 from disagglab.hosts import release
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model

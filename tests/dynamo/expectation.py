@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from disagglab.experiments.beside_dynamo import DYNAMO_KV, DYNAMO_ROUND_ROBIN, tagged
-from disagglab.experiments.comparison import LIMIT
 from disagglab.experiments.conversations import (
     CONVERSATIONS,
     E2E,
@@ -17,6 +16,7 @@ from disagglab.experiments.conversations import (
     THROUGHPUT,
     values,
 )
+from disagglab.experiments.match import LIMIT
 from disagglab.experiments.routing import BLOCK_SIZE, Held, times_by_hit
 from disagglab.results.gate import GateState, State
 from disagglab.results.records import VerdictRow

@@ -38,7 +38,7 @@ from disagglab.experiments.beside_dynamo import (
     rows_of,
     tagged,
 )
-from disagglab.experiments.comparison import LIMIT, Comparison, figure_rows, run_rounds
+from disagglab.experiments.comparison import Comparison, figure_rows, run_rounds
 from disagglab.experiments.conversations import (
     CONVERSATIONS,
     E2E,
@@ -51,6 +51,7 @@ from disagglab.experiments.conversations import (
     talk_rows,
     value,
 )
+from disagglab.experiments.match import LIMIT
 from disagglab.experiments.routing import Held, Size
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model

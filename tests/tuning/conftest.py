@@ -20,10 +20,11 @@ from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.experiments import campaign as campaigns
 from disagglab.experiments.campaign import Campaign, Speeds
-from disagglab.experiments.comparison import figure_rows, verdict_rows
+from disagglab.experiments.comparison import figure_rows
 from disagglab.experiments.halving import search
 from disagglab.experiments.searching import measurer
 from disagglab.experiments.turns import Contender, Load
+from disagglab.experiments.verdicts import verdict_rows
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model
 from disagglab.kv.shape import KvShape
