@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from disagglab.results import winner_map
 from disagglab.results.dominance import words
-from disagglab.results.frontier import Frontier, pareto
+from disagglab.results.frontier import Frontier, Point, pareto
 from disagglab.results.plot import ROUNDS, ROUNDS_UP, WINNERS
 from disagglab.results.promise import KINDS
 from disagglab.results.rated_run import RatedRun
@@ -64,6 +64,16 @@ def record(recorder: Recorder, frontier: Frontier, terms: Terms = USUAL) -> None
         "A line joins the rates of an arm; points are rounds."
         f" Beaten by no other way in both: {best or 'none'}.",
     )
+    for title, unit, of in _spent(frontier):
+        found = against_users(frontier, of)
+        if found:
+            recorder.plot(
+                f"{title} against tokens/s per user",
+                "output tokens/s per user (1 / median TPOT)",
+                unit,
+                found,
+                caption="A line joins the rates of an arm; means over rounds. docs/explanation/frontier.md",
+            )
     winners = winners_by_limit(frontier, terms)
     if winners:
         recorder.plot(
@@ -112,6 +122,27 @@ def tokens(frontier: Frontier) -> Series:
             found[f"{arm}, rounds"] = ([x for x, _ in rounds], [y for _, y in rounds])
             found[arm] = ([x for x, _ in means], [y for _, y in means])
     return found
+
+
+def against_users(frontier: Frontier, of: Callable[[Point], float | None]) -> Series:
+    """What points cost by their tokens/s per user, an arm by ascending rate; arms without it are left out."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for point in frontier.points():
+        user, spent = point.tokens_per_s_user, of(point)
+        if user is not None and spent is not None:
+            xs, ys = found.setdefault(point.arm, ([], []))
+            xs.append(user)
+            ys.append(spent)
+    return found
+
+
+def _spent(frontier: Frontier) -> Iterator[tuple[str, str, Callable[[Point], float | None]]]:
+    """Title, unit and figure of what is spent, where a price or a counter tells it."""
+    if frontier.price is not None:
+        currency = frontier.price.currency
+        yield "Cost of tokens", f"{currency} per 1M output tokens", lambda one: one.cost_per_million_tokens
+        yield "Cost of good requests", f"{currency} per good request", lambda one: one.cost_per_good_request
+    yield "Energy", "J per output token", lambda one: one.energy_j_token
 
 
 def winners_by_limit(frontier: Frontier, terms: Terms = USUAL) -> Series:

@@ -164,7 +164,9 @@ def _cell(value: float | None) -> str:
 def _notes(frontier: Frontier) -> Sequence[str]:
     promise = frontier.promise
     late = promise.itl_s if promise.itl_s is not None else promise.tpot_s
-    found = ["/GPU: over all GPUs of the way; /decode GPU: over those that decode"]
+    found = []
+    if any(place.gpus for place in frontier.footprints.values()):
+        found.append("/GPU: over all GPUs of the way; /decode GPU: over those that decode")
     if late is not None:
         found.append(f"gaps late: share of gaps longer than {limit_text(late)}")
     if frontier.price:

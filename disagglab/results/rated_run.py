@@ -91,7 +91,16 @@ class RatedRun:
         return 1 / middle if middle > 0 else None
 
     def good(self, promise: Promise) -> int:
-        """Requests that keep a promise."""
+        """Requests that keep a promise; counted once, and kept with the run."""
+        if promise not in self._counts:
+            self._counts[promise] = self._count(promise)
+        return self._counts[promise]
+
+    @cached_property
+    def _counts(self) -> dict[Promise, int]:
+        return {}
+
+    def _count(self, promise: Promise) -> int:
         limits = [math.inf if one is None else one for one in (promise.ttft_s, promise.tpot_s, promise.itl_s)]
         return int((self._times <= limits).all(axis=1).sum())
 

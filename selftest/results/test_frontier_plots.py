@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from disagglab.results import frontier_plots, plot
+from disagglab.results.price import Price
 from disagglab.results.promise import NOTHING
 from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
-from selftest.results.rated import frontier
+from selftest.results.rated import frontier, rated
 
 MADE = frontier(
     {
@@ -66,6 +69,18 @@ def test_the_report_has_numbers_and_figures(tmp_path: Path) -> None:
     assert "replicated" in drawn[0]
     assert "rounds" not in drawn[0].replace("are rounds", ""), "the key names the lines alone"
     assert "disaggregated, 2.00 times the goodput of replicated" in store.plots[0].caption
+
+
+def test_cost_and_energy_are_axes(tmp_path: Path) -> None:
+    """2 GPUs at 3.6 EUR an hour, 2 good requests/s: 0.001 EUR each; 440 J for 220 tokens."""
+    runs = (rated("replicated", energy_j={"a": 220.0, "b": 220.0}),)
+    priced = replace(MADE, runs=runs, price=Price(3.6, "gpu", "EUR"))
+    store = Store.create(tmp_path, "run")
+    frontier_plots.record(Recorder(store, "tuning", "test_frontier"), priced)
+    spent = {one.y_label: one.series for one in store.plots if one.title.endswith("per user")}
+    assert spent["J per output token"] == {"replicated": ((20.0,), (2.0,))}
+    assert spent["EUR per good request"]["replicated"][1][0] == pytest.approx(0.001)
+    assert spent["EUR per 1M output tokens"]["replicated"][1][0] == pytest.approx(0.002 / 22 * 1e6)
 
 
 def test_what_no_run_has_is_not_drawn(tmp_path: Path) -> None:

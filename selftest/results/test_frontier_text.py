@@ -59,6 +59,8 @@ def test_a_column_of_dashes_is_not_printed() -> None:
     assert "/decode GPU  prompt" in with_gpus
     assert "/decode GPU  prompt" not in without
     assert "tokens/s  /node  /user" in without
+    assert "/GPU: over all" in with_gpus
+    assert "/GPU: over all" not in without
 
 
 def test_all_that_is_said() -> None:
