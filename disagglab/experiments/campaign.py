@@ -185,17 +185,4 @@ def conduct(
 
 def footprints(lab: Lab, contenders: Sequence[Contender]) -> dict[str, Footprint]:
     """What each arm occupies."""
-    found = {}
-    for one in contenders:
-        nodes = (
-            lab.nodes
-            if one.kind == way.SHARDED or not isinstance(one.way, WaySection)
-            else way.changed(lab, one.way).nodes
-        )
-        prefill = [node for node in nodes if node.role == "prefill"]
-        if one.kind == DISAGGREGATED:
-            decode = [node for node in nodes if node.role == "decode"]
-            found[one.arm] = Footprint.of_roles(prefill, decode)
-        else:
-            found[one.arm] = Footprint.of(prefill[:1] if one.kind == SINGLE else nodes)
-    return found
+    return {one.arm: Footprint.of_way(lab, one.way) for one in contenders}

@@ -26,6 +26,7 @@ class State(StrEnum):
     UNDECIDED = "undecided"
     IDENTICAL = "A/A: identical arms"
     WAY = "way"
+    VARIANT = "variant"  # a way, in files of earlier versions
     BESIDE = "beside"
     PREDICTED = "predicted"
     EXPECTED = "expected"
