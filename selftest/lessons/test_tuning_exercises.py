@@ -6,6 +6,7 @@ The oracle is arithmetic that the lesson asks for by hand. Change a number there
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_exercise_2_what_the_chunk_costs_the_prompt() -> None:
 
 @pytest.mark.parametrize(("prefill", "best"), [(1.0, "2P2D"), (3.0, "1P3D"), (0.4, "3P1D")])
 def test_exercise_3_rates_of_roles_are_matched(prefill: float, best: str) -> None:
-    """Four nodes; one prefills so many requests/s, one decodes 1.2/s. The slower role is the pipeline's rate."""
+    """Four nodes; one prefills so many requests/s or decodes 1.2/s; the slower role is the rate."""
     decode = 1.2
     rates = {f"{p}P{4 - p}D": min(p * prefill, (4 - p) * decode) for p in (1, 2, 3)}
     assert max(rates, key=lambda name: rates[name]) == best
@@ -70,19 +71,10 @@ def test_exercise_4_a_rank_keeps_half_of_the_heads() -> None:
 
 
 def point(arm: str, user: float, node: float) -> Point:
-    """A point of a frontier with these tokens/s per user and per node."""
-    return Point(
-        **{  # the figures that dominance does not look at
-            **dict.fromkeys(Point.__dataclass_fields__, 0.0),
-            "arm": arm,
-            "rate_per_s": 1.0,
-            "rounds": 1,
-            "kept_up": 1,
-            "tokens_per_s_gpu": None,
-            "tokens_per_s_user": user,
-            "tokens_per_s_node": node,
-        }
-    )
+    """A point of a frontier with these tokens/s per user and per node; dominance looks at nothing else."""
+    figures: dict[str, Any] = dict.fromkeys(Point.__dataclass_fields__, 0.0)
+    figures |= {"arm": arm, "tokens_per_s_gpu": None, "tokens_per_s_user": user, "tokens_per_s_node": node}
+    return Point(**figures)
 
 
 def test_exercise_5_who_is_dominated() -> None:
