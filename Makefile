@@ -39,9 +39,11 @@ test: setup  ## the selftests, every live module but dynamo in short form; LONG=
 	$(PYTEST) selftest $(ARGS)
 	@if unshare --net --mount true 2>/dev/null && [ -x /usr/sbin/sshd ]; then \
 		set -ex; $(PYTEST) tests --short -m "not disagg and not dynamo" $(ARGS); \
+		$(PYTEST) tests/tuning --lab embedded-ways --short $(ARGS); \
 		$(PYTEST) $(OVER_SSH) $(LEFT_OUT) --lab two-hosts --short $(FEWER) $(ARGS); \
 	else \
 		set -ex; $(PYTEST) tests $(LEFT_OUT) --short -m "not dynamo" $(ARGS); \
+		$(PYTEST) tests/tuning --lab embedded-ways --short $(ARGS); \
 		echo "test: lab two-hosts left out: it needs root, network namespaces and /usr/sbin/sshd (openssh-server)"; \
 	fi
 ifdef LONG

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from disagglab.config.schema import GateSection, Lab, WaySection
+from disagglab.config.schema import GateSection, Lab
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem
 
 SINGLE, REPLICATED, DISAGGREGATED = "single", "replicated", "disaggregated"

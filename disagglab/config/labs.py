@@ -31,9 +31,9 @@ from disagglab.config.schema import (
     SpeedSection,
     TransportSection,
     VllmSection,
-    WaySection,
 )
 from disagglab.config.search_space import TuningSection
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem
 from disagglab.problems import problems_of, suggest
 

@@ -5,7 +5,7 @@ docs/generate.py makes docs/reference/lab-file.md from them: docstrings, and the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -14,6 +14,7 @@ from disagglab.config.head import Section
 from disagglab.config.inherit import file_of
 from disagglab.config.price import PriceSection
 from disagglab.config.search_space import TuningSection
+from disagglab.config.way_section import WaySection
 from disagglab.config.workload import NOT_FOR_FILES, Workload, load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.stats.metric import GATED, of_stream
@@ -273,72 +274,6 @@ class GateSection(Section):
     def figure(self) -> str:
         """The figure as reports name it."""
         return of_stream(self.metric, self.stream)
-
-
-class RoleSection(Section):
-    """What the servers of one role have of their own in a way of kind `disaggregated`, such as
-    `prefill = { nodes = ["a"], args = { max-num-batched-tokens = 8192 } }`.
-    """
-
-    nodes: list[str] = Field(
-        default=[], description="names of the nodes that play the role; empty: those that have it in [[node]]"
-    )
-    args: dict[str, str | int | float | bool] = Field(
-        default={}, description="options of this role alone; win over args of the way"
-    )
-    env: dict[str, str] = Field(
-        default={}, description="environment of this role alone; wins over env of the way"
-    )
-
-    @property
-    def empty(self) -> bool:
-        """Whether it says nothing."""
-        return not (self.nodes or self.args or self.env)
-
-
-class WaySection(Section):
-    """A way to use the lab's nodes that `pytest --way NAME` measures beside the lab's own settings."""
-
-    kind: Literal["single", "replicated", "disaggregated", "sharded"] = Field(
-        "disaggregated",
-        description="single: the first prefill node alone; replicated: equal servers, round robin;"
-        " disaggregated: prefill and decode apart; sharded: one server, tensor parallel over all nodes",
-    )
-    name: str = Field(
-        "",
-        pattern=r"^([a-z0-9][a-z0-9-]*)?$",
-        description="it is called KIND@NAME in reports; may be absent of a sharded way alone, called sharded",
-    )
-    what: str = Field(min_length=1, description="what is changed, in words")
-    expects: str = Field(
-        min_length=1, description="what it should do, written before it was measured; reports show it"
-    )
-    transport: dict[str, Any] = Field(
-        default={},
-        description="keys of [transport] that differ; env and extra merge key by key; disaggregated only",
-    )
-    args: dict[str, str | int | float | bool] = Field(
-        default={}, description="options that differ from [vllm.args], or are added to them"
-    )
-    env: dict[str, str] = Field(
-        default={}, description="environment that differs from [vllm.env], or is added to it"
-    )
-    prefill: RoleSection = Field(
-        default=RoleSection(), description="of the servers that prefill: nodes, args, env; disaggregated only"
-    )
-    decode: RoleSection = Field(
-        default=RoleSection(), description="of the servers that decode: nodes, args, env; disaggregated only"
-    )
-
-    @property
-    def arm(self) -> str:
-        """What it is called in reports, `replicated@chunk-128`."""
-        return f"{self.kind}@{self.name}" if self.name else self.kind
-
-    @property
-    def roles(self) -> dict[str, RoleSection]:
-        """By the role's name."""
-        return {"prefill": self.prefill, "decode": self.decode}
 
 
 class Lab(Section):

@@ -15,11 +15,11 @@ from disagglab.config.schema import (
     ScaleSection,
     TransportSection,
     VllmSection,
-    WaySection,
 )
 from disagglab.config.search_space import TuningSection, Value
 from disagglab.config.setting import nested
 from disagglab.config.way import DISAGGREGATED, RANKS_KEY, SHARDED
+from disagglab.config.way_section import WaySection
 from disagglab.config.workload import Workload, load_workload
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import WORKLOADS

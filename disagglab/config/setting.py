@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from disagglab.config.schema import WaySection
 from disagglab.config.search_space import Value
 from disagglab.config.way import DISAGGREGATED, SHARDED
+from disagglab.config.way_section import WaySection
 
 Options = tuple[tuple[str, Value], ...]
 OWN_WORDS = "the lab's own"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disagglab.config.schema import Lab, NodeSection, TransportSection, WaySection
+from disagglab.config.schema import Lab, NodeSection, TransportSection
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem
 
 DISAGGREGATED = "disaggregated"

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pydantic import ValidationError
 
 from disagglab.config import reserved, transports, way
-from disagglab.config.schema import NodeSection, TransportSection, WaySection
+from disagglab.config.schema import NodeSection, TransportSection
+from disagglab.config.way_section import WaySection
 from disagglab.errors import Problem
 from disagglab.problems import problems_of
 

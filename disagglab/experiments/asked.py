@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from disagglab.config import arms, way
 from disagglab.config.arms import Arms
 from disagglab.config.labs import load_lab, on_workloads, with_release
-from disagglab.config.schema import Lab, WaySection
+from disagglab.config.schema import Lab
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem
 from disagglab.hosts import release
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from disagglab.config import way
 from disagglab.config.arms import DISAGGREGATED, REPLICATED, SINGLE
-from disagglab.config.schema import Lab, SloSection, WaySection
+from disagglab.config.schema import Lab, SloSection
+from disagglab.config.way_section import WaySection
 from disagglab.config.workload import Workload
 from disagglab.errors import InvalidRun
 from disagglab.experiments.calibration import Calibration, calibrate

@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from disagglab.config import ipv4
 from disagglab.config.arms import Arms
 from disagglab.config.labs import with_release
-from disagglab.config.schema import Lab, WaySection
+from disagglab.config.schema import Lab
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem
 from disagglab.experiments import routing
 from disagglab.experiments.trials import arms_needed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from disagglab.config.arms import twin_of
-from disagglab.config.schema import WaySection
+from disagglab.config.way_section import WaySection
 from disagglab.config.workload import Workload
 from disagglab.experiments.rounds import Trial, mirrored
 from disagglab.experiments.warming import warm_up

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from disagglab.config import way as way_rules
-from disagglab.config.schema import Lab, NodeSection, WaySection
+from disagglab.config.schema import Lab, NodeSection
+from disagglab.config.way_section import WaySection
 from disagglab.predict import simulation, stepbudget
 from disagglab.predict.breakeven import Cluster, Point
 from disagglab.predict.engine import Request

@@ -11,7 +11,8 @@ from typing import TextIO
 import pytest
 
 from disagglab.config.arms import Arms
-from disagglab.config.schema import GateSection, Lab, WaySection
+from disagglab.config.schema import GateSection, Lab
+from disagglab.config.way_section import WaySection
 from disagglab.experiments.comparison import Comparison
 from disagglab.hosts.hosts import Hosts
 from disagglab.measure.bench import LOAD

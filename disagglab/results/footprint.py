@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from disagglab.config import way
-from disagglab.config.schema import Lab, NodeSection, WaySection
+from disagglab.config.schema import Lab, NodeSection
+from disagglab.config.way_section import WaySection
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from disagglab import jsonfile
 from disagglab.config import way
 from disagglab.config.arms import OWN
 from disagglab.config.labs import parse_lab, with_release
-from disagglab.config.schema import Lab, WaySection
+from disagglab.config.schema import Lab
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem
 from disagglab.problems import problems_of
 from disagglab.results import fingerprint

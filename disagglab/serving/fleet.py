@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from disagglab.config import way
-from disagglab.config.schema import Lab, WaySection
+from disagglab.config.schema import Lab
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem, StartError
 from disagglab.hosts.hosts import Hosts
 from disagglab.hosts.weights import Model

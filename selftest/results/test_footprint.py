@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from disagglab.config.labs import load_lab
-from disagglab.config.schema import NodeSection, RoleSection, WaySection
+from disagglab.config.schema import NodeSection
+from disagglab.config.way_section import RoleSection, WaySection
 from disagglab.results.footprint import Footprint
 
 

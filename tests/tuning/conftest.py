@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from disagglab.config.schema import Lab, SloSection
 from disagglab.config.search_checks import asked, workload_of
 from disagglab.config.search_space import TuningSection
 from disagglab.config.workload import Workload
-from disagglab.errors import InvalidRun
 from disagglab.experiments import campaign as campaigns
 from disagglab.experiments.campaign import Campaign, Speeds
 from disagglab.experiments.comparison import figure_rows
@@ -209,9 +207,8 @@ def campaign(
         )
         live.progress("tuning").done(f"{len(found.rated)} + {len(found.gated.runs)} runs")
     if gated:
-        with contextlib.suppress(InvalidRun):
-            for row in verdict_rows(found.gated, entered.lab):
-                store.add(row)
+        for row in verdict_rows(found.gated, entered.lab):
+            store.add(row)
         for figure in figure_rows(found.gated):
             store.add(figure)
     if found.died:

@@ -16,7 +16,8 @@ import pytest
 
 from disagglab.config import way
 from disagglab.config.arms import DISAGGREGATED, OWN, SINGLE_AGAIN
-from disagglab.config.schema import Lab, NodeSection, WaySection
+from disagglab.config.schema import Lab, NodeSection
+from disagglab.config.way_section import WaySection
 from disagglab.config.workload import Workload
 from disagglab.experiments.turns import Contender, Load, by_start
 from disagglab.kv.layout import layout
