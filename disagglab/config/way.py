@@ -115,6 +115,17 @@ def _merged(nodes: Sequence[NodeSection], number: int, hosts: int) -> NodeSectio
     )
 
 
+def bound(cores: Sequence[int], ranks: int) -> str:
+    """Cores of each rank of a server, as vLLM wants them: ``0,1|2,3``. All of them where they cannot be
+    divided evenly; vLLM says then what it misses.
+    """
+    share = len(cores) // ranks
+    if share * ranks != len(cores):
+        return ",".join(map(str, cores))
+    parts = [cores[share * rank : share * (rank + 1)] for rank in range(ranks)]
+    return "|".join(",".join(map(str, part)) for part in parts)
+
+
 def ranks(lab: Lab) -> int:
     """Ranks of each server of a lab."""
     return int(lab.vllm.args.get(RANKS_KEY, 1))

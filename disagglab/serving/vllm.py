@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from disagglab.address import url_of
+from disagglab.config import way
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import StartError
 from disagglab.hosts import release
@@ -171,7 +172,7 @@ def plan_engine(
             argv += [f"--{key}", str(value)]
     env = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_COLOR": "0"}
     if node.cpus:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, node.cpus))
+        env[way.BIND_VARIABLE] = way.bound(node.cpus, way.ranks(lab))
         if lab.transport.keep_node_cpus:
             env[CPUS_VARIABLE] = ",".join(map(str, node.cpus))
     if node.gpus:
