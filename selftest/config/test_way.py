@@ -156,6 +156,7 @@ def test_where_both_name_a_key_the_ways_value_counts() -> None:
 EMBEDDED = inherit.read(LABS / "embedded.toml").table
 WORDS = {"what": "w", "expects": "e"}
 SHARDED: dict[str, Any] = {"kind": "sharded", **WORDS}
+TURNED = {"prefill": {"nodes": ["b"]}, "decode": {"nodes": ["a"]}}
 
 
 def embedded(*rows: dict[str, Any], **changes: Any) -> Lab:
@@ -188,7 +189,7 @@ def across(*hosts: str, gpus: int = 0) -> Lab:
 
 def test_roles_may_be_turned() -> None:
     """b prefills and a decodes; cores and addresses stay where they are, and so does the order of nodes."""
-    lab = embedded({"name": "turned", "prefill": {"nodes": ["b"]}, "decode": {"nodes": ["a"]}})
+    lab = embedded({"name": "turned", **TURNED})
     found = way.nodes_of(lab.nodes, lab.ways[0])
     assert [(node.name, node.role, node.cpus) for node in found] == [
         ("a", "decode", [0]),
@@ -198,7 +199,7 @@ def test_roles_may_be_turned() -> None:
 
 
 def test_options_of_a_role_are_of_its_nodes_alone() -> None:
-    """They go before the way's, which go before the lab's: 2048 of the role, 256 of the way, 32 of the lab."""
+    """They go before the way's, which go before the lab's: 2048 of the role, 256 of the way, 128 and 32."""
     row = {
         "name": "v",
         "args": {"max-num-batched-tokens": 256},
@@ -312,7 +313,7 @@ def test_an_environment_of_a_node_goes_before_what_sharding_sets() -> None:
         ({"kind": "sharded", "name": "v", "args": {"max-num-seqs": 8}}, False),
         ({"name": "v", "args": {"max-num-seqs": 8}, "transport": {"lease_s": 60}}, False),
         ({"name": "v", "args": {"max-num-seqs": 8}, "decode": {"args": {"async-scheduling": False}}}, False),
-        ({"name": "v", "args": {"max-num-seqs": 8}, "prefill": {"nodes": ["b"]}, "decode": {"nodes": ["a"]}}, False),
+        ({"name": "v", "args": {"max-num-seqs": 8}, **TURNED}, False),
     ],
 )  # fmt: skip
 def test_ways_share_servers_whose_commands_are_the_same(row: dict[str, Any], shared: bool) -> None:

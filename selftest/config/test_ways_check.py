@@ -94,8 +94,8 @@ WRONG: list[tuple[dict[str, Any], str, str, str]] = [
         {"name": "v", "prefill": {"nodes": ["a"]}, "decode": {"nodes": ["a"]}},
         "way[0].decode.nodes", "a prefills already", "give each node one role",
     ),
-    ({"name": "v", "prefill": {"nodes": ["b"]}}, "way[0].decode", "no node is left to decode", "leave a node"),
-    ({"name": "v", "decode": {"nodes": ["a"]}}, "way[0].prefill", "no node is left to prefill", "leave a node"),
+    ({"name": "v", "prefill": {"nodes": ["b"]}}, "way[0].decode", "no node is left to decode", "leave a"),
+    ({"name": "v", "decode": {"nodes": ["a"]}}, "way[0].prefill", "no node is left to prefill", "leave a"),
     ({"name": "v", "transport": {"kv_buffer_device": "cuda"}}, "way[0].transport.kv_buffer_device", "no gpus",
      'set it to "cpu"'),
 ]  # fmt: skip
