@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import ValidationError
 
 from disagglab.config import reserved, transports, way
+from disagglab.config.arms import AGAIN, KINDS
 from disagglab.config.schema import NodeSection, TransportSection, WaySection
 from disagglab.errors import Problem
 from disagglab.problems import problems_of
@@ -35,6 +36,11 @@ def problems(
         if not one.name and one.kind != way.SHARDED:
             wrong = f"missing, and {one.kind} is the lab's own settings"
             yield Problem(file, f"{where}.name", wrong, 'add name = "chunk-128", say')
+        if one.name in KINDS or one.name.endswith(AGAIN):
+            other = (
+                "of a kind of way" if one.name in KINDS else f"of the twin of {one.arm.removesuffix(AGAIN)}"
+            )
+            yield Problem(file, f"{where}.name", f"{one.name} is the name {other}", "choose another name")
         empty = all(section.empty for section in one.roles.values())
         if empty and not (one.transport or one.args or one.env) and one.kind != way.SHARDED:
             yield Problem(file, where, "changes nothing", "add transport, args, env, prefill or decode")

@@ -32,6 +32,7 @@ def problems(*rows: dict[str, Any], **changes: Any) -> tuple[Problem, ...]:
     "row",
     [
         {"name": "v", "args": SEQS},
+        {"name": "again", "args": SEQS},
         {"name": "v", "env": {"A": "1"}},
         {"name": "v", "transport": {"lease_s": 60}},
         {"name": "v", "prefill": {"args": SEQS}},
@@ -51,6 +52,11 @@ def test_what_is_right_is_taken(row: dict[str, Any]) -> None:
 
 WRONG: list[tuple[dict[str, Any], str, str, str]] = [
     ({"args": SEQS}, "way[0].name", "disaggregated is the lab's own settings", 'add name = "chunk-128", say'),
+    ({"name": "sharded", "args": SEQS}, "way[0].name", "sharded is the name of a kind of way", "another"),
+    (
+        {"kind": "single", "name": "v-again", "args": SEQS},
+        "way[0].name", "v-again is the name of the twin of single@v", "choose another name",
+    ),
     ({"kind": "single", "args": SEQS}, "way[0].name", "single is the lab's own settings", "add name"),
     ({"kind": "replicated", "name": "v"}, "way[0]", "changes nothing", "add transport, args, env"),
     ({"name": "v", "prefill": {}}, "way[0]", "changes nothing", "prefill or decode"),

@@ -46,7 +46,7 @@ class Standin:
             command=f"serve {name}{self.tag}",
             served_name=self.served_name,
         )
-        return SimpleNamespace(name=name, plan=plan, require_alive=self._require_alive)
+        return SimpleNamespace(name=name, plan=plan, require_alive=self._require_alive, metrics=lambda: None)
 
     def _require_alive(self) -> None:
         if not self.alive:
@@ -100,7 +100,7 @@ class Scene:
         self.fleet = Fleet(
             none, lab, model_of(lab), resident, lambda what: ProgressLine(what, stream=io.StringIO())
         )
-        self.store = Store.create(folder, "run")
+        self.store = Store.create(folder, f"run-{len(list(folder.iterdir()))}")
         shape = KvShape((Layer(4, 64, 64),), "bfloat16")
         self.load = Load(self.fleet, none, shape, self.store, self.shown.append)
 
