@@ -97,7 +97,13 @@ class Deputy:
         return self._pools[address].reserve()
 
     def give_back_port(self, address: str, port: int) -> None:
-        """Let a reserved port, whose user has ended, be reserved again."""
+        """Let a reserved port, whose user has ended, be reserved again.
+
+        Raises:
+            ValueError: if it is not reserved.
+        """
+        if address not in self._pools:
+            raise ValueError(f"port {port} of {address} is not reserved")
         self._pools[address].give_back(port)
 
     def free_ports(self, address: str, count: int) -> list[int]:

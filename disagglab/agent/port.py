@@ -91,6 +91,7 @@ class PortPool:
 
     def close(self) -> None:
         """Give every port back."""
+        self._returned.clear()
         while self._held:
             self._held.popitem()[1].close()
 

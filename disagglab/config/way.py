@@ -11,7 +11,7 @@ from disagglab.errors import ConfigError, Problem
 DISAGGREGATED = "disaggregated"
 SHARDED = "sharded"  # one server, tensor parallel over all nodes; the other kinds are in config/arms.py
 RANKS_KEY = "tensor-parallel-size"
-HEADLESS_KEY, PORT_KEY = "headless", "master-port"  # of vLLM's start on several hosts
+HOSTS_KEY, HEADLESS_KEY, PORT_KEY = "nnodes", "headless", "master-port"  # of vLLM's start on several hosts
 BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"  # cores of each rank, ranks apart by "|"
 GPU_SHARE = 0.9  # of a GPU's memory, for the servers of all deployments together
 GIB = 2**30
@@ -88,7 +88,7 @@ def sharded(lab: Lab) -> Lab:
 def _joined(leader: str, number: int, hosts: int) -> dict[str, str | int | bool]:
     """Options of vLLM's multi-node start on one host; the port of ``leader`` is allocated at the start."""
     found: dict[str, str | int | bool] = {
-        "nnodes": hosts,
+        HOSTS_KEY: hosts,
         "node-rank": number,
         "master-addr": leader,
         "distributed-executor-backend": "mp",

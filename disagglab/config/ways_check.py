@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import ValidationError
 
 from disagglab.config import reserved, transports, way
+from disagglab.config.arms import AGAIN, KINDS
 from disagglab.config.schema import NodeSection, TransportSection
 from disagglab.config.way_section import WaySection
 from disagglab.errors import Problem
@@ -36,6 +37,11 @@ def problems(
         if not one.name and one.kind != way.SHARDED:
             wrong = f"missing, and {one.kind} is the lab's own settings"
             yield Problem(file, f"{where}.name", wrong, 'add name = "chunk-128", say')
+        if one.name in KINDS or one.name.endswith(AGAIN):
+            other = (
+                "of a kind of way" if one.name in KINDS else f"of the twin of {one.arm.removesuffix(AGAIN)}"
+            )
+            yield Problem(file, f"{where}.name", f"{one.name} is the name {other}", "choose another name")
         empty = all(section.empty for section in one.roles.values())
         if empty and not (one.transport or one.args or one.env) and one.kind != way.SHARDED:
             yield Problem(file, where, "changes nothing", "add transport, args, env, prefill or decode")
@@ -65,7 +71,7 @@ def _roles(one: WaySection, where: str, nodes: Sequence[NodeSection], file: str)
         key = f"{where}.{role}"
         equal = dict.fromkeys(reserved.ROLE_ARGS, f"{where}.args: both roles have to agree on it")
         yield from reserved.problems(section.args, f"{key}.args", file, {**reserved.BESIDE_ARGS, **equal})
-        for name in section.nodes if names else ():
+        for name in dict.fromkeys(section.nodes) if names else ():
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1)
                 mend = f"did you mean {close[0]}?" if close else f"name one of {', '.join(names)}"
@@ -114,3 +120,9 @@ def _sharded(where: str, nodes: Sequence[NodeSection], file: str) -> Iterator[Pr
     if len({len(node.gpus) for node in nodes}) > 1:
         wrong = "sharded over nodes with different numbers of GPUs"
         yield Problem(file, f"{where}.kind", wrong, "give each node as many gpus")
+    hosts = dict.fromkeys(node.host for node in nodes)
+    on_each = {host: way.ranks_on([node for node in nodes if node.host == host]) for host in hosts}
+    if len(set(on_each.values())) > 1:  # vLLM divides the ranks by the number of hosts
+        told = ", ".join(f"{count} on {host}" for host, count in on_each.items())
+        wrong = f"sharded over hosts with different numbers of ranks: {told}"
+        yield Problem(file, f"{where}.kind", wrong, "give each host as many nodes, or gpus")

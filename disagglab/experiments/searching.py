@@ -14,6 +14,7 @@ from disagglab.experiments.turns import Contender, Load, by_start
 from disagglab.measure.run import measure
 from disagglab.results.records import Run
 from disagglab.serving.death import Died
+from disagglab.serving.topology import Topology
 
 TRY = "try"  # ways of a search are called KIND@try-N
 
@@ -38,22 +39,38 @@ def measurer(load: Load, workload: Workload) -> Measure:
         random.Random(seed).shuffle(later)  # drift within a rung favours no place of the draw
         for group in (*groups[:1], *later):
             load.show(f"{rung}: {', '.join(one.arm for one in group)}")
-            try:
-                topologies = load.ready(group, [closed(workload)])
-            except (ConfigError, StartError, Died) as error:
-                found |= {asked[one.arm]: _reason(error) for one in group}
-                continue
-            for topology in topologies:
-                load.show(f"{rung}: {topology.name}")
-                run = measure(load.engine, topology, workload, seed, len(numbers), load.shape)
-                load.store.add_run(run)
-                found[asked[topology.name]] = run
+            left = list(group)
+            while left:  # once, or again on servers started anew where one has died of a run
+                try:
+                    topologies = load.ready(left, [closed(workload)])
+                except (ConfigError, StartError, Died) as error:
+                    found |= {asked[one.arm]: _reason(error) for one in left}
+                    break
+                for topology in topologies:
+                    load.show(f"{rung}: {topology.name}")
+                    run = measure(load.engine, topology, workload, seed, len(numbers), load.shape)
+                    load.store.add_run(run)
+                    found[asked[topology.name]] = run
+                    left.pop(0)
+                    if run.invalid is not None and _has_died(topology):
+                        break
         return found
 
     return measured
 
 
+def _has_died(topology: Topology) -> bool:
+    """Whether a server or the router has ended, so that others on them could not be measured either."""
+    try:
+        topology.require_alive()
+    except Died:
+        return True
+    return False
+
+
 def _reason(error: LabError) -> str:
-    """Why servers did not come up, without the tail of their log."""
-    lines = str(error).splitlines()
+    """Why servers did not come up, without the tail of their log; of bad input what is wrong with it."""
+    if isinstance(error, ConfigError):
+        return "; ".join(problem.wrong.splitlines()[0] for problem in error.problems)
+    lines = str(error.death if isinstance(error, Died) else error).splitlines()
     return next((line for line in lines if line.startswith("likely cause")), lines[0])

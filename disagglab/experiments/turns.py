@@ -8,13 +8,13 @@ what differs between the two is what turns leave open.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from disagglab.config.arms import twin_of
 from disagglab.config.way_section import WaySection
 from disagglab.config.workload import Workload
 from disagglab.experiments.rounds import Trial, mirrored
-from disagglab.experiments.warming import warm_up
+from disagglab.experiments.warming import warm_up, warm_up_of
 from disagglab.kv.shape import KvShape
 from disagglab.measure.bench import LoadEngine
 from disagglab.results.records import Run
@@ -53,16 +53,22 @@ class Contender:
 
 @dataclass(frozen=True)
 class Load:
-    """What starts and warms servers up, and measures on them."""
+    """What starts and warms servers up, and measures on them.
+
+    ``warm``: requests at once that a router and its servers were warmed up with, by their name and URL.
+    """
 
     fleet: Fleet
     engine: LoadEngine
     shape: KvShape
     store: Store
     show: Callable[[str], None]
+    warm: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def ready(self, contenders: Sequence[Contender], workloads: Sequence[Workload]) -> list[Topology]:
         """The topologies of contenders whose servers are the same ones, started now if need be, warm.
+
+        They are warmed up once a start, and again where a router is new or the workloads have more at once.
 
         Raises:
             StartError: if they do not come up.
@@ -71,10 +77,15 @@ class Load:
         topologies = [self.fleet.topology(one.way, one.arm, one.again) for one in contenders]
         for topology in topologies:
             self.store.commands[f"router {topology.name}"] = topology.router.command
-            for server in topology.servers:
+            for server in (*topology.servers, *topology.followers):
                 self.store.commands[f"server {server.plan.process_name}"] = server.plan.command
-        broken: list[Run] = []
-        warm_up(self.engine, topologies, workloads, self.shape, self.store, self.show, broken)
+        least = max(topology.cycle for topology in topologies)
+        at_once = warm_up_of(workloads, least).requests
+        keys = [(topology.served_name, topology.router.url) for topology in topologies]
+        if any(self.warm.get(key, 0) < at_once for key in keys):
+            broken: list[Run] = []
+            warm_up(self.engine, topologies, workloads, self.shape, self.store, self.show, broken)
+            self.warm.update(dict.fromkeys(keys, at_once))
         return topologies
 
 

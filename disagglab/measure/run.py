@@ -56,7 +56,9 @@ def _proved(
 
 def _energy(topology: Topology) -> Mapping[str, float]:
     """The energy counters of the servers' GPUs, J by node."""
-    return energy.of_nodes((server.plan.node, server.process.host) for server in topology.servers)
+    return energy.of_nodes(
+        (server.plan.node, server.process.host) for server in (*topology.servers, *topology.followers)
+    )
 
 
 def _reason(topology: Topology, error: InvalidRun | TransferError) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from disagglab import text
+from disagglab.config import way
 from disagglab.config.schema import Lab, NodeSection
 from disagglab.errors import ConfigError, Problem
 from disagglab.kv import attention
@@ -91,7 +92,9 @@ def of_host(lab: Lab, node: NodeSection, server: str, weights: float | None) -> 
         kv = float(said) if said is not None else None
     except ValueError:  # vLLM refuses it, and says so
         kv = None
-    ranks = int(lab.vllm.args.get("tensor-parallel-size", 1))  # each keeps a cache of that size
+    hosts = int(node.args.get(way.HOSTS_KEY, 1))  # of one server
+    ranks = int(lab.vllm.args.get("tensor-parallel-size", 1)) // hosts  # each keeps a cache of that size
+    weights = weights / hosts if weights is not None else None
     kv = kv * ranks if kv is not None else None
     rest = max(CPU_REST_GIB * ranks, lab.memory.floor_gib - (weights or 0.0) - (kv or 0.0))
     by = f"vllm.env.{CPU_KV_VARIABLE}" if rest == CPU_REST_GIB * ranks else "memory.floor_gib"

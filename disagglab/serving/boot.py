@@ -37,8 +37,14 @@ class _Watch:
 
 
 @spends(Phase.SERVERS)
-def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> None:
+def wait_ready(
+    servers: Sequence[VllmServer], lab: Lab, line: ProgressLine, followers: Sequence[VllmServer] = ()
+) -> None:
     """Return when every server is ready; show phase and elapsed time while they boot.
+
+    Args:
+        followers: ranks on other hosts, which answer nobody. A server waits for its own, so they have to
+            live.
 
     Raises:
         StartError: at once when one dies (likely cause, last log lines), shows no sign of life for
@@ -48,6 +54,8 @@ def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> N
     watches = {server.name: _Watch(server) for server in servers}
 
     def all_ready() -> bool:
+        for follower in followers:
+            _require_living(follower)
         for server in servers:
             if server.ready_s is None:
                 _look(server, watches[server.name], lab)
@@ -60,9 +68,7 @@ def wait_ready(servers: Sequence[VllmServer], lab: Lab, line: ProgressLine) -> N
 
 def _look(server: VllmServer, watch: _Watch, lab: Lab) -> None:
     """Note that a server is ready; refuse to wait for one that is dead, silent or late."""
-    died = death.of(server.process, server.plan.node.role)
-    if died is not None:
-        raise StartError(f"while starting, {died}")
+    _require_living(server)
     took_s = time.monotonic() - server.started
     if server.process.recorded or server.is_ready():
         server.ready_s = took_s
@@ -79,3 +85,10 @@ def _look(server: VllmServer, watch: _Watch, lab: Lab) -> None:
             f"{server.name}: not ready after {lab.vllm.start_limit_s:.0f} s ([vllm] start_limit_s)\n"
             f"{post_mortem(server.process.log)}"
         )
+
+
+def _require_living(server: VllmServer) -> None:
+    """Refuse to wait where a process has died."""
+    died = death.of(server.process, server.plan.node.role)
+    if died is not None:
+        raise StartError(f"while starting, {died}")

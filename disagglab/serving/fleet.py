@@ -72,12 +72,17 @@ def require_split(lab: Lab, config: Config, key: str, file: str) -> None:
     ranks = way.ranks(lab)
     if ranks < 2 or not config:
         return
+    mend = "remove the way, or take a model whose number of heads is a multiple"
     heads = attention.text_config(config).get(HEADS)
     if isinstance(heads, int) and heads % ranks:
         wrong = f"{heads} attention heads of {lab.model.id} cannot be divided among {ranks} ranks"
-        mend = "remove the way, or take a model whose number of heads is a multiple"
         raise ConfigError([Problem(file, key, wrong, mend)])
-    attention.shape(config, lab.kv_dtype, lab.model.id).on_rank(ranks)
+    whole = attention.shape(config, lab.kv_dtype, lab.model.id)
+    try:
+        whole.on_rank(ranks)
+    except ConfigError as error:
+        wrong = f"{ranks} ranks of {lab.model.id}: {error.problems[0].wrong}"
+        raise ConfigError([Problem(file, key, wrong, mend)]) from error
 
 
 class Fleet:
@@ -141,20 +146,23 @@ class Fleet:
         return key in self._running
 
     def _start(self, key: str, section: WaySection | None, again: bool) -> None:
-        while len(self._running) >= self.resident:
-            self._end(next(iter(self._running)))
-        self.starts += 1
-        tag = f"{way.tag(section) if section else '@own'}-{self.starts}"  # a log of its own for each start
+        tag = (
+            f"{way.tag(section) if section else '@own'}-{self.starts + 1}"  # a log of its own for each start
+        )
         deployment = (
             deployment_of(self.hosts, self.lab, self.model, section, tag)
             if section
             else Deployment(self.hosts, self.lab, self.model, tag=tag)
-        )
+        )  # before another one ends for it: a model that cannot be split ends nobody
+        while len(self._running) >= self.resident:
+            self._end(next(iter(self._running)))
+        self.starts += 1
         self.started(deployment)
         try:
             deployment.start(self.line_of(f"servers{tag}"))
         except BaseException:
             deployment.stop()
+            deployment.give_back_ports()
             raise
         self._running[key] = deployment
 

@@ -37,7 +37,8 @@ class Topology:
     """One way of serving. Requests go to ``router.url``; ``servers`` are those that take part.
 
     ``kind``: one of TOPOLOGIES, or ROUTED; ``name``: how this one is told from others of its kind.
-    ``version``: of vLLM. ``ranks``: of each server (tensor parallel).
+    ``version``: of vLLM. ``ranks``: of each server (tensor parallel). ``followers``: ranks of its server on
+    other hosts, which nobody asks anything.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Topology:
     prefill: tuple[VllmServer, ...] = ()
     decode: tuple[VllmServer, ...] = ()
     ranks: int = 1
+    followers: tuple[VllmServer, ...] = ()
 
     @property
     def served_name(self) -> str:
@@ -70,14 +72,15 @@ class Topology:
         Raises:
             Died: with which one, and how.
         """
-        for server in self.servers:
+        for server in (*self.servers, *self.followers):
             server.require_alive()
         death.require_alive(self.router.process)
 
     @property
     def commands(self) -> tuple[str, ...]:
         """Every command that makes up this topology."""
-        return (*(server.plan.command for server in self.servers), self.router.command)
+        servers = (*self.servers, *self.followers)
+        return (*(server.plan.command for server in servers), self.router.command)
 
 
 class Deployment:
@@ -195,7 +198,7 @@ class Deployment:
         Raises:
             StartError: see :func:`disagglab.serving.boot.wait_ready`.
         """
-        boot.wait_ready(self.servers, self.lab, line)
+        boot.wait_ready(self.servers, self.lab, line, self.followers)
         for server in self.servers:
             server.require_release(self.lab.vllm.version)
         return self
@@ -250,7 +253,10 @@ class Deployment:
             return Topology(name + self.tag, name, version, router, servers, prefill, decode, ranks)
         servers = prefill[:1] if name == SINGLE else self.servers
         router = launch_router(self.hosts.controller, self.lab, label, workers=servers, ports=ports)
-        return Topology(name + self.tag, name, version, router, servers, ranks=way.ranks(self.lab))
+        ranks = way.ranks(self.lab)
+        return Topology(
+            name + self.tag, name, version, router, servers, ranks=ranks, followers=self.followers
+        )
 
     @contextlib.contextmanager
     def routed(
@@ -330,8 +336,10 @@ class Deployment:
 
     @property
     def alive(self) -> bool:
-        """Whether it has servers, and all of them run."""
-        return bool(self.servers) and all(one.process.alive for one in (*self.servers, *self.followers))
+        """Whether it has servers, and all of them run, with the routers of its topologies."""
+        routers = (topology.router for topology in self._topologies.values())
+        everyone = (*self.servers, *self.followers, *routers)
+        return bool(self.servers) and all(one.process.alive for one in everyone)
 
     def give_back_ports(self) -> None:
         """Let others have the ports of a deployment that has ended."""

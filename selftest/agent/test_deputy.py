@@ -299,3 +299,22 @@ def test_a_port_that_a_deputy_holds_is_taken(deputy: Deputy) -> None:
     assert deputy.free_ports("127.0.0.1", 3) == free
     with pytest.raises(StartError, match="no free port left"):
         deputy.free_ports("127.0.0.1", PORTS[1] - PORTS[0] + 2)
+
+
+def test_a_port_that_is_given_back_is_reserved_again(deputy: Deputy) -> None:
+    """Of its own address alone; it is held until the deputy ends."""
+    port = deputy.reserve_port("127.0.0.1")
+    deputy.give_back_port("127.0.0.1", port)
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind(("127.0.0.1", port))
+    assert deputy.reserve_port("127.0.0.2") == port
+    assert deputy.reserve_port("127.0.0.1") == port
+    assert deputy.reserve_port("127.0.0.1") != port
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.2"])
+def test_a_port_that_is_not_reserved_cannot_be_given_back(deputy: Deputy, address: str) -> None:
+    """Whether or not anything was reserved on its address."""
+    port = deputy.reserve_port("127.0.0.1")
+    with pytest.raises(ValueError, match="is not reserved"):
+        deputy.give_back_port(address, port + 1)

@@ -156,3 +156,66 @@ def test_close_gives_the_ports_back(make: Make) -> None:
         with socket.socket() as stranger:
             stranger.bind((ADDRESS, port))
         assert make(port, port).reserve() == port
+
+
+def test_a_port_that_is_given_back_comes_first(make: Make) -> None:
+    """The lowest of those given back, before any new one; each is handed out once."""
+    pool = make()
+    first, second, third = (pool.reserve() for _ in range(3))
+    pool.give_back(second)
+    pool.give_back(first)
+    assert [pool.reserve(), pool.reserve()] == [first, second]
+    assert pool.reserve() not in (first, second, third)
+
+
+def test_a_range_is_not_used_up_by_starts_that_ended(make: Make) -> None:
+    """Negative control: without giving back, the third start of a range of two finds none."""
+    port = make().reserve()
+    pool = make(port + 50, port + 51)
+    for _ in range(5):
+        pool.give_back(pool.reserve())
+    pool.reserve()
+    pool.reserve()
+    with pytest.raises(StartError, match="no free port left"):
+        pool.reserve()
+
+
+def test_a_port_that_is_given_back_stays_ours(make: Make) -> None:
+    """No stranger, and no other session, gets it while it waits for its next server."""
+    pool = make()
+    port = pool.reserve()
+    pool.give_back(port)
+    with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+        stranger.bind((ADDRESS, port))
+    assert make().reserve() != port
+
+
+def test_a_port_on_which_somebody_still_listens_is_not_handed_out(make: Make) -> None:
+    """A server that was ended too late keeps it; when it is gone, the port comes again."""
+    pool = make()
+    port = pool.reserve()
+    with socket.create_server((ADDRESS, port)):
+        pool.give_back(port)
+        assert pool.reserve() != port
+    assert pool.reserve() == port
+
+
+def test_what_is_not_reserved_cannot_be_given_back(make: Make) -> None:
+    """Neither a port that was never reserved, nor one that was given back already."""
+    pool = make()
+    port = pool.reserve()
+    with pytest.raises(ValueError, match=f"port {port + 1} of {ADDRESS} is not reserved"):
+        pool.give_back(port + 1)
+    pool.give_back(port)
+    with pytest.raises(ValueError, match=f"port {port} of {ADDRESS} is not reserved"):
+        pool.give_back(port)
+
+
+def test_a_closed_pool_hands_out_nothing_that_it_no_longer_holds(make: Make) -> None:
+    pool = make()
+    port = pool.reserve()
+    pool.give_back(port)
+    pool.close()
+    with socket.socket() as stranger:
+        stranger.bind((ADDRESS, port))
+        assert pool.reserve() != port

@@ -151,3 +151,222 @@ def test_where_both_name_a_key_the_ways_value_counts() -> None:
     changed = way.changed(lab, lab.ways[0])
     assert (changed.vllm.args["block-size"], changed.vllm.env["A"]) == (64, "2")
     assert changed.block_size == 64
+
+
+EMBEDDED = inherit.read(LABS / "embedded.toml").table
+WORDS = {"what": "w", "expects": "e"}
+SHARDED: dict[str, Any] = {"kind": "sharded", **WORDS}
+TURNED = {"prefill": {"nodes": ["b"]}, "decode": {"nodes": ["a"]}}
+
+
+def embedded(*rows: dict[str, Any], **changes: Any) -> Lab:
+    """The embedded lab with these ways."""
+    return parse_lab({**EMBEDDED, **changes, "way": [{**WORDS, **row} for row in rows]}, "lab.toml")
+
+
+def on_hosts(*hosts: str, gpus: int = 0) -> list[dict[str, Any]]:
+    """A node on each of these hosts, called n0, n1 …; the first prefills. Each has cores or so many GPUs."""
+    return [
+        {
+            "name": f"n{number}",
+            "host": host,
+            "address": f"198.18.1.{number + 1}",
+            "data_address": f"198.18.9.{number + 1}",
+            "interface": f"data{number}",
+            "role": "decode" if number else "prefill",
+            **({"gpus": list(range(gpus))} if gpus else {"cpus": [number]}),
+        }
+        for number, host in enumerate(hosts)
+    ]
+
+
+def across(*hosts: str, gpus: int = 0) -> Lab:
+    """A lab with a node on each of these hosts, and a sharded way without a name."""
+    sections = [{"name": name} for name in dict.fromkeys(hosts)]
+    raw = {**EMBEDDED, "node": on_hosts(*hosts, gpus=gpus), "host": sections, "way": [SHARDED]}
+    return parse_lab(raw, "lab.toml")
+
+
+def test_roles_may_be_turned() -> None:
+    """b prefills and a decodes; cores and addresses stay where they are, and so does the order of nodes."""
+    lab = embedded({"name": "turned", **TURNED})
+    found = way.nodes_of(lab.nodes, lab.ways[0])
+    assert [(node.name, node.role, node.cpus) for node in found] == [
+        ("a", "decode", [0]),
+        ("b", "prefill", [1]),
+    ]
+    assert [(node.name, node.role) for node in lab.nodes] == [("a", "prefill"), ("b", "decode")]
+
+
+def test_options_of_a_role_are_of_its_nodes_alone() -> None:
+    """They go before the way's, which go before the lab's: 2048 of the role, 256 of the way, 128 and 32."""
+    row = {
+        "name": "v",
+        "args": {"max-num-batched-tokens": 256},
+        "prefill": {"args": {"max-num-batched-tokens": 2048}, "env": {"A": "1"}},
+    }
+    vllm = {**EMBEDDED["vllm"], "args": {"max-num-batched-tokens": 128, "max-num-seqs": 32}}
+    lab = embedded(row, vllm=vllm)
+    changed = way.changed(lab, lab.ways[0])
+    a, b = ({**changed.vllm.args, **node.args} for node in changed.nodes)
+    assert a == {"max-num-batched-tokens": 2048, "max-num-seqs": 32}
+    assert b == {"max-num-batched-tokens": 256, "max-num-seqs": 32}
+    assert [node.env for node in changed.nodes] == [{"A": "1"}, {}]
+
+
+def test_a_role_takes_the_nodes_that_it_names() -> None:
+    """n2 is given to prefill, by name; the others keep the lab's roles."""
+    raw = {**EMBEDDED, "node": on_hosts("local", "local", "local")}
+    one = parse_lab({**raw, "way": [{**WORDS, "name": "v", "prefill": {"nodes": ["n2"]}}]}, "lab.toml")
+    found = way.nodes_of(one.nodes, one.ways[0])
+    assert [node.role for node in found] == ["prefill", "decode", "prefill"]
+
+
+def test_nodes_without_a_role_are_left_out_where_both_are_named() -> None:
+    """Of three nodes two are named: one prefills, one decodes, n1 is idle."""
+    roles = {"prefill": {"nodes": ["n2"]}, "decode": {"nodes": ["n0"]}}
+    raw = {**EMBEDDED, "node": on_hosts("local", "local", "local")}
+    lab = parse_lab({**raw, "way": [{**WORDS, "name": "v", **roles}]}, "lab.toml")
+    found = way.changed(lab, lab.ways[0])
+    assert [(node.name, node.role) for node in found.nodes] == [("n0", "decode"), ("n2", "prefill")]
+
+
+def test_one_server_over_the_cores_of_a_host() -> None:
+    """Two ranks, each bound to the cores of a node, ranks apart by a bar; one node is left, which stands for
+    both. No start on several hosts.
+    """
+    lab = embedded(SHARDED)
+    found = way.changed(lab, lab.ways[0])
+    (node,) = found.nodes
+    assert (node.name, node.role, node.cpus, node.gpus) == ("a-b", "prefill", [0, 1], [])
+    assert node.env == {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    assert node.args == {}
+    assert found.vllm.args == {**lab.vllm.args, "tensor-parallel-size": 2}
+    assert (way.ranks(found), way.ranks(lab)) == (2, 1)
+
+
+def test_several_cores_of_a_node_are_one_rank() -> None:
+    nodes = [{**node, "cpus": [4 * number, 4 * number + 1]} for number, node in enumerate(EMBEDDED["node"])]
+    (node,) = way.changed(lab := embedded(SHARDED, node=nodes), lab.ways[0]).nodes
+    assert node.env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|4,5"
+
+
+def test_one_server_over_the_gpus_of_a_host() -> None:
+    """Its ranks are the GPUs of all nodes, and cores are not bound for them."""
+    raw = {**RAW, "way": [SHARDED]}
+    lab = parse_lab(raw, "lab.toml")
+    found = way.changed(lab, lab.ways[0])
+    (node,) = found.nodes
+    gpus = [gpu for one in lab.nodes for gpu in one.gpus]
+    assert node.gpus == gpus
+    assert len(gpus) > 1
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in node.env
+    assert way.ranks(found) == len(gpus)
+
+
+def test_a_node_may_have_several_gpus() -> None:
+    assert way.ranks(way.sharded(across("alpha", "beta", gpus=4))) == 8
+
+
+def test_one_server_over_two_hosts() -> None:
+    """vLLM's own start on several hosts: both are told the leader's data address, the second has no HTTP."""
+    lab = across("alpha", "beta")
+    first, second = way.changed(lab, lab.ways[0]).nodes
+    both = {"nnodes": 2, "master-addr": "198.18.9.1", "distributed-executor-backend": "mp"}
+    assert first.args == {**both, "node-rank": 0}
+    assert second.args == {**both, "node-rank": 1, "headless": True}
+    assert (first.host, second.host) == ("alpha", "beta")
+    assert first.env == {
+        "VLLM_CPU_OMP_THREADS_BIND": "0",
+        "VLLM_HOST_IP": "198.18.9.1",
+        "GLOO_SOCKET_IFNAME": "data0",
+        "NCCL_SOCKET_IFNAME": "data0",
+    }
+    assert second.env["VLLM_HOST_IP"] == "198.18.9.2"
+    assert second.env["GLOO_SOCKET_IFNAME"] == "data1"
+    assert way.ranks(way.changed(lab, lab.ways[0])) == 2
+
+
+def test_nodes_of_a_host_are_one_part_of_a_server_over_hosts() -> None:
+    """Four nodes on two hosts, given in turns: two parts of two ranks each."""
+    lab = across("alpha", "beta", "alpha", "beta")
+    first, second = way.sharded(lab).nodes
+    assert (first.name, first.cpus, first.env["VLLM_CPU_OMP_THREADS_BIND"]) == ("n0-n2", [0, 2], "0|2")
+    assert (second.name, second.cpus, second.args["node-rank"]) == ("n1-n3", [1, 3], 1)
+    assert (way.ranks(way.sharded(lab)), first.args["nnodes"]) == (4, 2)
+
+
+def test_an_environment_of_a_node_goes_before_what_sharding_sets() -> None:
+    nodes = [{**node, "env": {"VLLM_CPU_OMP_THREADS_BIND": "7"}} for node in EMBEDDED["node"][:1]]
+    lab = embedded(SHARDED, node=[*nodes, *EMBEDDED["node"][1:]])
+    assert way.sharded(lab).nodes[0].env["VLLM_CPU_OMP_THREADS_BIND"] == "7"
+
+
+@pytest.mark.parametrize(
+    ("row", "shared"),
+    [
+        ({"kind": "single", "name": "v", "args": {"max-num-seqs": 8}}, True),
+        ({"kind": "replicated", "name": "v", "args": {"max-num-seqs": 8}}, True),
+        ({"kind": "disaggregated", "name": "w", "args": {"max-num-seqs": 8}}, True),
+        ({"kind": "disaggregated", "name": "v", "args": {"max-num-seqs": 9}}, False),
+        ({"kind": "disaggregated", "name": "v", "args": {"max-num-seqs": 8}, "env": {"A": "1"}}, False),
+        ({"kind": "sharded", "name": "v", "args": {"max-num-seqs": 8}}, False),
+        ({"name": "v", "args": {"max-num-seqs": 8}, "transport": {"lease_s": 60}}, False),
+        ({"name": "v", "args": {"max-num-seqs": 8}, "decode": {"args": {"async-scheduling": False}}}, False),
+        ({"name": "v", "args": {"max-num-seqs": 8}, **TURNED}, False),
+    ],
+)  # fmt: skip
+def test_ways_share_servers_whose_commands_are_the_same(row: dict[str, Any], shared: bool) -> None:
+    """Beside replicated servers of at most 8 sequences."""
+    lab = embedded({"kind": "replicated", "name": "own", "args": {"max-num-seqs": 8}}, row)
+    one, other = (way.start_key(lab, each) for each in lab.ways)
+    assert (one == other) is shared
+    assert one != way.start_key(lab, None)
+
+
+def test_a_way_that_says_what_the_lab_says_is_played_by_its_servers() -> None:
+    lab = embedded({"name": "v", "args": {"enforce-eager": True}})
+    assert way.start_key(lab, lab.ways[0]) == way.start_key(lab, None)
+    assert way.starts(lab, lab.ways) == 0
+
+
+def test_starts_are_counted_by_servers_and_not_by_ways() -> None:
+    """Three kinds of one setting are one start; sharded is another; the lab's own is none."""
+    kinds = ("single", "replicated", "disaggregated", "sharded")
+    rows = [{"kind": kind, "name": "v", "args": {"max-num-seqs": 8}} for kind in kinds]
+    lab = embedded(*rows, {"kind": "single", "name": "own", "args": {"enforce-eager": True}})
+    assert way.starts(lab, lab.ways) == 2
+    assert way.starts(lab, lab.ways[:3]) == 1
+    assert way.starts(lab, ()) == 0
+
+
+def test_the_lab_sharded_is_another_start_than_the_lab() -> None:
+    """Also where a server of one node and one over it have the same options: their parts are told apart."""
+    lab = embedded(SHARDED)
+    assert way.start_key(lab, lab.ways[0]) != way.start_key(lab, None)
+
+
+@pytest.mark.parametrize(
+    ("row", "tag", "arm"),
+    [
+        ({"name": "push", "args": {"a": 1}}, "@push", "disaggregated@push"),
+        ({"kind": "replicated", "name": "push", "args": {"a": 1}}, "@replicated-push", "replicated@push"),
+        ({"kind": "sharded", "name": "push"}, "@sharded-push", "sharded@push"),
+        ({"kind": "sharded"}, "@sharded", "sharded"),
+    ],
+)
+def test_the_processes_of_ways_are_told_apart(row: dict[str, Any], tag: str, arm: str) -> None:
+    (one,) = embedded(row).ways
+    assert (way.tag(one), one.arm) == (tag, arm)
+
+
+def test_a_name_stands_for_every_kind_of_it() -> None:
+    """A bare name for all ways that have it, an arm for one; in the order asked for."""
+    rows = [{"kind": kind, "name": "v", "args": {"max-num-seqs": 8}} for kind in ("single", "replicated")]
+    lab = embedded(*rows, SHARDED)
+    assert [one.arm for one in way.chosen(lab, ["v"])] == ["single@v", "replicated@v"]
+    assert [one.arm for one in way.chosen(lab, ["sharded", "replicated@v"])] == ["sharded", "replicated@v"]
+    with pytest.raises(ConfigError, match="--way replicated@v: asked for twice"):
+        way.chosen(lab, ["v", "replicated@v"])
+    with pytest.raises(ConfigError, match="use one of v, sharded"):
+        way.chosen(lab, ["disaggregated@v"])

@@ -454,3 +454,96 @@ def test_a_server_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(servers.topology.servers[1], "metrics", silent)
     with pytest.raises(InvalidRun, match="b: no metrics"):
         ledger.read(servers.topology)
+
+
+# Servers of two ranks each: every rank of decode reads from its own rank of prefill.
+FOUR_HEADS = KvShape((Layer(4, 64, 64),) * 30, "bfloat16")  # two heads a rank: 15,360 B a token and rank
+ONE_HEAD = KvShape((Layer(1, 64, 64),) * 30, "bfloat16")  # a copy of it on each: 7,680 B a token and rank
+LATENT = KvShape((Layer(1, 576, 0),) * 30, "bfloat16")  # not divided: 34,560 B a token and rank
+BLOCKS = 3 + 1  # of SENT
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "kv_bytes"),
+    [
+        (FOUR_HEADS, 1, BLOCKS * 128 * 30_720),
+        (FOUR_HEADS, 2, 2 * BLOCKS * 128 * 15_360),  # divided: the same bytes in all
+        (FOUR_HEADS, 4, 4 * BLOCKS * 128 * 7_680),
+        (FOUR_HEADS, 8, 8 * BLOCKS * 128 * 7_680),  # two ranks hold a copy of each head
+        (ONE_HEAD, 1, BLOCKS * 128 * 7_680),
+        (ONE_HEAD, 2, 2 * BLOCKS * 128 * 7_680),  # copied: twice the bytes
+        (LATENT, 1, BLOCKS * 128 * 34_560),
+        (LATENT, 2, 2 * BLOCKS * 128 * 34_560),
+    ],
+)
+def test_bytes_of_all_ranks(shape: KvShape, ranks: int, kv_bytes: int) -> None:
+    """What one keeps, times how many there are: doubled where each holds a copy, the same where heads are
+    divided.
+    """
+    assert ledger.expected_bytes(SENT, shape, 128, VERSION, ranks) == kv_bytes
+
+
+def split(shape: KvShape, ranks: int, transfers: int, kv_bytes: int) -> Ledger:
+    """What the ledger makes of a disaggregated run on servers of so many ranks, by these counters."""
+    told = story(DISAGGREGATED, b__TRANSFERS=transfers, b__BYTES=kv_bytes)
+    topology = replace(told.topology, ranks=ranks)
+    return ledger.prove(topology, told.before, told.after, told.sent, shape, VERSION)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_bytes"), [(FOUR_HEADS, BLOCKS * 128 * 30_720), (ONE_HEAD, 2 * BLOCKS * 128 * 7_680)]
+)
+def test_every_rank_makes_a_transfer_of_its_own(shape: KvShape, kv_bytes: int) -> None:
+    """Two requests and two ranks: four transfers. Any other count of transfers or bytes is refused, also
+    what one rank alone would have moved.
+    """
+    book = split(shape, 2, 4, kv_bytes)
+    assert (book.transfers, book.kv_bytes) == (4, kv_bytes)
+    with pytest.raises(TransferError, match="transfers: expected 4, got 2"):
+        split(shape, 2, 2, kv_bytes)
+    with pytest.raises(TransferError, match="bytes moved by the connector: expected"):
+        split(shape, 2, 4, kv_bytes // 2)
+    with pytest.raises(TransferError, match="transfers: expected 2, got 4"):
+        split(shape, 1, 4, kv_bytes)
+
+
+def test_a_copied_head_moves_more_than_a_server_of_one_rank_would() -> None:
+    """The bytes of one rank are wrong for two, and the other way round."""
+    one, two = (BLOCKS * 128 * 7_680 * ranks for ranks in (1, 2))
+    split(ONE_HEAD, 1, 2, one)
+    for ranks, transfers, kv_bytes in ((2, 4, one), (1, 2, two)):
+        with pytest.raises(TransferError, match=f"expected {3 * one - kv_bytes:,}, got {kv_bytes:,}"):
+            split(ONE_HEAD, ranks, transfers, kv_bytes)
+
+
+def test_ranks_share_the_transfers_of_each_server_that_pulls() -> None:
+    """Two decode servers of two ranks, a request each: two transfers each, not three and one."""
+    other = server("c", "decode")
+    told = story(DISAGGREGATED)
+    servers = (A, B, other)
+    topology = replace(told.topology, servers=servers, decode=(B, other), ranks=2)
+
+    def grown(b: int, c: int) -> Reading:
+        common = {**COUNTERS, ledger.FINISHED: 1, ledger.GENERATED: 8}
+        b_counts = {**common, ledger.PROMPT_TOKENS: 300, "external_kv_transfer": 300, ledger.TRANSFERS: b}
+        c_counts = {**common, ledger.PROMPT_TOKENS: 128, "external_kv_transfer": 128, ledger.TRANSFERS: c}
+        b_counts[ledger.BYTES], c_counts[ledger.BYTES] = 3 * 128 * 30_720, 128 * 30_720
+        counts = {"a": {**COUNTERS, **TRUE[DISAGGREGATED]["a"]}, "b": b_counts, "c": c_counts}
+        return Reading({name: snapshot(name, found) for name, found in counts.items()}, processes)
+
+    processes = {name: Process(100, 1) for name in "abc"}
+    before = Reading({name: snapshot(name, COUNTERS) for name in "abc"}, processes)
+    assert ledger.prove(topology, before, grown(2, 2), SENT, FOUR_HEADS, VERSION).transfers == 4
+    with pytest.raises(
+        TransferError, match="transfers by b, which finished as many requests: expected 2, got 3"
+    ):
+        ledger.prove(topology, before, grown(3, 1), SENT, FOUR_HEADS, VERSION)
+
+
+def test_a_sharded_server_moves_no_kv() -> None:
+    """One server of two ranks without a connector: its counters are those of a single one."""
+    told = story(SINGLE)
+    topology = replace(told.topology, name="sharded", kind="sharded", ranks=2)
+    assert replace(told, topology=topology).prove().transfers == 0
+    with pytest.raises(InvalidRun, match="bytes moved by the connector: expected 0"):
+        replace(story(SINGLE, a__BYTES=1), topology=topology).prove()

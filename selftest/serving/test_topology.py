@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from disagglab.config import way
 from disagglab.config.labs import load_lab
 from disagglab.errors import StartError
 from disagglab.experiments.dry_run import model_of
-from disagglab.hosts.recording import RecordingHosts
+from disagglab.hosts.recording import NoteTaker, RecordingHosts
 from disagglab.serving import boot
 from disagglab.serving.topology import DISAGGREGATED, REPLICATED, SINGLE, TOPOLOGIES, Deployment, running
 
@@ -24,7 +25,13 @@ class Standin:
         self.name, self._ended, self._fails = name, ended, fails
         self.process = self
         self.looked_at = self.is_router = False
+        self.alive = True
         self.asked = -1  # how many had ended when it was asked to end
+
+    def require_alive(self) -> None:
+        """As a server's own does, without a supervisor to ask."""
+        if not self.alive:
+            raise StartError(f"{self.name} has died")
 
     def has_died(self) -> bool:
         """Nobody could tell a death from an end afterwards, so it is asked before."""
@@ -41,6 +48,7 @@ class Standin:
     def stop(self) -> None:
         assert self.looked_at or self.is_router
         self._ended.append(self.name)
+        self.alive = False
         if self.name in self._fails:
             raise StartError(f"{self.name} still lives")
 
@@ -55,6 +63,8 @@ class Stage:
         self.cannot_start, self.never_ready = "", ""
         self.ends_badly: frozenset[str] = frozenset()
         self.waited = 0
+        self.awaited: list[str] = []
+        self.watched: list[str] = []
         lab = load_lab("embedded")
         hosts = RecordingHosts(lab)
         hosts.open()
@@ -85,8 +95,10 @@ class Stage:
             raise StartError(f"router-{label} is not ready")
         self.routers.append(f"ready {label}")
 
-    def _wait(self, servers: Any, *_: Any) -> None:
+    def _wait(self, servers: Any, _lab: Any, _line: Any, followers: Any = ()) -> None:
         self.waited += 1
+        self.awaited = [server.name for server in servers]
+        self.watched = [server.name for server in followers]
         if self.never_ready in [server.name for server in servers]:
             raise StartError(f"{self.never_ready} is not ready")
 
@@ -195,3 +207,150 @@ def test_where_the_router_that_is_asked_for_fails_none_is_left(stage: Stage) -> 
         assert sorted(stage.ended) == [f"router {name}" for name in sorted(TOPOLOGIES)]
         stage.ended.clear()
     assert stage.ended == ["a@push", "b@push", "a", "b"]
+
+
+class Across(Stage):
+    """One server over two hosts, ``a`` on alpha with HTTP, ``b`` on beta without."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
+        lab = load_lab("two-hosts")
+        self.hosts = RecordingHosts(lab)
+        self.hosts.open()
+        self.over = Deployment(self.hosts, way.sharded(lab), model_of(lab), connector=False, tag="@sharded")
+
+    def start(self) -> Deployment:
+        """It, started."""
+        nobody: Any = None
+        return self.over.start(nobody)
+
+
+@pytest.fixture
+def across(monkeypatch: pytest.MonkeyPatch) -> Across:
+    """No server is started."""
+    return Across(monkeypatch)
+
+
+def names(servers: Any) -> list[str]:
+    """Of servers, in their order."""
+    return [server.name for server in servers]
+
+
+def test_parts_on_other_hosts_start_first(across: Across) -> None:
+    """The leader waits for them; it alone is a server that is asked, and its readiness is waited for."""
+    over = across.start()
+    assert names(across.servers) == ["b@sharded", "a@sharded"]
+    assert (names(over.servers), names(over.followers)) == (["a@sharded"], ["b@sharded"])
+    assert across.awaited == ["a@sharded"]
+    assert across.watched == ["b@sharded"]
+
+
+def test_parts_of_a_server_meet_at_one_port(across: Across) -> None:
+    """Each has it on its command line; it is no port that either listens on for HTTP on the leader's host."""
+    across.start()
+    found = {}
+    for server in across.servers:
+        argv = list(server.plan.argv)
+        found[server.plan.node.name] = {
+            key: argv[argv.index(f"--{key}") + 1]
+            for key in ("master-addr", "master-port", "node-rank", "port")
+        }
+        assert ("--headless" in argv) is (server.plan.node.name == "b")
+    assert {key: (found["a"][key], found["b"][key]) for key in ("node-rank", "master-addr")} == {
+        "node-rank": ("0", "1"),
+        "master-addr": ("198.18.9.1", "198.18.9.1"),
+    }
+    assert found["a"]["master-port"] == found["b"]["master-port"] != found["a"]["port"]
+
+
+def test_the_meeting_port_is_free_on_both_addresses_of_the_leader(
+    across: Across, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have 21100 to 21102 of the control address, and 21103 and 21104 of the data address: the lowest
+    that both have free is 21105. All that was looked at is given back with the rest.
+    """
+    taken = {"198.18.1.2": {21100, 21101, 21102}, "198.18.9.1": {21104, 21103}, "198.18.2.2": set()}
+    taken["198.18.9.2"] = set()
+    given_back: list[tuple[str, int]] = []
+
+    def reserve(_host: Any, address: str) -> int:
+        port = next(n for n in range(21100, 21200) if n not in taken[address])
+        taken[address].add(port)
+        return port
+
+    before = {address: set(ports) for address, ports in taken.items()}
+    monkeypatch.setattr(NoteTaker, "reserve_port", reserve)
+    monkeypatch.setattr(NoteTaker, "give_back_port", lambda _host, *one: given_back.append(one))
+    over = across.start()
+    (leader,) = over.servers
+    argv = list(leader.plan.argv)
+    assert argv[argv.index("--master-port") + 1] == "21105"
+    over.stop()
+    over.give_back_ports()
+    assert sorted(given_back) == sorted(
+        (address, port) for address, ports in taken.items() for port in ports - before[address]
+    )
+
+
+def test_a_part_without_http_is_ended_as_well(across: Across) -> None:
+    """Leader, follower and router; nothing is left to be ended a second time."""
+    over = across.start()
+    over.topology("sharded")
+    over.stop()
+    assert sorted(across.ended) == ["a@sharded", "b@sharded", "router sharded-dedicated@sharded"]
+    assert over.servers == over.followers == ()
+    over.stop()
+    assert len(across.ended) == 3
+
+
+def test_a_leader_that_cannot_start_leaves_no_follower(across: Across) -> None:
+    across.cannot_start = "a@sharded"
+    with pytest.raises(StartError, match="a@sharded cannot be executed"):
+        across.start()
+    across.over.stop()
+    assert across.ended == ["b@sharded"]
+
+
+def test_a_deployment_lives_while_all_of_it_does(across: Across) -> None:
+    """Before its start it does not; a dead leader, follower or router is enough to end that."""
+    over = across.over
+    assert not over.alive
+    across.start()
+    router: Any = over.topology("sharded").router
+    assert over.alive
+    for part in (*across.servers, router):
+        part.alive = False
+        assert not over.alive
+        part.alive = True
+    assert over.alive
+    over.stop()
+    assert not over.alive
+
+
+def test_a_topology_has_all_parts_and_asks_the_leader(across: Across) -> None:
+    """Two ranks, one server; its commands are those of both parts and the router."""
+    over = across.start()
+    topology = over.topology("sharded")
+    assert (topology.kind, topology.ranks, topology.cycle) == ("sharded", 2, 1)
+    assert (names(topology.servers), names(topology.followers)) == (["a@sharded"], ["b@sharded"])
+    topology.router.command = "router"  # type: ignore[misc]
+    assert [("--headless" in command) for command in topology.commands] == [False, True, False]
+
+
+def test_a_dead_follower_is_no_living_topology(across: Across, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on the rest of a server does not count, and the reason is the part that died."""
+    monkeypatch.setattr("disagglab.serving.death.require_alive", lambda process: process.require_alive())
+    topology = across.start().topology("sharded")
+    topology.require_alive()
+    across.servers[0].alive = False
+    with pytest.raises(StartError, match="b@sharded has died"):
+        topology.require_alive()
+
+
+def test_the_same_lab_on_one_host_has_no_followers(stage: Stage) -> None:
+    """Negative control: one server over two cores is started as any other."""
+    lab = way.sharded(stage.own.lab)
+    nobody: Any = None
+    over = Deployment(stage.own.hosts, lab, model_of(lab), connector=False, tag="@sharded").start(nobody)
+    assert (names(over.servers), over.followers) == (["a-b@sharded"], ())
+    assert "--master-port" not in stage.servers[-1].plan.argv

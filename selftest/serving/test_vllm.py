@@ -272,6 +272,18 @@ def test_a_server_that_dies_is_reported_at_once(lab: Lab, state: Path, tmp_path:
     host.close()
 
 
+def test_a_follower_that_dies_is_reported_at_once(lab: Lab, state: Path, tmp_path: Path) -> None:
+    """The leader lives and would wait for it until its own deadline."""
+    host = local_host("run", (20700, 20799), tmp_path, sys.executable)
+    made = plan_server(lab, lab.nodes[1], MODEL, "M-1234", 1, None, PYTHON)
+    script = "echo 'ValueError: the reason'; exit 3"
+    dead = VllmServer(made, host.start("vllm-b", ["sh", "-c", script], {"PATH": os.environ["PATH"]}))
+    leader = server_at(lab, 1)
+    with pytest.raises(StartError, match=r"while starting, vllm-b, decode \(pid \d+\) died"):
+        wait_ready([leader], lab, ProgressLine("servers"), [dead])
+    host.close()
+
+
 def test_a_server_without_a_sign_of_life_has_failed(lab: Lab, tmp_path: Path) -> None:
     """No log growth and no CPU time for stall_s ends the wait; slowness alone does not."""
     log = tmp_path / "vllm-a.log"
