@@ -16,6 +16,7 @@ from disagglab.config.schema import Lab
 from disagglab.errors import ConfigError
 from disagglab.hosts.gpu import GpuMemory, parse_memory
 from disagglab.kv import modelconfig
+from disagglab.paths import LABS
 from disagglab.serving import room
 
 GIB = 2**30
@@ -68,6 +69,60 @@ def test_two_ways_beside_the_lab_do_not_fit_80_gb() -> None:
     ]
     assert problems[1].wrong.startswith("GPU 1 of this machine")
     assert problems[0].mend.startswith("set kv_beside_gib to 8.5 or less, or start fewer")
+
+
+def deployments(lab: Lab, where: Any, ways: list[str]) -> list[room.Tenant]:
+    """The servers of the lab and of each start that its ways take; equal ways share one."""
+    chosen = way.chosen(lab, ways)
+    own = way.beside(lab, way.starts(lab, chosen))
+    labs = {way.start_key(own, one): (way.tag(one), way.changed(own, one)) for one in reversed(chosen)}
+    labs.pop(way.start_key(own, None), None)
+    return [
+        room.Tenant(where, each, node, f"{node.name}{tag}", LLAMA)
+        for tag, each in [("", own), *labs.values()]
+        for node in each.nodes
+    ]
+
+
+def test_three_deployments_of_two_h100_fit_80_gb_and_four_do_not() -> None:
+    """Replicas 15.0 weights + 7.5 KV + 3.0; one server over both GPUs 7.5 + 7.5 + 3.0 on each of them.
+
+    With one sharded way and one start that two ways share: 2 x 25.5 + 18 = 69 GiB of 79.6. A third start of
+    replicas makes it 94.3 (weights are 14.96 GiB); with 3.5 GiB of KV it would fit: 3 x 21.5 + 14.0 = 78.4.
+    """
+    lab = load_lab("two-h100")
+    asked = deployments(lab, host(), ["sharded", "chunk-512"])
+    assert sorted(tenant.name for tenant in asked) == sorted(
+        ["gpu0", "gpu1", "gpu0@replicated-chunk-512", "gpu1@replicated-chunk-512", "gpu0-gpu1@sharded"]
+    )
+    room.require(asked)
+    problem, _ = refused(deployments(lab, host(), ["sharded", "chunk-512", "chunk-256"]))
+    assert (problem.file, problem.key) == (str(LABS / "two-h100.toml"), "memory.kv_beside_gib")
+    assert "4 servers beside each other would take 94.3 GiB" in problem.wrong
+    assert problem.mend.startswith("set kv_beside_gib to 3.5 or less")
+
+
+@pytest.mark.parametrize(("name", "total_mib"), [("two-h100", H100_MIB), ("two-h200", H200_MIB)])
+def test_deployments_that_a_search_keeps_fit_their_gpus(name: str, total_mib: int) -> None:
+    """As many as ``[tuning] resident`` says, all of them replicas, the largest: 51 of 79.6, 77 of 140.4 GiB.
+
+    The control: on a GPU of half an H100 they do not.
+    """
+    lab = load_lab(name)
+    assert lab.tuning is not None
+    resident = lab.tuning.resident
+    own = way.beside(lab, resident - 1)
+    assert own.vllm.args["kv-cache-memory-bytes"]
+
+    def kept(where: Any) -> list[room.Tenant]:
+        return [
+            room.Tenant(where, own, node, f"{node.name}-{number}", LLAMA)
+            for number in range(resident)
+            for node in own.nodes
+        ]
+
+    room.require(kept(host(total_mib)))
+    assert refused(kept(host(H100_MIB // 2)))
 
 
 @pytest.mark.parametrize(
