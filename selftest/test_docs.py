@@ -112,6 +112,31 @@ def test_every_path_of_a_page_in_code_exists() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def _labs_of(page: str) -> list[str]:
+    """Names in the first column of the table of labs; ``-1p2d`` stands for the
+    name before it with that end."""
+    found: list[str] = []
+    for row in page.splitlines():
+        if not row.startswith("| `"):
+            continue
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1]):
+            whole = not name.startswith("-")
+            found.append(name if whole else found[-1].rpartition("-")[0] + name)
+    return found
+
+
+def test_every_lab_has_a_row() -> None:
+    """docs/reference/labs.md has each file of labs/ once, and no lab that is not there."""
+    labs = sorted(file.stem for file in (ROOT / "labs").glob("*.toml"))
+    assert sorted(_labs_of((ROOT / "docs" / "reference" / "labs.md").read_text())) == labs
+
+
+def test_a_lab_without_a_row_is_found() -> None:
+    """The control: what a row names, with ends of a name in place of it."""
+    page = "| lab | nodes |\n| --- | --- |\n| `two` | `x` |\n| `four-h200-2p2d`, `-1p2d` | 4 |\n"
+    assert _labs_of(page) == ["two", "four-h200-2p2d", "four-h200-1p2d"]
+
+
 def test_the_front_page_fits_two_screens() -> None:
     """README.md has at most 120 lines."""
     lines = len((ROOT / "README.md").read_text().splitlines())

@@ -17,7 +17,7 @@ from disagglab.results.run_folder import Store
 
 from .conftest import Entered
 
-pytestmark = [pytest.mark.lab_has("tuning"), pytest.mark.lab_has("gates")]
+pytestmark = [pytest.mark.lab_has("tuning", "slo"), pytest.mark.lab_has("gates")]
 
 
 def test_gates_best_against_best(

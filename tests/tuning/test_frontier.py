@@ -30,7 +30,7 @@ from disagglab.stats.verdict import judge
 
 from .conftest import FORECAST, Entered, Foreseen
 
-pytestmark = pytest.mark.lab_has("tuning")
+pytestmark = pytest.mark.lab_has("tuning", "slo")
 
 SCORE, CLAIMS = "forecast-score.json", "claims.json"
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the lab's limits, in the grid that claims are held against

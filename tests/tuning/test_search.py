@@ -17,7 +17,7 @@ from disagglab.results.recorder import Recorder
 from disagglab.results.run_folder import Store
 from disagglab.results.search_record import Search
 
-pytestmark = pytest.mark.lab_has("tuning")
+pytestmark = pytest.mark.lab_has("tuning", "slo")
 
 
 def test_every_way_is_tuned_with_equal_effort(
