@@ -19,6 +19,7 @@ from disagglab.experiments.campaign import closed, conduct, footprints, offered,
 from disagglab.experiments.turns import Contender
 from disagglab.kv.layout import layout
 from disagglab.kv.shape import KvShape, Layer
+from disagglab.measure import ledger
 from disagglab.predict.breakeven import Cluster
 from disagglab.predict.sharding import AllReduces
 from disagglab.predict.speeds import Prefill, Speeds, Step
@@ -288,7 +289,7 @@ def test_speeds_are_those_of_the_labs_own_servers(make: Make, monkeypatch: pytes
         return Calibrated()
 
     monkeypatch.setattr(campaign, "calibrate", calibrate)
-    monkeypatch.setattr(campaign.ledger, "block_size", lambda _: 128)
+    monkeypatch.setattr(ledger, "block_size", lambda _: 128)
     known = campaign.speeds(scene.load, LAB, OPEN)
     assert asked == ["single", "replicated", "disaggregated"]
     assert scene.entries("start") == ["start @own-1"]

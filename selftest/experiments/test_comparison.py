@@ -304,7 +304,9 @@ def test_a_run_without_proof_comes_back_invalid(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ledger, "settle", lambda *_: None)
     monkeypatch.setattr(ledger, "prove", refuse)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
+    topology: Any = SimpleNamespace(
+        name=SINGLE, version="0.31.0", servers=(), followers=(), require_alive=lambda: None
+    )
     none: Any = None
     measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid == "counters do not add up"
@@ -321,7 +323,9 @@ def test_a_run_has_the_energy_of_its_nodes(monkeypatch: pytest.MonkeyPatch) -> N
     book = replace(Ledger({}, {}, {}, 0, 0, 0.0, 0, 0, 0, 0, 0, 0), served_s=sum(whole.e2e_s))
     monkeypatch.setattr(ledger, "prove", lambda *_: book)
     engine: Any = SimpleNamespace(run=lambda *_: whole)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
+    topology: Any = SimpleNamespace(
+        name=SINGLE, version="0.31.0", servers=(), followers=(), require_alive=lambda: None
+    )
     none: Any = None
     measured = one_run.measure(engine, topology, whole.workload, 1, 0, none)
     assert measured.invalid is None
@@ -339,7 +343,9 @@ def test_a_run_that_the_servers_did_not_see_is_invalid(monkeypatch: pytest.Monke
     monkeypatch.setattr(ledger, "read", lambda _: readings[0])
     monkeypatch.setattr(ledger, "settle", lambda *_: readings[1])
     engine: Any = SimpleNamespace(run=lambda *_: whole)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
+    topology: Any = SimpleNamespace(
+        name=SINGLE, version="0.31.0", servers=(), followers=(), require_alive=lambda: None
+    )
     none: Any = None
     for served_s, valid in ((spent, True), (spent / 2, False)):
         book = replace(Ledger({}, {}, {}, 0, 0, 0.0, 0, 0, 0, 0, 0, 0), served_s=served_s)
@@ -491,7 +497,9 @@ def test_an_invalid_run_keeps_its_requests(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ledger, "read", lambda _: None)
     monkeypatch.setattr(ledger, "settle", lambda *_: None)
     engine: Any = SimpleNamespace(run=lambda *_: over)
-    topology: Any = SimpleNamespace(name=SINGLE, version="0.31.0", servers=(), require_alive=lambda: None)
+    topology: Any = SimpleNamespace(
+        name=SINGLE, version="0.31.0", servers=(), followers=(), require_alive=lambda: None
+    )
     none: Any = None
     measured = one_run.measure(engine, topology, workload, 1, 0, none)
     assert measured.invalid is not None

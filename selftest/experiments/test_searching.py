@@ -13,6 +13,7 @@ import pytest
 
 from disagglab.config.setting import Candidate, Setting, options
 from disagglab.config.workload import Workload
+from disagglab.errors import StartError
 from disagglab.experiments import searching
 from disagglab.results.records import Run
 from selftest.experiments.standin import Scene
@@ -98,7 +99,7 @@ def test_where_the_log_tells_no_cause_the_first_line_is_the_reason(
     scene = make(1)
 
     def fails(*_: object, **__: object) -> None:
-        raise searching.StartError("cannot be executed\nsecond line")
+        raise StartError("cannot be executed\nsecond line")
 
     monkeypatch.setattr(scene.fleet, "topology", fails)
     found = searching.measurer(scene.load, CLOSED)(of("single", FEW), 1, "rung 0")

@@ -5,6 +5,7 @@ Servers, engine and counters are stand-ins.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +41,12 @@ def test_energy_is_that_of_every_host(monkeypatch: pytest.MonkeyPatch) -> None:
     half of what it does.
     """
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(energy, "of_nodes", lambda nodes: asked.extend(nodes) or {})
+
+    def of_nodes(nodes: Iterable[tuple[str, str]]) -> dict[str, float]:
+        asked.extend(nodes)
+        return {}
+
+    monkeypatch.setattr(energy, "of_nodes", of_nodes)
     monkeypatch.setattr(ledger, "read", lambda _: None)
     monkeypatch.setattr("disagglab.serving.death.require_alive", lambda _: None)
     router: Any = SimpleNamespace(process=None)
