@@ -26,7 +26,7 @@ def labs(prefix: str, **_: Any) -> list[str]:
 
 def ways(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Names of the ways of the lab that was typed before."""
-    return [one.name for one in _lab(parsed_args).ways]
+    return list(dict.fromkeys(one.name or one.arm for one in _lab(parsed_args).ways))
 
 
 def workloads(parsed_args: argparse.Namespace, **_: Any) -> list[str]:

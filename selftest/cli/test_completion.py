@@ -43,7 +43,7 @@ def test_commands_options_and_names(tmp_path: Path) -> None:
     assert {"kv", "labs", "plan"} <= set(completed("disagglab ", tmp_path))
     assert completed("disagglab plan --lab two-h200", tmp_path) == ["two-h200", "two-h200-stock"]
     ways = completed("disagglab plan --lab two-h200 --way ", tmp_path)
-    assert ways == ["stock", "tcp", "host-buffer"]
+    assert ways == ["stock", "tcp", "host-buffer", "sharded"]
     assert completed("disagglab plan --lab embedded --workload ch", tmp_path) == ["chat"]
     assert completed("disagglab kv Llama-3.1-8", tmp_path) == ["Llama-3.1-8B-Instruct"]
 

@@ -54,7 +54,7 @@ def test_as_json_it_is_the_forecast(capsys: Capture) -> None:
         said(capsys, "--lab", "spark", "--workload", "chat", "--load", "0.5", "--json")
     )
     forecast = frontier_forecast.read(found["forecast"])
-    assert forecast.arms == ("single", "replicated", "disaggregated", "sharded")
+    assert forecast.arms == ("single", "replicated", "disaggregated", *(one.arm for one in lab.ways))
     chat = lab.workload("chat")
     most = breakeven.capacity_per_s(known(lab).cluster, chat.prompt_tokens, chat.output_tokens)
     (rate,) = forecast.rates_per_s

@@ -38,6 +38,7 @@ TEXTS = {
     "undecided, underpowered": GateState(State.UNDECIDED, underpowered=True),
     "A/A: identical arms": GateState(State.IDENTICAL),
     "way": GateState(State.WAY),
+    "variant": GateState(State.VARIANT),
     "beside": GateState(State.BESIDE),
     "predicted win": GateState(State.PREDICTED, about="win"),
     "expected +40% to +60%: refuted": GateState(State.EXPECTED, about="+40% to +60%", answer="refuted"),

@@ -14,7 +14,8 @@ import pytest
 
 from disagglab.config import inherit
 from disagglab.config.labs import load_lab, parse_lab
-from disagglab.config.schema import Lab, WaySection
+from disagglab.config.schema import Lab
+from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, StartError
 from disagglab.experiments.dry_run import model_of
 from disagglab.hosts.recording import NoteTaker, RecordingHosts

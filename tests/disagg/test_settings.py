@@ -33,7 +33,6 @@ from disagglab.measure.run import measure
 from disagglab.measure.transfer_stats import BANDWIDTH, ITL, THROUGHPUT, TIME, UNITS, Moved
 from disagglab.predict import scattered_reads
 from disagglab.pytest_plugin.session import Session
-from disagglab.results.arm import Arm
 from disagglab.results.gate import GateState, State
 from disagglab.results.recorder import Recorder
 from disagglab.results.records import Run, VerdictRow
@@ -85,9 +84,10 @@ def settings(
     store: Store,
 ) -> Settings:
     """Pools aged, then every arm on every workload in every round, in mirrored order."""
-    if not ways:
-        pytest.skip("WAY: asked for with --way NAME, a [[way]] of the lab file")
-    arms = [disaggregated, *ways]
+    apart = [topology for topology in ways if topology.decode]  # the others move no KV
+    if not apart:
+        pytest.skip("WAY: asked for with --way NAME, a [[way]] of the lab file that moves KV")
+    arms = [disaggregated, *apart]
     pool = min(map(pool_ageing.tokens_of, arms))
     blocks = {arm.name: layout(shape, ledger.block_size(arm.decode[0].metrics())) for arm in arms}
     found = Settings(
@@ -189,7 +189,7 @@ def test_transfers_under_each_setting(settings: Settings, lab: Lab, store: Store
     time is the connector's own, from posting to the engine's look that finds it done. Posting, share of TTFT
     and p99 ITL are recorded beside: the pull connector posts in the engine's own thread.
     """
-    expected = {way.name: f"{way.what}; expected: {way.expects}" for way in lab.ways}
+    expected = {way.arm: f"{way.what}; expected: {way.expects}" for way in lab.ways}
     values = {
         (arm.name, workload.name): transfer_stats.series(settings.runs(arm, workload))
         for arm in settings.arms
@@ -200,7 +200,7 @@ def test_transfers_under_each_setting(settings: Settings, lab: Lab, store: Store
     for row in rows:
         store.add(row)
     for arm in settings.arms:
-        note = expected.get(Arm.parse(arm.name).tag, "the lab's own setting")
+        note = expected.get(arm.name, "the lab's own setting")
         note += f"; pools {settings.ageing[arm.name]}"
         for workload in settings.workloads:
             command = settings.runs(arm, workload)[0].command
