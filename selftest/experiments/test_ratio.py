@@ -71,7 +71,7 @@ def test_labs_of_one_host_differ_in_their_nodes_alone() -> None:
     """
     labs = [load_lab(f"four-h200-{ratio}") for ratio in ("1p2d", "2p1d", "2p2d")]
     own = {"name", "label", "file", "nodes", "ways"}
-    beside = {"memory": {"kv_beside_gib"}}  # of a way's servers beside the lab's own
+    beside: dict[str, Any] = {"memory": {"kv_beside_gib"}}  # of a way's servers beside the lab's own
     first, *others = (lab.model_dump(exclude=dict.fromkeys(own, True) | beside) for lab in labs)
     assert others == [first, first]
 
