@@ -37,6 +37,9 @@ def add(commands: command.Commands) -> None:
     asked.add_argument(
         "--budget", metavar="TIME", help="as many settings as this is enough for by the plan: 30m, 2h"
     )
+    asked.add_argument(
+        "--rounds", type=int, metavar="N", help="of the frontier and the gates (default: [tuning] rounds)"
+    )
     asked.add_argument("--vllm", metavar="X.Y.Z", help="serve with this vLLM version instead of the lab's")
     asked.add_argument(
         "--plan", action="store_true", help="print settings, starts and estimated minutes; start nothing"
@@ -87,6 +90,8 @@ def pytest_argv(arguments: argparse.Namespace, settings: int | None) -> list[str
         argv += ["--tune-workload", arguments.workload]
     if settings is not None:
         argv += ["--settings", str(settings)]
+    if arguments.rounds is not None:
+        argv += ["--rounds", str(arguments.rounds)]
     if arguments.vllm:
         argv += ["--vllm", arguments.vllm]
     return argv

@@ -53,3 +53,6 @@ def problems(
         elif name_of(arg) in taken:
             mend = f"remove it; it comes from {taken[name_of(arg)]}"
             yield Problem(file, f"{where}.{arg}", "set by the suite", mend)
+        elif "_" in arg:
+            wrong = "written with underscores"
+            yield Problem(file, f"{where}.{arg}", wrong, f"write {name_of(arg)} = …")

@@ -15,7 +15,7 @@ from disagglab.config.arms import DISAGGREGATED, REPLICATED, SINGLE
 from disagglab.config.schema import Lab, SloSection
 from disagglab.config.way_section import WaySection
 from disagglab.config.workload import Workload
-from disagglab.errors import InvalidRun
+from disagglab.errors import InvalidRun, StartError
 from disagglab.experiments.calibration import Calibration, calibrate
 from disagglab.experiments.comparison import Comparison
 from disagglab.experiments.rounds import runs
@@ -143,7 +143,7 @@ class Campaign:
     rated: list[Run]
     gated: Comparison
     begun_ns: int
-    died: Died | None = None
+    died: Died | StartError | None = None
 
     def at(self, arm: str) -> list[Run]:
         """The rated runs of an arm."""
@@ -160,7 +160,7 @@ def conduct(
 ) -> Campaign:
     """Every way in every round: first the offered rates, then the gates' workloads, in mirrored order.
 
-    A server that dies ends it; what was measured before is returned.
+    A server that dies, or does not come up, ends it; what was measured before is returned.
     """
     found = Campaign([], Comparison([], slo), time.time_ns())
     asked = [*rated, *gated]
@@ -179,7 +179,7 @@ def conduct(
     try:
         for run in runs(load.engine, turns, load.shape, load.store, load.show, named):
             (found.rated if run.workload in rated else found.gated.runs).append(run)
-    except Died as died:
+    except (Died, StartError) as died:
         found.died = found.gated.died = died
     return found
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from disagglab.config.arrivals import MAIN, STEADY
 from disagglab.config.schema import SloSection
 from disagglab.config.workload import Workload
+from disagglab.errors import StartError
 from disagglab.experiments.rounds import WARM_UP_ROUND, runs, trials
 from disagglab.experiments.warming import warm_up
 from disagglab.kv.shape import KvShape
@@ -31,7 +32,7 @@ class Comparison:
 
     runs: list[Run] = field(default_factory=list)
     slo: SloSection | None = None
-    died: Died | None = None
+    died: Died | StartError | None = None
 
     def valid(self, workload: str, topology: str) -> list[Run]:
         """The runs that count, by round."""

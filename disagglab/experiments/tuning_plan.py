@@ -18,6 +18,7 @@ from disagglab.experiments.halving import schedule
 from disagglab.results.search_record import CONFIRM, RUNG
 
 START_S = 30.0  # of one deployment: what two ranks on two cores take until they are ready (27 s)
+GPU_START_S = 90.0  # on two H100 a start of an 8B model took 72 to 138 s
 RUN_S = 20.0  # of a closed loop with its proof, which depends on the lab: no more than an order of magnitude
 AROUND_S = 5.0  # of an open loop: warm-up, counters and the last answer, beside the time of its arrivals
 LEAST = 2  # settings, of which one is the lab's own
@@ -35,11 +36,12 @@ class Step:
 
 @dataclass(frozen=True)
 class TuningPlan:
-    """``settings``: by kind. ``run_s``: assumed of one run."""
+    """``settings``: by kind. ``start_s``, ``run_s``: assumed of one start, one run."""
 
     workload: Workload
     settings: Mapping[str, Sequence[Setting]]
     steps: tuple[Step, ...]
+    start_s: float
     run_s: float
 
     @property
@@ -55,7 +57,7 @@ class TuningPlan:
     @property
     def seconds(self) -> float:
         """What starts and runs take at the seconds assumed, at most."""
-        return self.starts * START_S + self.runs * self.run_s
+        return self.starts * self.start_s + self.runs * self.run_s
 
     def lines(self) -> list[str]:
         """As people read it."""
@@ -68,7 +70,7 @@ class TuningPlan:
             *(f"  {number}. {words}" for number, words in enumerate(self._words(), 1)),
             *text.table([("", "settings", "runs a kind", "starts, all kinds"), *steps], right={1, 2, 3}),
             f"at most {self.runs} runs and {self.starts} starts: {self.seconds / 60:.0f} min,"
-            f" if a start takes {START_S:g} s and a run {self.run_s:.0f} s",
+            f" if a start takes {self.start_s:g} s and a run {self.run_s:.0f} s",
         ]
 
     def _words(self) -> Iterator[str]:
@@ -102,7 +104,8 @@ def plan(lab: Lab, tuning: TuningSection) -> TuningPlan:
         steps.append(Step(f"{RUNG} {index}", count, count, starts))
     pairs = min(len(every), len(settings) + len(own))
     steps.append(Step(f"{CONFIRM} 1 to {tuning.confirm}", 2, 2 * tuning.confirm, pairs * tuning.confirm))
-    return TuningPlan(workload, settings, tuple(steps), run_s)
+    start_s = GPU_START_S if any(node.gpus for node in lab.nodes) else START_S
+    return TuningPlan(workload, settings, tuple(steps), start_s, run_s)
 
 
 def fitting(lab: Lab, workload: str, budget_s: float) -> int:

@@ -109,12 +109,20 @@ def _turned(sample: Sample) -> Sample:
     return dataclasses.replace(sample, mean=-sample.mean)
 
 
-def _limits(samples: Sequence[Sample], better: Direction, rule: Rule) -> Limits:
-    near = [one.limits(rule, ALPHA) for one in samples]
-    far = [one.limits(rule, ALPHA / len(samples)) for one in samples]
-    if better == "lower":
-        return max(low for low, _ in far), max(high for _, high in near)
+def over_best(near: Sequence[Limits], far: Sequence[Limits]) -> Limits:
+    """Limits of the smallest of several log-ratios, where higher figures are better.
+
+    Args:
+        near: of each at alpha; ``far``: of each at alpha over their number.
+    """
     return min(low for low, _ in near), min(high for _, high in far)
+
+
+def _limits(samples: Sequence[Sample], better: Direction, rule: Rule) -> Limits:
+    turned = samples if better == "higher" else [_turned(one) for one in samples]
+    near, far = ([one.limits(rule, alpha) for one in turned] for alpha in (ALPHA, ALPHA / len(samples)))
+    low, high = over_best(near, far)
+    return (low, high) if better == "higher" else (-high, -low)
 
 
 def _p(badness: Sequence[Sample], rule: Rule) -> float:

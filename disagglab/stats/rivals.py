@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from disagglab.stats.best import over_best
 from disagglab.stats.pooled import ALPHA, Band, Pooled
 
 
@@ -20,13 +21,9 @@ class AgainstBest:
 
 
 def against_best(ratios: Mapping[str, tuple[Pooled, int]], alpha: float = ALPHA) -> AgainstBest:
-    """The log-ratio of a way to the best of its rivals, where higher figures are better.
-
-    It is the smallest of the true log-ratios. Lower limit: the smallest of the rivals' lower limits, each at
-    alpha / 2 without a correction, because all of them have to hold (R. Berger, Technometrics 24, 1982).
-    Upper limit: the smallest of the upper limits, each at alpha / 2 over the number of rivals, because the
-    rival that looks best may have been lucky (Bonferroni; compare J. Hsu, Annals of Statistics 12, 1984). So
-    the limits hold the true value at 1 - alpha, whichever rival is picked.
+    """The log-ratio of a way to the best of its rivals, where higher figures are better: the smallest of the
+    true log-ratios. The limits hold it at 1 - alpha, whichever rival is picked; why, is in
+    :mod:`disagglab.stats.best`.
 
     Args:
         ratios: by rival, the log-ratios way / rival of all points, and which point is asked for.
@@ -40,6 +37,5 @@ def against_best(ratios: Mapping[str, tuple[Pooled, int]], alpha: float = ALPHA)
     plain = {name: pooled.band(point, alpha) for name, (pooled, point) in ratios.items()}
     wide = [pooled.band(point, alpha / count) for pooled, point in ratios.values()]
     best = min(plain, key=lambda name: plain[name].mean)
-    low = min(band.low for band in plain.values())
-    high = min(band.high for band in wide)
+    low, high = over_best(*([(band.low, band.high) for band in bands] for bands in (plain.values(), wide)))
     return AgainstBest(best, Band(plain[best].mean, low, high), count)

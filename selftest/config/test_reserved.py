@@ -11,7 +11,7 @@ from disagglab.paths import LABS
 
 
 def test_free_options_are_taken() -> None:
-    args = {"max-num-batched-tokens": 128, "block_size": 64, "ports": 1, "hostname": "x"}
+    args = {"max-num-batched-tokens": 128, "block-size": 64, "ports": 1, "hostname": "x"}
     assert list(reserved.problems(args, "vllm.args", "lab.toml")) == []
 
 
@@ -32,13 +32,20 @@ def test_dashes_in_front_are_refused_before_anything_else() -> None:
     assert problem.mend.startswith("write port =")
 
 
+def test_an_option_with_underscores_is_refused() -> None:
+    """vLLM would take it, and the arithmetic, which looks for the dashed one, would not see it."""
+    (problem,) = reserved.problems({"tensor_parallel_size": 2}, "vllm.args", "lab.toml")
+    assert (problem.key, problem.wrong) == ("vllm.args.tensor_parallel_size", "written with underscores")
+    assert problem.mend == "write tensor-parallel-size = …"
+
+
 def test_further_options_may_be_taken_in_one_table() -> None:
     """Of servers beside others it is the suite that divides a GPU; elsewhere the lab file may."""
-    args = {"gpu_memory_utilization": 0.5}
+    args = {"gpu-memory-utilization": 0.5}
     assert list(reserved.problems(args, "vllm.args", "lab.toml")) == []
     (problem,) = reserved.problems(args, "way[0].args", "lab.toml", reserved.BESIDE_ARGS)
     assert (problem.key, problem.mend) == (
-        "way[0].args.gpu_memory_utilization",
+        "way[0].args.gpu-memory-utilization",
         "remove it; it comes from the number of ways that share the GPU",
     )
 

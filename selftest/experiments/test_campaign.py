@@ -173,6 +173,17 @@ def test_a_death_ends_a_campaign_and_leaves_what_was_measured(make: Make) -> Non
     assert found.gated.valid("p", "sharded") == []
 
 
+def test_a_start_that_fails_leaves_what_was_measured(make: Make) -> None:
+    """The sharded server does not come up in round 1: the runs of the replicas are there, and both say why."""
+    scene = make(1)
+    scene.fails = {"sharded"}
+    found = conduct(scene.load, [OWN, SHARDED], RATED, GATED, 2, SLO)
+    assert found.gated.died is found.died
+    assert "does not come up" in str(found.died)
+    assert {run.topology for run in (*found.rated, *found.gated.runs)} == {"replicated"}
+    assert len(found.rated) == len(RATED)
+
+
 def test_a_death_of_the_warm_up_leaves_what_was_measured(make: Make) -> None:
     scene = make(1)
     scene.kills = {"warm sharded"}
