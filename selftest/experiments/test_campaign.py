@@ -174,7 +174,7 @@ def test_a_death_ends_a_campaign_and_leaves_what_was_measured(make: Make) -> Non
 
 
 def test_a_start_that_fails_leaves_what_was_measured(make: Make) -> None:
-    """The sharded server does not come up in round 1: the runs of the replicas are there; both parts say why."""
+    """The sharded server does not come up in round 1: the replicas have their runs; both parts say why."""
     scene = make(1)
     scene.fails = {"sharded"}
     found = conduct(scene.load, [OWN, SHARDED], RATED, GATED, 2, SLO)
