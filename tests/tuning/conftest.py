@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from disagglab.config import drawing, way
-from disagglab.config.arms import OWN, REPLICATED, kind_of
+from disagglab.config.arms import OWN, REPLICATED, Arms
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab, SloSection
 from disagglab.config.search_checks import asked, workload_of
@@ -129,7 +129,7 @@ def searched(
 
 @dataclass(frozen=True)
 class Entered:
-    """The ways that are compared, and the lab whose gates judge them."""
+    """The ways that are compared, and the lab with the gates that these can be judged by."""
 
     contenders: tuple[Contender, ...]
     lab: Lab
@@ -156,7 +156,8 @@ def entered(
     contenders = [*map(Contender.of, own), *map(Contender.of, ways)]
     contenders.sort(key=lambda one: tuning.kinds.index(one.kind) if one.kind in tuning.kinds else 9)
     twins = [] if live.short else [one.twin for one in contenders if one.kind == REPLICATED][:1]
-    return Entered((*contenders, *twins), judged)
+    arms = Arms(kept=tuple(one.arm for one in contenders))
+    return Entered((*contenders, *twins), arms.judged(judged))
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,3 @@ def measured(
     found = frontier.collect(campaign.rated, places, Promise.of(slo), Price.of_section(lab.price), "", origin)
     frontier_file.write(found, store.folder)
     return found
-
-
-@pytest.fixture(scope="session")
-def kinds(entered: Entered) -> dict[str, str]:
-    """The kind of each arm."""
-    return {one.arm: kind_of(one.arm) for one in entered.contenders}

@@ -29,6 +29,8 @@ def test_gates_best_against_best(
     """
     if live.short:
         pytest.skip("SHORT: the workloads of the gates are measured in the full form")
+    if not entered.lab.gates:
+        pytest.skip("ARM-LEFT-OUT: no gate of the lab is about the ways of this session")
     rows = [row for row in store.verdicts if row.gate.of_a_gate]
     assert len(rows) == len(entered.lab.gates)
     for gate, row in zip(entered.lab.gates, rows, strict=True):
