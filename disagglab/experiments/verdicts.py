@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from disagglab.config.arms import OWN, twin_of, twinned
+from disagglab.config.arms import OWN, baselines, twin_of, twinned
 from disagglab.config.schema import GateSection, Lab
 from disagglab.errors import InvalidRun
 from disagglab.experiments.comparison import Comparison
@@ -149,8 +149,9 @@ def _identical_arms(comparison: Comparison, lab: Lab, rule: Rule = FIXED) -> lis
 
 
 def _twin(comparison: Comparison, gate: GateSection) -> str | None:
-    """The arm whose twin was measured beside it: the gate's baseline, or else single."""
-    for arm in (twinned(gate, comparison.arms(gate.workload)), SINGLE):
+    """The arm whose twin was measured beside it: the gate's baseline, of several any one, or else single."""
+    measured = comparison.arms(gate.workload)
+    for arm in (twinned(gate, measured), *baselines(gate, measured), SINGLE):
         if arm and comparison.values(gate.workload, twin_of(arm), gate.metric, gate.stream):
             return arm
     return None
