@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -39,6 +41,7 @@ COMMANDS = (
     *(labs, kv, predict, propose, plan, plan_trials, provision, scatter, tune),
     *(gate, score, frontier, history, publish, completion),
 )
+READER_GONE = 128 + signal.SIGPIPE  # as shells have it
 COMPLETING = "_ARGCOMPLETE"  # argcomplete's own variable: a shell asks for completions
 
 
@@ -70,6 +73,10 @@ def main(argv: Sequence[str] | None = None, prog: str = PROGRAM) -> int:
     arguments = asked.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()
     except ConfigError as error:
         return command.refuse(error)
+    except BrokenPipeError:  # whoever reads has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at the exit
+        return READER_GONE
     return status

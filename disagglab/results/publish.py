@@ -19,7 +19,7 @@ from typing import Any
 from disagglab import text
 from disagglab.errors import ConfigError, Problem
 from disagglab.paths import REPORTS
-from disagglab.results import fingerprint, plot, report
+from disagglab.results import fingerprint, frontier_file, plot, report, search_record
 from disagglab.results.records import Plot, VerdictRow
 from disagglab.results.run_folder import META, TOKEN_PATTERN
 
@@ -28,6 +28,13 @@ NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 RUN_ID = re.compile(r"\b\d{8}-\d{6}-[0-9a-f]{4}\b")
 PAGE = "report.html"
 LISTS = ("figures", "verdicts", "records")  # .jsonl
+TUNING = (
+    frontier_file.NAME,
+    search_record.FILE,
+    "frontier-forecast.json",
+    "forecast-score.json",
+    "claims.json",
+)
 SESSION_LIMIT_BYTES = 4_000_000
 MOST_SHOWN = 10  # problems of one refusal
 FIGURES_TEST = "test_figures_of_every_run_are_recorded"  # its records repeat figures.jsonl
@@ -148,7 +155,7 @@ def read(folder: Path, allow_failures: bool) -> Finished:
     folder = folder.resolve()
     mend = "name the folder of a session that ended"
     texts: dict[str, str] = {}
-    for name in (META, PAGE, *(f"{each}.jsonl" for each in LISTS), "plots.jsonl"):
+    for name in (META, PAGE, *(f"{each}.jsonl" for each in LISTS), *TUNING, "plots.jsonl"):
         path = folder / name
         if path.is_file():
             texts[name] = path.read_text(encoding="utf-8")
@@ -312,7 +319,9 @@ def _section(one: Finished, folder: Path, meta: Mapping[str, Any], link: str) ->
     if meta.get("resumed"):
         yield f"- Rounds of earlier sessions come first: {', '.join(meta['resumed'])}"
     yield f"- [Report]({link}{PAGE}), [run.json]({link}{META})" + "".join(
-        f", [{each}.jsonl]({link}{each}.jsonl)" for each in LISTS if (folder / f"{each}.jsonl").is_file()
+        f", [{each}]({link}{each})"
+        for each in (*(f"{one}.jsonl" for one in LISTS), *TUNING)
+        if (folder / each).is_file()
     )
     if one.failed or meta.get("exitstatus") != 0 or meta.get("nothing_proved"):
         yield from (

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from disagglab.cli import command
-from disagglab.cli.main import COMMANDS, main, parser
+from disagglab.cli.main import COMMANDS, READER_GONE, main, parser
 from disagglab.paths import ROOT
 from disagglab.results import frontier_file
 from selftest.results.rated import frontier as made_frontier
@@ -158,3 +158,16 @@ def test_a_line_says_how_the_command_was_started(capsys: pytest.CaptureFixture[s
     assert told.returncode == command.REFUSED
     assert told.stderr.startswith("python -m disagglab kv: ")
     assert told.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """As of ``disagglab kv … | head -1``: no traceback, and the status that shells give to such a program."""
+    argv = [sys.executable, "-m", "disagglab", "kv", "Llama-3.1-8B-Instruct"]
+    with subprocess.Popen(
+        argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        started.stdout.close()
+        said = started.stderr.read()
+    assert (started.returncode, said) == (READER_GONE, "")
