@@ -18,7 +18,9 @@ from disagglab.cli.main import main
 from disagglab.config.labs import load_lab
 
 RECORDED = Path(__file__).parents[1] / "predict" / "aiconfigurator"
-STAND_IN = """#!{python}
+STAND_IN = """#!/bin/sh
+'''exec' "{python}" "$0" "$@" # as pip writes it where a path holds a space
+' '''
 import json, os, pathlib, shutil, sys
 with open({log!r}, "a") as log:
     own = {{key: os.environ.get(key) for key in ("HF_HUB_OFFLINE", "PYTHONPATH")}}

@@ -33,5 +33,5 @@ def test_names_of_kept_sessions_stay_as_they_are() -> None:
             seen.add(json.loads(line)["arm"])
     assert {str(Arm.parse(text)) for text in seen} == seen
     assert {Arm.parse(text).name for text in seen} == {
-        *("single", "single-again", "replicated", "disaggregated")
+        *("single", "single-again", "replicated", "disaggregated", "sharded")
     }

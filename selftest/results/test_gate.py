@@ -106,11 +106,14 @@ def test_a_row_keeps_its_rule_and_the_fixed_interval() -> None:
 
 
 def test_sessions_that_are_kept_are_read() -> None:
-    """Every verdict of every reference session has a state that this version knows, and its text."""
+    """Every verdict of every reference session has a state that this version knows, and its text; in a table
+    what Holm's correction holds back follows it.
+    """
     files = sorted((REPORTS / "reference").rglob("verdicts.jsonl"))
     assert files
     for path in files:
         for line in path.read_text().splitlines():
             row = VerdictRow.from_json(json.loads(line))
             assert row.gate.state is not State.OTHER, line
-            assert verdict_cells(row)["gate"] == json.loads(line)["gate"]
+            assert str(row.gate) == json.loads(line)["gate"]
+            assert verdict_cells(row)["gate"].startswith(str(row.gate))
