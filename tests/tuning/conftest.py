@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from disagglab.config import drawing, way
-from disagglab.config.arms import OWN, REPLICATED, Arms
+from disagglab.config.arms import DISAGGREGATED, OWN, REPLICATED, Arms
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab, SloSection
 from disagglab.config.search_checks import asked, workload_of
@@ -40,20 +40,24 @@ from disagglab.results.seconds import Phase, spends
 from disagglab.serving.boot import USUAL_START_S
 from disagglab.serving.fleet import Fleet
 
-SHORT_SETTINGS, SHORT_RATES, SHORT_ROUNDS = 2, (0.5, 1.0), 1
+SHORT_SETTINGS, SHORT_RATES, SHORT_ROUNDS = 2, (0.7,), 1
 FORECAST = "frontier-forecast.json"
 
 
 @pytest.fixture(scope="session")
 def tuning(live: Session, lab: Lab, request: pytest.FixtureRequest) -> TuningSection:
-    """What is searched; with ``--short`` the lab's own setting and one other, two rates, one round."""
+    """What is searched; with ``--short`` the lab's own setting and one other, of the two kinds that the same
+    servers play, at one rate in one round.
+    """
     options = request.config
     settings = options.getoption("--settings") or (SHORT_SETTINGS if live.short else None)
     found = asked(lab, options.getoption("--tune-workload") or "", settings)
     if not live.short:
         rounds = options.getoption("--rounds")
         return found.model_copy(update={"rounds": rounds} if rounds else {})
-    return found.model_copy(update={"rates": SHORT_RATES, "rounds": SHORT_ROUNDS, "confirm": 1})
+    less = {"rates": SHORT_RATES, "rounds": SHORT_ROUNDS, "confirm": 1, "disaggregated": None}
+    kinds = [kind for kind in found.kinds if kind in (REPLICATED, DISAGGREGATED)]
+    return found.model_copy(update={**less, "kinds": kinds or found.kinds})
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +159,8 @@ def entered(
         own = [kind for kind in picked if kind not in kinds]
     contenders = [*map(Contender.of, own), *map(Contender.of, ways)]
     contenders.sort(key=lambda one: tuning.kinds.index(one.kind) if one.kind in tuning.kinds else 9)
+    if live.short:  # a sharded server is not tuned then, and is compared as it comes
+        contenders += [Contender.of(one) for one in lab.ways if one.kind == way.SHARDED and not live.ways][:1]
     twins = [] if live.short else [one.twin for one in contenders if one.kind == REPLICATED][:1]
     arms = Arms(kept=tuple(one.arm for one in contenders))
     return Entered((*contenders, *twins), arms.judged(judged))

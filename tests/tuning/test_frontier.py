@@ -55,7 +55,7 @@ def test_every_point_is_proved(
 ) -> None:
     """Every way has a valid run at every rate in every round; none is left out.
 
-    Below five rates no curve is drawn: --short has two.
+    Below five rates no curve is drawn: --short has one.
     """
     invalid = [run for run in (*campaign.rated, *campaign.gated.runs) if run.invalid is not None]
     assert not invalid, f"{len(invalid)} runs are invalid; first: {invalid[0].topology}: {invalid[0].invalid}"

@@ -63,7 +63,7 @@ class Played:
 @pytest.fixture(scope="module")
 def played(live: Session, load: Load, lab: Lab) -> dict[str, Played]:
     """Six requests through every way of the lab file and of its own settings; with ``--short`` through the
-    lab's own settings, the first sharded way and the first with options of a role.
+    first sharded way and the first with options of a role alone.
     """
     asked = Workload(
         name="ways", prompt_tokens=PROMPT, output_tokens=OUTPUT, requests=REQUESTS, concurrency=2
@@ -73,8 +73,8 @@ def played(live: Session, load: Load, lab: Lab) -> dict[str, Played]:
         sharded = [one for one in ways if one.kind == way.SHARDED]
         by_role = [one for one in ways if one.prefill.args or one.decode.args]
         ways = [*sharded[:1], *by_role[:1]]
-    contenders = [Contender.of(kind) for kind in OWN if kind != SINGLE_AGAIN]
-    contenders += map(Contender.of, ways)
+    own = [] if live.short else [kind for kind in OWN if kind != SINGLE_AGAIN]
+    contenders = [*map(Contender.of, own), *map(Contender.of, ways)]
     found = {}
     with live.uncaptured():
         for group in by_start(load.fleet, contenders):
