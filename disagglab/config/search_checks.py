@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from disagglab.config import reserved, search_space, transports, ways_check
+from disagglab.config.arms import KINDS
 from disagglab.config.schema import (
     Lab,
     ModelSection,
@@ -26,7 +27,6 @@ from disagglab.paths import WORKLOADS
 from disagglab.problems import problems_of
 from disagglab.stats.metric import PERCENTILE_SAMPLES
 
-KINDS: tuple[str, ...] = get_args(WaySection.model_fields["kind"].annotation)
 RANKS = {
     RANKS_KEY: "the nodes of a sharded way",
     "pipeline-parallel-size": "[vllm.args], as it decides on how many GPUs a server runs",

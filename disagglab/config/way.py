@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from disagglab.config.arms import DISAGGREGATED as DISAGGREGATED
 from disagglab.config.schema import Lab, NodeSection, TransportSection
 from disagglab.config.way_section import WaySection
 from disagglab.errors import ConfigError, Problem
 
-DISAGGREGATED = "disaggregated"
 SHARDED = "sharded"  # one server, tensor parallel over all nodes; the other kinds are in config/arms.py
 RANKS_KEY = "tensor-parallel-size"
 HOSTS_KEY, HEADLESS_KEY, PORT_KEY = "nnodes", "headless", "master-port"  # of vLLM's start on several hosts

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from pydantic import ValidationError
 
 from disagglab.config import reserved, transports, way
-from disagglab.config.arms import AGAIN, KINDS
+from disagglab.config.arms import AGAIN, DISAGGREGATED, KINDS
 from disagglab.config.schema import NodeSection, TransportSection
 from disagglab.config.way_section import WaySection
 from disagglab.errors import Problem
 from disagglab.problems import problems_of
-
-APART = "disaggregated"  # the kind that has roles and a transport
 
 
 def problems(
@@ -47,7 +45,7 @@ def problems(
             yield Problem(file, where, "changes nothing", "add transport, args, env, prefill or decode")
         own = {way.RANKS_KEY: "the number of nodes, or of their GPUs"} if one.kind == way.SHARDED else {}
         yield from reserved.problems(one.args, f"{where}.args", file, {**reserved.BESIDE_ARGS, **own})
-        if one.kind == APART:
+        if one.kind == DISAGGREGATED:
             yield from _roles(one, where, nodes, file)
             yield from _transport(one, where, transport, nodes, file)
         else:
@@ -61,7 +59,7 @@ def _without_roles(one: WaySection, where: str, file: str) -> Iterator[Problem]:
     given = {"transport": bool(one.transport), **{role: not part.empty for role, part in one.roles.items()}}
     for key in (key for key, has in given.items() if has):
         wrong = f"of a {one.kind} way, which has no roles and moves no KV"
-        yield Problem(file, f"{where}.{key}", wrong, f'remove it, or write kind = "{APART}"')
+        yield Problem(file, f"{where}.{key}", wrong, f'remove it, or write kind = "{DISAGGREGATED}"')
 
 
 def _roles(one: WaySection, where: str, nodes: Sequence[NodeSection], file: str) -> Iterator[Problem]:

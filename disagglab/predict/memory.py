@@ -70,7 +70,7 @@ def of_gpu(lab: Lab, server: str, weights: float | None, total_gib: float) -> De
         total_gib: the GPU's memory.
     """
     args = lab.vllm.args
-    parts = int(args.get("tensor-parallel-size", 1)) * int(args.get("pipeline-parallel-size", 1))
+    parts = way.ranks(lab) * int(args.get("pipeline-parallel-size", 1))
     own = None if weights is None else weights / parts
     if BYTES_KEY in args:
         kv = float(args[BYTES_KEY]) / GIB
@@ -93,7 +93,7 @@ def of_host(lab: Lab, node: NodeSection, server: str, weights: float | None) -> 
     except ValueError:  # vLLM refuses it, and says so
         kv = None
     hosts = int(node.args.get(way.HOSTS_KEY, 1))  # of one server
-    ranks = int(lab.vllm.args.get("tensor-parallel-size", 1)) // hosts  # each keeps a cache of that size
+    ranks = way.ranks(lab) // hosts  # each keeps a cache of that size
     weights = weights / hosts if weights is not None else None
     kv = kv * ranks if kv is not None else None
     rest = max(CPU_REST_GIB * ranks, lab.memory.floor_gib - (weights or 0.0) - (kv or 0.0))

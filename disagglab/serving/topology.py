@@ -28,7 +28,6 @@ from disagglab.serving.vllm import EventSource, VllmServer, plan_server
 SINGLE, REPLICATED, DISAGGREGATED = arms.SINGLE, arms.REPLICATED, arms.DISAGGREGATED
 SINGLE_AGAIN = arms.SINGLE_AGAIN
 TOPOLOGIES = (SINGLE, REPLICATED, DISAGGREGATED)
-SHARDED = way.SHARDED
 ROUTED = "routed"  # equal servers, between which a router chooses in its own way
 
 

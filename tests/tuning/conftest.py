@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from disagglab.config import drawing, way
-from disagglab.config.arms import DISAGGREGATED, OWN, REPLICATED, Arms
+from disagglab.config.arms import DISAGGREGATED, KINDS, OWN, REPLICATED, Arms
 from disagglab.config.labs import load_lab
 from disagglab.config.schema import Lab, SloSection
 from disagglab.config.search_checks import asked, workload_of
@@ -158,7 +158,7 @@ def entered(
         picked = [one.kind for one in found.outcomes if one.pick is not None]
         own = [kind for kind in picked if kind not in kinds]
     contenders = [*map(Contender.of, own), *map(Contender.of, ways)]
-    contenders.sort(key=lambda one: tuning.kinds.index(one.kind) if one.kind in tuning.kinds else 9)
+    contenders.sort(key=lambda one: KINDS.index(one.kind))
     if live.short:  # a sharded server is not tuned then, and is compared as it comes
         contenders += [Contender.of(one) for one in lab.ways if one.kind == way.SHARDED and not live.ways][:1]
     twins = [] if live.short else [one.twin for one in contenders if one.kind == REPLICATED][:1]
